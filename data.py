@@ -1,0 +1,322 @@
+"""Annotations, splits, one's own videos, batches (paper Sec. 4.1.1).
+
+    python data.py charades --annotations DIR --videos DIR      # features of Charades-STA
+    python data.py mine --annotations my.jsonl --videos DIR     # one's own videos and sentences
+
+A dataset is a folder below the root (`data/`): annotations in their published form, and features made by video.py.
+Every annotation becomes a Sample. Times are seconds, a moment is [start_sec, end_sec).
+
+A batch is B videos with all their sentences, flattened: sentence s belongs to video `video_of[s]` of the batch.
+
+Shapes: B videos, S sentences in the batch, T frames, N clips, D width of CLIP's joint space.
+"""
+import argparse
+import csv
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import clip
+import mmn
+import parse
+import video
+
+
+class Sample(NamedTuple):
+    """One sentence and the moment [start_sec, end_sec) of the video that it describes."""
+    video: str
+    sentence: str
+    start_sec: float
+    end_sec: float
+    duration_sec: float
+
+
+class Cleaned(NamedTuple):
+    """What `clean` had to do: moments that ended after their video, and moments that were empty then."""
+    clamped: int
+    dropped: int
+
+
+# -------------------------------------------------------------------------------------- annotations
+
+# dataset -> split -> the names of its file, below the root; the first that exists is read
+FILES = {
+    "charades": {"train": "charades/charades_sta_train.txt", "test": "charades/charades_sta_test.txt"},
+    "charades-cg": {"train": "charades-cg/train.json", "novel-word": "charades-cg/novel_word.json",
+                    "novel-composition": "charades-cg/novel_composition.json",
+                    "trivial": "charades-cg/test_trivial.json"},
+    "activitynet": {"train": "activitynet/train.json", "val": "activitynet/val_1.json",
+                    "test": "activitynet/val_2.json"},
+    "activitynet-cg": {"train": "activitynet-cg/train.json", "novel-word": "activitynet-cg/novel_word.json",
+                       "novel-composition": "activitynet-cg/novel_composition.json",
+                       "trivial": "activitynet-cg/test_trivial.json"},
+}
+OWN_SPLITS = ("train", "val", "test", "novel-word", "novel-composition")    # <dataset>/<split>.jsonl
+
+
+def annotation_file(dataset: str, split: str, root: str | os.PathLike) -> pathlib.Path:
+    """Where the annotations of a split are, or would be. ValueError for a split that the dataset does not have."""
+    if dataset not in FILES:
+        return pathlib.Path(root) / dataset / f"{split}.jsonl"
+    if split not in FILES[dataset]:
+        raise ValueError(f"{dataset} has no split {split!r}; it has {', '.join(splits(dataset, root))}")
+    return pathlib.Path(root) / FILES[dataset][split]
+
+
+def splits(dataset: str, root: str | os.PathLike) -> list[str]:
+    """The splits of a dataset: the published ones, or the files that one's own has."""
+    if dataset in FILES:
+        return list(FILES[dataset])
+    return [split for split in OWN_SPLITS if annotation_file(dataset, split, root).exists()]
+
+
+def read_annotations(dataset: str, split: str, root: str | os.PathLike) -> list[Sample]:
+    """The cleaned samples of a split. Of Charades-STA, and of the two compositional datasets, which publish
+    no validation split, `val` is a tenth of the training videos (`held_out`); `train` is everything published.
+    Splits novel-word, novel-composition and trivial of charades and activitynet are those of charades-cg and
+    activitynet-cg, whose training split is what belongs to them (train-cg)."""
+    if dataset in ("charades", "activitynet") and split in ("novel-word", "novel-composition", "trivial", "train-cg"):
+        dataset, split = f"{dataset}-cg", "train" if split == "train-cg" else split
+    if dataset in FILES and split == "val" and "val" not in FILES[dataset]:
+        return held_out(read_annotations(dataset, "train", root))
+    return clean(read_file(annotation_file(dataset, split, root)))[0]
+
+
+def held_out(train: list[Sample]) -> list[Sample]:
+    """The samples of a tenth of the training videos, the same tenth always."""
+    # UNSPECIFIED: the paper stops early on a validation set that Charades-STA does not have
+    videos = sorted({sample.video for sample in train})
+    chosen = set(random.Random(0).sample(videos, max(1, len(videos) // 10)))
+    return [sample for sample in train if sample.video in chosen]
+
+
+def read_file(path: str | os.PathLike) -> list[Sample]:
+    """An annotation file as it is published, by its form: Charades-STA text, the json of 2D-TAN, MMN and
+    the compositional splits, or QVHighlights jsonl. A duration of nan means that the file does not tell."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no annotation file {path}")
+    if path.suffix == ".txt":
+        return read_charades(path)
+    if path.suffix == ".jsonl":
+        return read_jsonl(path)
+    try:
+        videos = json.loads(path.read_text())
+        return [Sample(name, " ".join(sentence.split()), float(start), float(end), float(entry["duration"]))
+                for name, entry in videos.items()
+                for (start, end), sentence in zip(entry["timestamps"], entry["sentences"], strict=True)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not in the form {{video: {{duration, timestamps, sentences}}}}: "
+                         f"{type(error).__name__} {error}") from error
+
+
+def read_charades(path: pathlib.Path) -> list[Sample]:
+    """Lines "VIDEO START END##sentence."; durations from the column `length` of Charades_v1_{train,test}.csv beside it."""
+    durations = {}
+    for table in ("Charades_v1_train.csv", "Charades_v1_test.csv"):
+        if not (path.parent / table).exists():
+            raise FileNotFoundError(f"{path.parent / table} is missing: the durations of Charades-STA's videos are "
+                                    f"in it (from the annotations of the Charades dataset)")
+        with open(path.parent / table, newline="") as file:
+            durations |= {row["id"]: float(row["length"]) for row in csv.DictReader(file)}
+    samples = []
+    for line in path.read_text().splitlines():
+        place, sentence = line.split("##", 1)
+        name, start, end = place.split()
+        samples.append(Sample(name, sentence.strip(), float(start), float(end), durations[name]))
+    return samples
+
+
+def read_jsonl(path: pathlib.Path) -> list[Sample]:
+    """QVHighlights lines; {"vid", "query", "relevant_windows"} is enough. One sample a window. All bad lines are named."""
+    samples, bad = [], []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not str(row["query"]).strip():
+                raise ValueError("the query is empty")
+            for start, end in row["relevant_windows"]:
+                samples.append(Sample(str(row["vid"]), str(row["query"]), float(start), float(end),
+                                      float(row.get("duration", "nan"))))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            bad.append(f"line {number}: {type(error).__name__} {error}")
+    if bad:
+        raise ValueError(f"{path} has {len(bad)} bad lines: " + "; ".join(bad[:20]))
+    return samples
+
+
+def clean(samples: list[Sample]) -> tuple[list[Sample], Cleaned]:
+    """Clamps moments to [0, duration] and drops those that are empty then. The only place where this happens."""
+    kept, clamped = [], 0
+    for sample in samples:
+        limit = sample.duration_sec if sample.duration_sec == sample.duration_sec else float("inf")
+        start, end = max(0.0, min(sample.start_sec, limit)), max(0.0, min(sample.end_sec, limit))
+        clamped += (start, end) != (sample.start_sec, sample.end_sec)
+        if end > start:
+            kept.append(sample._replace(start_sec=start, end_sec=end))
+    return kept, Cleaned(clamped, len(samples) - len(kept))
+
+
+def write_jsonl(path: pathlib.Path, samples: list[Sample]) -> None:
+    """Samples as QVHighlights lines, atomically."""
+    lines = [json.dumps({"qid": i, "query": s.sentence, "vid": s.video, "duration": s.duration_sec,
+                         "relevant_windows": [[s.start_sec, s.end_sec]]}) + "\n" for i, s in enumerate(samples)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    video.save_atomically(path, lambda file: file.write("".join(lines).encode()))
+
+
+class Event(NamedTuple):
+    """What happens in a video of the shapes world: who does what, when."""
+    start_sec: float
+    end_sec: float
+    noun: str
+    verb: str
+
+
+def read_events(dataset: str, root: str | os.PathLike) -> dict[str, list[Event]] | None:
+    """All events of each video, where the world knows them (events.json); else None."""
+    path = pathlib.Path(root) / dataset / "events.json"
+    if not path.exists():
+        return None
+    return {name: [Event(*event) for event in events] for name, events in json.loads(path.read_text()).items()}
+
+
+# ------------------------------------------------------------------------------------ CLIP and its features
+
+def clip_file(name: str, root: str | os.PathLike) -> str:
+    """What `clip.load` is to load: the CLIP of a dataset below the root by the dataset's name, else `name` itself."""
+    own = pathlib.Path(root) / name / "clip.pt"
+    return str(own) if own.exists() else name
+
+
+def store_folder(dataset: str, clip_name: str, root: str | os.PathLike) -> pathlib.Path:
+    """Features of a dataset made by one CLIP. The compositional splits have the videos of the original dataset."""
+    name = pathlib.Path(clip_name).stem if clip_name.endswith((".pt", ".bin")) else clip_name
+    return pathlib.Path(root) / dataset.removesuffix("-cg") / "features" / name.replace("/", "-").replace("@", "-")
+
+
+def open_store(dataset: str, clip_name: str, root: str | os.PathLike) -> video.FeatureStore:
+    """The features of a dataset; where there are none the error says which command makes them."""
+    folder = store_folder(dataset, clip_name, root)
+    if not (folder / "manifest.json").exists():
+        published = "" if dataset in FILES else " --annotations FILE"
+        raise FileNotFoundError(f"there are no features in {folder}; make them with: python data.py "
+                                f"{dataset.removesuffix('-cg')}{published} --videos DIR --clip {clip_name}")
+    return video.FeatureStore(folder)
+
+
+# ----------------------------------------------------------------------------------------- batches
+
+class Batch(NamedTuple):
+    """B videos with all their sentences. Every tensor is on one device; see `to`."""
+    videos: list[str]
+    frames: Tensor                  # [B, T, D] L2-normalised
+    patches: Tensor | None          # [B, T', D', H, W] L2-normalised over D'
+    tokens: Tensor                  # [3, S, 77] of Q, Q^s, Q^d
+    spoken: Tensor                  # [3, S] bool, True = that query has a word
+    video_of: Tensor                # [S]
+    moments_sec: Tensor             # [S, 2]
+    durations_sec: Tensor           # [S]
+    iou: Tensor                     # [S, N, N] overlap of every cell with the label
+    index: Tensor                   # [S] place of the sentence among the dataset's samples
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(*(value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for value in self))
+
+
+class Videos(torch.utils.data.Dataset):
+    """The videos of a split, each with all its sentences. Features are read when a video is asked for.
+
+    `samples` (attribute) are the sentences in order of video; `queries` their (Q, Q^s, Q^d)."""
+
+    def __init__(self, samples: list[Sample], store: video.FeatureStore, num_clips: int, parser: parse.Parser,
+                 patches: bool = False):
+        by_video: dict[str, list[Sample]] = {}
+        for sample in samples:
+            by_video.setdefault(sample.video, []).append(sample)
+        self.missing = [name for name in by_video if name not in store]
+        self.videos = [name for name in by_video if name in store]
+        if not self.videos:
+            raise FileNotFoundError(f"none of the {len(by_video)} videos has features in {store.folder}")
+        self.samples = [sample for name in self.videos for sample in by_video[name]]
+        counts = [len(by_video[name]) for name in self.videos]
+        self.first = np.cumsum([0, *counts])            # sentences of video i: first[i] .. first[i + 1]
+        self.store, self.patches = store, patches
+        self.queries = [parser.split(sample.sentence) for sample in self.samples]
+        self.tokens = torch.stack([clip.tokenize(list(half), truncate=True) for half in zip(*self.queries)])
+        self.spoken = torch.tensor([[any(c.isalnum() for c in text) for text in half] for half in zip(*self.queries)])
+        self.moments_sec = torch.tensor([[sample.start_sec, sample.end_sec] for sample in self.samples])
+        self.durations_sec = torch.tensor([sample.duration_sec for sample in self.samples])
+        self.iou = mmn.iou_map(self.moments_sec, self.durations_sec, num_clips)
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor | None]:
+        name = self.videos[i]
+        frames = torch.from_numpy(self.store.read(name, "frames").astype(np.float32))             # [T, D]
+        if not self.patches:
+            return i, F.normalize(frames, dim=1), None
+        patches = torch.from_numpy(self.store.read(name, "patches").astype(np.float32))           # [T', D', H, W]
+        return i, F.normalize(frames, dim=1), F.normalize(patches, dim=1)
+
+    def collate(self, items: list[tuple[int, Tensor, Tensor | None]]) -> Batch:
+        which = [range(self.first[i], self.first[i + 1]) for i, _, _ in items]
+        index = torch.tensor([s for sentences in which for s in sentences])                       # [S]
+        video_of = torch.tensor([b for b, sentences in enumerate(which) for _ in sentences])      # [S]
+        return Batch([self.videos[i] for i, _, _ in items], torch.stack([frames for _, frames, _ in items]),
+                     torch.stack([patches for _, _, patches in items]) if self.patches else None,
+                     self.tokens[:, index], self.spoken[:, index], video_of, self.moments_sec[index],
+                     self.durations_sec[index], self.iou[index], index)
+
+    def batches(self, size: int, generator: torch.Generator | None = None, workers: int = 0):
+        """Batches of `size` videos: shuffled by `generator` for training, in order without one."""
+        return torch.utils.data.DataLoader(self, size, shuffle=generator is not None, generator=generator,
+                                           collate_fn=self.collate, num_workers=workers,
+                                           persistent_workers=workers > 0)
+
+
+# -------------------------------------------------------------------------------------- the command line
+
+def find_videos(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
+    """File name without its ending -> file, for all files below the folder that may be videos."""
+    endings = {".mp4", ".mkv", ".avi", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp"}
+    return {path.stem: path for path in sorted(pathlib.Path(folder).rglob("*")) if path.suffix.lower() in endings}
+
+
+def extract(samples: dict[str, list[Sample]], videos: dict[str, pathlib.Path], store: video.FeatureStore,
+            model: clip.CLIP) -> dict[str, str]:
+    """Makes the features of all annotated videos that have none yet. Returns video -> reason for those that failed."""
+    failed = {}
+    train = {sample.video for sample in samples.get("train", [])}
+    T = store.manifest["frames"]
+    kept = video.patch_frames(T, store.manifest["patch_frames"])
+    todo = sorted({sample.video for split in samples.values() for sample in split})
+    for name in (bar := tqdm(todo, desc="features", unit="video", disable=None)):
+        if name in store:
+            continue
+        try:
+            if name not in videos:
+                raise video.VideoError(f"there is no video file named {name}")
+            frames, patches, duration_sec = video.encode_video(model, videos[name], T)
+            store.write(name, frames, patches[kept] if name in train else None, duration_sec)
+            store.save_manifest()
+        except video.VideoError as error:
+            failed[name] = str(error)
+            bar.write(f"failed: {name}: {error}")
+    store.save_manifest()
+    text = "".join(f"{name}\t{reason}\n" for name, reason in failed.items())
+    video.save_atomically(store.folder / "failed.txt", lambda file: file.write(text.encode()))
+    return failed
