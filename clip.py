@@ -19,6 +19,7 @@ import functools
 import gzip
 import hashlib
 import html
+import http.client
 import os
 import pathlib
 import urllib.error
@@ -480,13 +481,16 @@ def download(name: str, folder: str | os.PathLike | None = None) -> pathlib.Path
                     while chunk := reply.read(1 << 20):
                         file.write(chunk)
                         bar.update(len(chunk))
+            if part.stat().st_size < total:
+                raise ConnectionError(f"the connection broke at {part.stat().st_size} of {total} bytes")
     except urllib.error.HTTPError as error:
         if error.code == 416:                           # nothing left to send, and yet the sum was wrong
             part.unlink(missing_ok=True)
-        raise RuntimeError(f"{address} could not be fetched ({error}); download it by hand to {path}") from error
-    except OSError as error:
-        raise RuntimeError(f"{address} could not be fetched ({error}); run the command again to continue, or "
+        raise RuntimeError(f"{address} could not be fetched ({error}); "
                            f"download it by hand to {path}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise RuntimeError(f"{address} could not be fetched ({error}); run the command again to "
+                           f"continue, or download it by hand to {path}") from error
     if sha256(part) != digest:
         part.unlink()
         raise RuntimeError(f"the download of {address} was damaged and has been removed; run the command again")

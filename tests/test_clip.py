@@ -1,0 +1,303 @@
+"""clip.py against independent implementations (golden/make_clip.py), and the loading of weights.
+
+Proofs: towers equal Hugging Face's and open_clip's to 1e-5, token ids equal to the last one; running the text
+tower only as far as the longest sentence changes nothing; a wrong or hostile file gives one sentence."""
+import hashlib
+import http.server
+import importlib.util
+import json
+import pathlib
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import clip
+
+GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "clip.json").read_text())
+spec = importlib.util.spec_from_file_location("make_clip", pathlib.Path(__file__).parent / "golden" / "make_clip.py")
+make_clip = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make_clip)
+
+
+def hugging_face_state() -> dict:
+    return make_clip.fill({key: torch.empty(shape) for key, shape in GOLDEN["hugging_face"]["shapes"].items()})
+
+
+@pytest.fixture(scope="module")
+def state():
+    return clip.from_hugging_face(hugging_face_state())
+
+
+@pytest.fixture(scope="module")
+def model(state):
+    return clip.build(state)
+
+
+def close(actual, expected):
+    expected = torch.tensor(expected)
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1)
+
+
+# ------------------------------------------------------------------------------------------ tokenizer
+
+@pytest.mark.parametrize("text, ids", GOLDEN["tokens"], ids=lambda value: repr(value)[:20])
+def test_tokens_are_those_of_the_published_tokenizer(text, ids):
+    assert clip.encode(text) == ids
+
+
+def test_tokenize_pads_with_zeros_between_start_and_end():
+    """[start] a person [end] 0 ...; ids 320 and 2533 are the published ones."""
+    rows = clip.tokenize(["a person", ""])
+    assert rows.shape == (2, 77) and rows.dtype == torch.long
+    assert rows[0, :5].tolist() == [49406, 320, 2533, 49407, 0] and rows[1, :3].tolist() == [49406, 49407, 0]
+    assert torch.equal(clip.tokenize("a person"), rows[:1])
+
+
+def test_tokenize_refuses_long_sentences_unless_told_to_cut():
+    with pytest.raises(ValueError, match="78 tokens .* truncate=True"):
+        clip.tokenize("a " * 76)
+    assert clip.tokenize("a " * 75)[0, -1] == 49407                                  # exactly 77
+    cut = clip.tokenize("a " * 500, truncate=True)[0]
+    assert cut[-1] == 49407 and (cut[1:-1] == 320).all()
+
+
+def test_decode_inverts_encode():
+    text = "a person's café 😀 opens the door ."
+    assert clip.decode(clip.encode(text)).split() == "a person 's café 😀 opens the door .".split()
+
+
+# --------------------------------------------------------------------------------------------- towers
+
+@torch.no_grad()
+def test_vision_transformer_equals_hugging_face(model):
+    x, patches = model.encode_image(make_clip.images(3, 32))
+    close(x, GOLDEN["hugging_face"]["image"])
+    close(patches.flatten(2).transpose(1, 2), GOLDEN["hugging_face"]["patches"])
+    assert patches.shape == (3, 64, 4, 4)
+
+
+@torch.no_grad()
+def test_text_tower_equals_hugging_face(model):
+    close(model.encode_text(make_clip.tokens(400)), GOLDEN["hugging_face"]["text"])
+
+
+@torch.no_grad()
+def test_resnet_tower_equals_open_clip():
+    golden = GOLDEN["open_clip_resnet"]
+    weights = make_clip.fill({key: torch.empty(shape, dtype=torch.long if key.endswith("tracked") else torch.float32)
+                              for key, shape in golden["shapes"].items()})
+    tower = clip.ModifiedResNet(64, (1, 2, 1, 1), 16, 8, 32).eval()
+    tower.load_state_dict(weights)
+    x, patches = tower(make_clip.images(2, 64))
+    close(x, golden["image"])
+    close(patches, golden["patches"])
+
+
+@torch.no_grad()
+def test_positions_after_the_longest_sentence_do_not_matter(model):
+    tokens = make_clip.tokens(400)
+    together = model.encode_text(tokens)
+    for i in range(len(tokens)):
+        close(model.encode_text(tokens[i:i + 1]), together[i:i + 1].tolist())
+    assert model.encode_text(tokens[:0]).shape == (0, 64)
+
+
+def test_quick_gelu_is_not_gelu(model):
+    """x sigmoid(1.702 x) at 1: 1 / (1 + e^-1.702) = 0.845796; GELU would give 0.841345."""
+    assert clip.QuickGELU()(torch.tensor(1.0)).item() == pytest.approx(0.845796, abs=1e-6)
+    gelu = clip.build(clip.from_hugging_face(hugging_face_state()), torch.nn.GELU)
+    with torch.no_grad():
+        difference = gelu.encode_text(make_clip.tokens(400)) - model.encode_text(make_clip.tokens(400))
+    assert difference.abs().max() > 1e-3
+
+
+def test_image_of_the_wrong_size_is_one_sentence(model):
+    with pytest.raises(ValueError, match=r"reads images \[B, 3, 32, 32\]"):
+        model.encode_image(torch.zeros(1, 3, 64, 64))
+
+
+# --------------------------------------------------------------------------------------- preprocessing
+
+def test_preprocess_crops_the_centre_and_normalises():
+    """A frame already 4 high: only the middle 4 of 8 columns stay. Mean and standard deviation are CLIP's."""
+    frames = torch.zeros(1, 3, 4, 8, dtype=torch.uint8)
+    frames[..., 2:6] = 255
+    x = clip.preprocess(frames, 4)
+    assert x.shape == (1, 3, 4, 4)
+    expected = [(1 - m) / s for m, s in zip(clip.PIXEL_MEAN, clip.PIXEL_STD)]
+    assert torch.allclose(x, torch.tensor(expected).view(1, 3, 1, 1).expand_as(x))
+
+
+def test_preprocess_agrees_with_pillow():
+    """Bicubic resize of a real-sized noisy frame and centre crop: at most 2/255 apart anywhere, 0.3/255 on average."""
+    from PIL import Image
+    for h, w in ((270, 480), (480, 270), (100, 90), (224, 224), (333, 1000)):
+        base = np.random.RandomState(h).randint(0, 256, (h // 8 + 1, w // 8 + 1, 3), dtype=np.uint8)
+        frame = np.asarray(Image.fromarray(base).resize((w, h), Image.BICUBIC))
+        scale = 224 / min(h, w)
+        image = Image.fromarray(frame).resize((max(224, int(w * scale)), max(224, int(h * scale))), Image.BICUBIC)
+        left, top = round((image.width - 224) / 2), round((image.height - 224) / 2)
+        expected = np.asarray(image.crop((left, top, left + 224, top + 224)), dtype=np.float32)
+        x = clip.preprocess(torch.from_numpy(frame.copy()).permute(2, 0, 1)[None], 224)[0]
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (clip.PIXEL_MEAN, clip.PIXEL_STD))
+        actual = ((x * std + mean) * 255).permute(1, 2, 0).numpy()
+        assert abs(actual - expected).max() <= 2 and abs(actual - expected).mean() <= 0.3, (h, w)
+
+
+def test_preprocess_refuses_what_is_no_frame():
+    with pytest.raises(ValueError, match="uint8"):
+        clip.preprocess(torch.zeros(1, 3, 4, 4), 4)
+
+
+# --------------------------------------------------------------------------------------------- weights
+
+def test_build_names_the_missing_key(state):
+    for key in ("token_embedding.weight", "visual.proj", "visual.transformer.resblocks.1.mlp.c_fc.bias"):
+        with pytest.raises(ValueError, match=f"the key '{key}' is missing"):
+            clip.build({k: v for k, v in state.items() if k != key})
+    with pytest.raises(ValueError, match="'extra' is unknown"):
+        clip.build({**state, "extra": torch.zeros(1)})
+    with pytest.raises(ValueError, match="has shape"):
+        clip.build({**state, "ln_final.weight": torch.zeros(3)})
+
+
+def test_sizes_of_the_published_models_are_read_off():
+    """The shapes of ViT-B/32 and RN50 state dicts, without their weights."""
+    with torch.device("meta"):
+        vit = clip.CLIP(clip.VisionTransformer(224, 32, 768, 12, 12, 512, clip.QuickGELU),
+                        49408, 77, 512, 12, 8, 512, clip.QuickGELU)
+        rn50 = clip.CLIP(clip.ModifiedResNet(224, (3, 4, 6, 3), 64, 32, 1024),
+                         49408, 77, 512, 12, 8, 1024, clip.QuickGELU)
+    assert sum(p.numel() for p in vit.parameters()) == 151_277_313          # as published
+    assert sum(p.numel() for p in rn50.parameters()) == 102_007_137
+    for original in (vit, rn50):
+        built = clip.build({k: torch.zeros(v.shape) for k, v in original.state_dict().items()})
+        assert built.visual.resolution == 224 and built.visual.grid == 7
+        assert {k: v.shape for k, v in built.state_dict().items()} == \
+            {k: v.shape for k, v in original.state_dict().items()}
+
+
+def test_text_tower_alone_is_the_same(model, state):
+    text = clip.build_text({k: v for k, v in state.items() if not k.startswith("visual.")})
+    with torch.no_grad():
+        assert torch.equal(text.encode_text(make_clip.tokens(400)), model.encode_text(make_clip.tokens(400)))
+
+
+def test_file_forms(tmp_path, state, model):
+    """A plain state dict, open_clip's wrapping, half precision, and Hugging Face's names give the same model."""
+    forms = {"plain": state, "open_clip": {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}},
+             "hugging_face": hugging_face_state(),
+             "openai": {**state, "input_resolution": torch.tensor(32), "context_length": torch.tensor(77),
+                        "vocab_size": torch.tensor(400)}}
+    for name, content in forms.items():
+        torch.save(content, tmp_path / name)
+        loaded = clip.load(tmp_path / name)
+        for key, value in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], value), (name, key)
+    torch.save({k: v.half() for k, v in state.items()}, tmp_path / "half")
+    assert clip.load(tmp_path / "half").ln_final.weight.dtype == torch.float32
+
+
+def test_torchscript_only_after_its_sum_matched(tmp_path, model, monkeypatch):
+    """An archive with code in it is opened only if its SHA-256 is a published one."""
+    path = tmp_path / "ViT-B-32.pt"
+    images = make_clip.images(1, 32)
+
+    class Image(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, child in model.named_children():
+                self.add_module(name, child)
+            for name, parameter in model.named_parameters(recurse=False):
+                self.register_parameter(name, parameter)
+
+        def forward(self, x):
+            return self.visual(x)
+
+    torch.jit.trace(Image(), images, check_trace=False).save(str(path))
+    with pytest.raises(ValueError, match="holds code"):
+        clip.load(path)
+    monkeypatch.setitem(clip.PUBLISHED, "tiny", (clip.sha256(path), path.name))
+    with torch.no_grad():
+        assert torch.equal(clip.load(path).encode_image(images)[0], model.encode_image(images)[0])
+
+
+class Bomb:
+    def __reduce__(self):
+        return pathlib.Path.touch, (pathlib.Path("exploded"),)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"token_embedding.weight": Bomb()}, "bomb.pt")
+    pathlib.Path("plain.pt").write_bytes(pickle.dumps(Bomb()))
+    for name in ("bomb.pt", "plain.pt"):
+        with pytest.raises(ValueError, match="not a file of weights"):
+            clip.load(name)
+    assert not pathlib.Path("exploded").exists()
+    pathlib.Path("text.pt").write_text("not weights")
+    with pytest.raises(ValueError, match="not a file of weights"):
+        clip.load("text.pt")
+    torch.save([1, 2], "list.pt")
+    with pytest.raises(ValueError, match="no state dict"):
+        clip.load("list.pt")
+    with pytest.raises(FileNotFoundError, match="ViT-B/32"):
+        clip.load("ViT-B-33")
+
+
+# ----------------------------------------------------------------------------------------- downloading
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server on this machine that sends `content`, understands ranges, and breaks off after `limit` bytes."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        content, limit, requests = bytes(range(256)) * 9000, None, []
+
+        def do_GET(self):
+            self.requests.append(self.headers.get("Range"))
+            start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+            body = self.content[start:]
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[:self.limit])
+
+        def log_message(self, *args):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    monkeypatch.setattr(clip, "ADDRESS", f"http://127.0.0.1:{httpd.server_port}")
+    digest = hashlib.sha256(Handler.content).hexdigest()
+    monkeypatch.setitem(clip.PUBLISHED, "tiny", (digest, "tiny.pt"))
+    yield Handler
+    httpd.shutdown()
+
+
+def test_download_is_continued_verified_and_named_only_then(server, tmp_path):
+    server.limit = 1_500_000
+    with pytest.raises(RuntimeError, match="run the command again"):
+        clip.download("tiny", tmp_path)
+    assert not (tmp_path / "tiny.pt").exists() and (tmp_path / "tiny.pt.part").stat().st_size == 1_500_000
+    server.limit = None
+    path = clip.download("tiny", tmp_path)
+    assert path.read_bytes() == server.content and server.requests == [None, "bytes=1500000-"]
+    clip.download("tiny", tmp_path)
+    assert len(server.requests) == 2                                                 # it is there: not asked again
+
+
+def test_a_damaged_download_is_removed(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "content", b"something else")
+    with pytest.raises(RuntimeError, match="damaged"):
+        clip.download("tiny", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_offline_the_manual_way_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(clip, "ADDRESS", "http://127.0.0.1:9")
+    with pytest.raises(RuntimeError, match="download it by hand to .*ViT-B-32.pt"):
+        clip.download("ViT-B/32", tmp_path)
