@@ -12,8 +12,8 @@ Shapes: B videos, S sentences in the batch, T frames, N clips, D width of CLIP's
 """
 import argparse
 import csv
-import dataclasses
 import json
+import math
 import os
 import pathlib
 import random
@@ -298,13 +298,14 @@ def find_videos(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
 
 def extract(samples: dict[str, list[Sample]], videos: dict[str, pathlib.Path], store: video.FeatureStore,
             model: clip.CLIP) -> dict[str, str]:
-    """Makes the features of all annotated videos that have none yet. Returns video -> reason for those that failed."""
-    failed = {}
+    """Makes the features of all annotated videos that have none yet; patches of training videos only.
+
+    Returns video -> reason for those that failed; the list is kept in failed.txt."""
+    failed, T = {}, store.manifest["frames"]
     train = {sample.video for sample in samples.get("train", [])}
-    T = store.manifest["frames"]
     kept = video.patch_frames(T, store.manifest["patch_frames"])
     todo = sorted({sample.video for split in samples.values() for sample in split})
-    for name in (bar := tqdm(todo, desc="features", unit="video", disable=None)):
+    for i, name in enumerate(bar := tqdm(todo, desc="features", unit="video", disable=None)):
         if name in store:
             continue
         try:
@@ -312,11 +313,82 @@ def extract(samples: dict[str, list[Sample]], videos: dict[str, pathlib.Path], s
                 raise video.VideoError(f"there is no video file named {name}")
             frames, patches, duration_sec = video.encode_video(model, videos[name], T)
             store.write(name, frames, patches[kept] if name in train else None, duration_sec)
-            store.save_manifest()
         except video.VideoError as error:
             failed[name] = str(error)
-            bar.write(f"failed: {name}: {error}")
+            bar.write(f"failed: {name}: {error}", file=sys.stderr)
+        if i % 100 == 99:
+            store.save_manifest()
     store.save_manifest()
     text = "".join(f"{name}\t{reason}\n" for name, reason in failed.items())
     video.save_atomically(store.folder / "failed.txt", lambda file: file.write(text.encode()))
     return failed
+
+
+def adopt(dataset: str, split: str, path: str, videos: dict[str, pathlib.Path], root: str) -> None:
+    """One's own annotation file becomes <root>/<dataset>/<split>.jsonl: durations probed where it does not tell
+    them, cleaned, and what was clamped or dropped is printed. A video that cannot be read keeps the last end it has."""
+    rows, durations = read_file(path), {}
+    for name in {row.video for row in rows if math.isnan(row.duration_sec)}:
+        try:
+            durations[name] = video.probe_duration(videos[name])
+        except (KeyError, video.VideoError):            # `extract` will report it
+            durations[name] = max(row.end_sec for row in rows if row.video == name)
+    rows = [row._replace(duration_sec=durations.get(row.video, row.duration_sec)) for row in rows]
+    kept, counts = clean(rows)
+    if not kept:
+        raise ValueError(f"{path} holds no moment")
+    write_jsonl(annotation_file(dataset, split, root), kept)
+    print(f"{split}: {len(kept)} sentences of {len({row.video for row in kept})} videos; {counts.clamped} moments "
+          f"clamped to their video, {counts.dropped} empty ones dropped")
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description="make the features of a dataset, or a dataset of one's own videos",
+                                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    arguments.add_argument("dataset", help="charades, activitynet (annotations below the root), or a new name")
+    arguments.add_argument("--annotations", help="one's own: json or jsonl file, see README")
+    arguments.add_argument("--split", default="train", choices=OWN_SPLITS, help="what --annotations is")
+    arguments.add_argument("--videos", required=True, help="folder of video files, named as in the annotations")
+    arguments.add_argument("--clip", default="ViT-B/32", help="published name, weight file, or 'shapes'")
+    arguments.add_argument("--frames", type=int, help="features a video (default 32; activitynet 256)")
+    arguments.add_argument("--root", default="data", help="folder of datasets")
+    arguments.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or mps")
+    options = arguments.parse_args()
+    try:
+        run(options)
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run(options: argparse.Namespace) -> None:
+    dataset, root = options.dataset, options.root
+    if not pathlib.Path(options.videos).is_dir():
+        raise FileNotFoundError(f"there is no folder {options.videos}")
+    if dataset.startswith("shapes") or not all(c.isalnum() or c in "-_." for c in dataset) or dataset[0] == ".":
+        raise ValueError(f"{dataset!r} cannot be the name of a dataset of one's own")
+    videos = find_videos(options.videos)
+    if dataset not in FILES and options.annotations:
+        adopt(dataset, options.split, options.annotations, videos, root)
+    samples = {split: read_annotations(dataset, split, root) for split in splits(dataset, root)}
+    if not samples:
+        raise FileNotFoundError(f"{dataset} has no annotations yet; name them with --annotations FILE")
+    path = clip_file(options.clip, root)
+    if options.clip.startswith("shapes") and path == options.clip:
+        raise FileNotFoundError(f"the small CLIP of {options.clip} has not been made; make it with: python shapes.py")
+    model = clip.load(path, options.device)
+    T = options.frames or (256 if dataset == "activitynet" else 32)
+    visual = model.visual
+    width = model.text_projection.shape[1]
+    patch_width = visual.layer4[-1].conv3.out_channels if isinstance(visual, clip.ModifiedResNet) else width
+    digest = clip.sha256(clip.download(path) if path in clip.PUBLISHED else path)
+    store = video.FeatureStore(store_folder(dataset, options.clip, root), {
+        "clip": options.clip, "sha256": digest, "resolution": visual.resolution, "frames": T,
+        "patch_frames": min(T, 32), "width": width, "patch_width": patch_width, "grid": visual.grid})
+    failed = extract(samples, videos, store, model)
+    print(f"{len(store.manifest['videos'])} videos have features in {store.folder}")
+    for name, reason in failed.items():
+        print(f"failed: {name}: {reason}")
+
+
+if __name__ == "__main__":
+    main()

@@ -24,6 +24,7 @@ import os
 import pathlib
 import shutil
 import sys
+import textwrap
 
 import numpy as np
 import torch
@@ -93,7 +94,7 @@ def still(rng: np.random.Generator, objects: int | None = None) -> tuple[np.ndar
     As on the web a caption tells only some of what there is, and its verb, if any, is anyone's guess."""
     scene = rng.choice(list(SCENES))
     image, phrases, things = ground(scene, 1, rng), [], []
-    for _ in range(objects or (1 if rng.random() < 0.6 else 2)):
+    for _ in range(objects or rng.choice((1, 2, 3), p=(0.4, 0.3, 0.3))):
         for _ in range(20):                             # objects keep apart if they can
             x, y = rng.uniform(5, SIZE - 5, 2)
             if all(math.hypot(x - t["x"], y - t["y"]) > 10 for t in things):
@@ -143,8 +144,8 @@ def image_text_loss(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def pretrain(seed: int, steps: int = 1800, count: int = 24_000, batch: int = 128, rounds: int = 3) -> clip.CLIP:
-    """Trains the small CLIP on `count` stills; about 70 s on two cores. AdamW 2e-3, warm-up 50 steps, cosine.
+def pretrain(seed: int, steps: int = 3000, count: int = 24_000, batch: int = 128, rounds: int = 3) -> clip.CLIP:
+    """Trains the small CLIP on `count` stills; about two minutes on two cores. AdamW 2e-3, warm-up 50 steps, cosine.
 
     Where the result misses its gates (rare), pre-training is not done and another round follows."""
     rng = np.random.default_rng([seed, 0])
@@ -299,49 +300,59 @@ def render(plan: dict, times: np.ndarray) -> np.ndarray:
 
 def samples_of(name: str, split: str, plan: dict) -> list[data.Sample]:
     """The annotated sentences of a video: its four events; of a novel-composition video those that are novel."""
-    asked = [e for e in plan["events"] if split != "novel-composition" or held_out(e["verb"], e["shape"])]
-    return [data.Sample(name, f"the {e['colour']} {e['shape']} {e['word']}", round(e["start"] * plan["frame_sec"], 3),
-                        round(e["end"] * plan["frame_sec"], 3), round(FRAMES * plan["frame_sec"], 3)) for e in asked]
+    duration_sec = round(FRAMES * plan["frame_sec"], 3)
+    return [data.Sample(name, f"the {e['colour']} {e['shape']} {e['word']}", *seconds(e, plan), duration_sec)
+            for e in plan["events"]
+            if split != "novel-composition" or held_out(e["verb"], e["shape"])]
+
+
+def seconds(event: dict, plan: dict) -> tuple[float, float]:
+    return round(event["start"] * plan["frame_sec"], 3), round(event["end"] * plan["frame_sec"], 3)
 
 
 # ------------------------------------------------------------------------------------- the dataset
 
 def build(dataset: str = "shapes", root: str | os.PathLike = "data") -> None:
-    """Writes <root>/<dataset>: clip.pt, annotations, events.json, features. About two minutes on two cores.
+    """Writes <root>/<dataset> unless it is there; about two minutes on two cores. RuntimeError for a missed gate.
 
     The number at the end of the name is the seed: "shapes" is seed 0, "shapes-1" seed 1. The folder takes its
-    name when all of it is there, so a broken build is simply made anew; one that is there is left alone."""
-    target = pathlib.Path(root) / dataset
+    name when all of it is there, so a broken build is simply made anew."""
+    target, seed = pathlib.Path(root) / dataset, seed_of(dataset)
     if (target / "clip.pt").exists():
         return
-    seed = seed_of(dataset)
-    folder = target.with_name(f".{dataset}.{os.getpid()}.tmp")
+    print(f"building {target}: pre-training a small CLIP on stills, then drawing and encoding videos")
+    model = pretrain(seed)
+    knows = zero_shot(model, seed)
+    print("small CLIP, zero-shot: " + ", ".join(f"{name} {value:.3f}" for name, value in knows.items()))
+    if missed := missed_gates(knows):
+        raise RuntimeError(f"the small CLIP of seed {seed} missed its gates ({', '.join(missed)}); "
+                           f"use another seed, for instance --dataset shapes-{seed + 1}")
+    write(target, model, seed, SPLITS)
+
+
+def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, int]) -> None:
+    """The dataset of a small CLIP: clip.pt, <split>.jsonl, events.json, features; `counts` videos a split."""
+    folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     folder.mkdir(parents=True)
     try:
-        model = pretrain(seed)
-        knows = zero_shot(model, seed)
-        print("small CLIP, zero-shot: " + ", ".join(f"{name} {value:.3f}" for name, value in knows.items()))
-        if missed := missed_gates(knows):
-            raise RuntimeError(f"the small CLIP of seed {seed} missed its gates ({', '.join(missed)}); "
-                               f"use another seed, for instance --dataset shapes-{seed + 1}")
         torch.save(model.state_dict(), folder / "clip.pt")
-        kept = video.patch_frames(FRAMES, FRAMES)
-        store = video.FeatureStore(folder / "features" / dataset, {
-            "clip": dataset, "sha256": clip.sha256(folder / "clip.pt"), "resolution": SIZE, "frames": FRAMES,
-            "patch_frames": len(kept), "width": 64, "patch_width": 64, "grid": model.visual.grid})
+        store = video.FeatureStore(folder / "features" / target.name, {
+            "clip": target.name, "sha256": clip.sha256(folder / "clip.pt"), "resolution": SIZE,
+            "frames": FRAMES, "patch_frames": FRAMES, "width": 64, "patch_width": 64,
+            "grid": model.visual.grid})
         events = {}
-        for part, (split, count) in enumerate(SPLITS.items()):
+        for part, (split, count) in enumerate(counts.items()):
             samples = []
             for i in trange(count, desc=f"videos: {split}", disable=None):
-                name = f"{split}-{i:04d}"
-                plan = script(split, np.random.default_rng([seed, part + 1, i]))
+                name, plan = f"{split}-{i:04d}", script(split, np.random.default_rng([seed, part + 1, i]))
                 pixels = torch.from_numpy(render(plan, np.arange(FRAMES) + 0.5)).permute(0, 3, 1, 2)
                 frames, patches = video.encode_pixels(model, clip.preprocess(pixels, SIZE))
                 sentences = samples_of(name, split, plan)
-                store.write(name, frames, patches if split == "train" else None, sentences[0].duration_sec)
+                store.write(name, frames, patches if split == "train" else None,
+                            sentences[0].duration_sec)
                 samples += sentences
-                events[name] = [[round(e["start"] * plan["frame_sec"], 3), round(e["end"] * plan["frame_sec"], 3),
-                                 f"{e['colour']} {e['shape']}", VERBS[e["verb"]][0]] for e in plan["events"]]
+                events[name] = [(*seconds(e, plan), f"{e['colour']} {e['shape']}", VERBS[e["verb"]][0])
+                                for e in plan["events"]]
             data.write_jsonl(folder / f"{split}.jsonl", samples)
         (folder / "events.json").write_text(json.dumps(events))
         store.save_manifest()
@@ -351,5 +362,61 @@ def build(dataset: str = "shapes", root: str | os.PathLike = "data") -> None:
 
 
 def seed_of(dataset: str) -> int:
-    """ "shapes" -> 0, "shapes-3" -> 3."""
-    return int(dataset.removeprefix("shapes").removeprefix("-") or 0)
+    """The seed in a name: "shapes" -> 0, "shapes-3" -> 3."""
+    number = dataset.removeprefix("shapes").removeprefix("-") or "0"
+    if not dataset.startswith("shapes") or not number.isdigit():
+        raise ValueError(f"{dataset!r} names no shapes world; use shapes, shapes-1, shapes-2, ...")
+    return int(number)
+
+
+def show(path: str, seed: int) -> None:
+    """A contact sheet: a video of three splits, every second frame, and eight stills with their captions."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("drawing needs matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure = plt.figure(figsize=(16, 8.4))
+    splits = ("train", "novel-word", "novel-composition")
+    for row, split in enumerate(splits):
+        plan = script(split, np.random.default_rng([seed, list(SPLITS).index(split) + 1, 0]))
+        axes = figure.add_axes((0.01, 0.75 - 0.215 * row, 0.98, 0.16))
+        frames = render(plan, np.arange(0, FRAMES, 2) + 0.5)
+        frames = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+        axes.imshow(np.concatenate(frames, 1), extent=(0, FRAMES, 0, 2), interpolation="nearest")
+        axes.set_title(f"{split}, every second of {FRAMES} frames", fontsize=11, loc="left", pad=14)
+        axes.axis("off")
+        for k, e in enumerate(sorted(plan["events"], key=lambda e: e["start"])):
+            axes.plot([e["start"], e["end"]], [2.08, 2.08], linewidth=4, color=f"C{k}",
+                      solid_capstyle="butt", clip_on=False)
+            axes.text(e["start"], 2.2, f"the {e['colour']} {e['shape']} {e['word']}", fontsize=9,
+                      color=f"C{k}")
+    rng = np.random.default_rng([seed, 0])
+    for i in range(8):
+        image, caption, _ = still(rng)
+        axes = figure.add_axes((0.01 + 0.1235 * i, 0.06, 0.11, 0.18))
+        axes.imshow(image, interpolation="nearest")
+        axes.axis("off")
+        axes.set_title(textwrap.fill(caption, 24), fontsize=8, y=-0.02, va="top")
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description="build a shapes world, or show one")
+    arguments.add_argument("--seed", type=int, default=0, help="seed of the world (default 0)")
+    arguments.add_argument("--root", default="data", help="folder of datasets (default data)")
+    arguments.add_argument("--show", metavar="PNG", help="draw a contact sheet instead of building")
+    options = arguments.parse_args()
+    try:
+        if options.show:
+            show(options.show, options.seed)
+        else:
+            build("shapes" + (f"-{options.seed}" if options.seed else ""), options.root)
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

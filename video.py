@@ -54,46 +54,56 @@ def open_video(path: str | os.PathLike):
 
 
 def decoded(container) -> Iterator[tuple[float, object]]:
-    """(seconds since the first frame, frame) of all frames that can be decoded; ends where the file is damaged."""
-    import av
+    """(seconds since the first frame, frame) of all frames, in order. av.FFmpegError where the file is damaged."""
     stream = container.streams.video[0]
     rate = float(stream.average_rate or stream.guessed_rate or 25)
     first, count = None, 0
-    with contextlib.suppress(av.FFmpegError):
-        for frame in container.decode(stream):
-            time_sec = frame.time if frame.time is not None else count / rate
-            first = time_sec if first is None else first
-            count += 1
-            yield time_sec - first, frame
+    for frame in container.decode(stream):
+        time_sec = frame.time if frame.time is not None else count / rate
+        first = time_sec if first is None else first
+        count += 1
+        yield time_sec - first, frame
 
 
 def probe_duration(path: str | os.PathLike) -> float:
     """Duration in seconds: the video stream's, else the container's, else by decoding the whole file."""
+    import av
     with open_video(path) as container:
         stream = container.streams.video[0]
         if stream.duration and stream.time_base:
             return float(stream.duration * stream.time_base)
         if container.duration:
             return container.duration / 1e6                 # the container counts microseconds
-        times = [time_sec for time_sec, _ in decoded(container)]
+        times = []
+        with contextlib.suppress(av.FFmpegError):           # the reading of the frames will tell
+            times = [time_sec for time_sec, _ in decoded(container)]
         if not times:
             raise VideoError(f"{path} does not decode: not one frame could be read")
         return times[-1] + (times[-1] / (len(times) - 1) if len(times) > 1 else 0.04)
 
 
+TOLERATED = 0.9     # share of a video that has to decode; the last readable frame stands for a damaged end
+
+
 def frames_at(path: str | os.PathLike, times_sec: np.ndarray) -> Iterator[Tensor]:
     """For each instant (ascending) the frame on show: the last one that begins no later. uint8 [3, h, w], RGB.
 
-    Decodes in one pass. Where decoding stops early, the last readable frame stands for the rest."""
-    wanted, last = 0, None
+    Decodes in one pass. VideoError where the file is damaged before `TOLERATED` of the last instant."""
+    import av
+    wanted, last, time_sec = 0, None, 0.0
     with open_video(path) as container:
-        for time_sec, frame in decoded(container):
-            while last is not None and wanted < len(times_sec) and times_sec[wanted] < time_sec:
-                yield to_rgb(last)
-                wanted += 1
-            last = frame
-            if wanted == len(times_sec):
-                return
+        try:
+            for time_sec, frame in decoded(container):
+                while last is not None and wanted < len(times_sec) and times_sec[wanted] < time_sec:
+                    yield to_rgb(last)
+                    wanted += 1
+                last = frame
+                if wanted == len(times_sec):
+                    return
+        except av.FFmpegError as error:
+            if time_sec < TOLERATED * times_sec[-1]:
+                raise VideoError(f"{path} is damaged: decoding stops at {time_sec:.1f} s, before "
+                                 f"{times_sec[-1]:.1f} s ({error.strerror})") from error
         if last is None:
             raise VideoError(f"{path} does not decode: not one frame could be read")
         for _ in range(wanted, len(times_sec)):
@@ -104,12 +114,6 @@ def to_rgb(frame) -> Tensor:
     """A decoded frame, any pixel format, turned upright: uint8 [3, h, w]."""
     image = np.rot90(frame.to_ndarray(format="rgb24"), round(getattr(frame, "rotation", 0) / 90))
     return torch.from_numpy(image.copy()).permute(2, 0, 1)
-
-
-def readable_until(path: str | os.PathLike) -> float:
-    """Seconds at which the last frame that can be decoded begins."""
-    with open_video(path) as container:
-        return max((time_sec for time_sec, _ in decoded(container)), default=0.0)
 
 
 # ------------------------------------------------------------------------------------ frames -> features
