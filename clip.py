@@ -1,15 +1,15 @@
 """CLIP: the image-text model that everything here starts from (paper: f^v and f^q, Sec. 3).
 
-Contents, in the order in which data meets them: text -> tokens (BPE), frames -> pixels, the two image
-towers (ViT, ModifiedResNet), the causal text tower, and the loading of weights. The module tree carries
-OpenAI's own parameter names, so a published state dict loads without renaming.
+Contents, in the order in which data meets them: text -> tokens (BPE), frames -> pixels, the two
+image towers (ViT, ModifiedResNet), the causal text tower, and the loading of weights. The module
+tree carries OpenAI's own parameter names, so a published state dict loads without renaming.
 
 Left out: training of the large models, half precision (everything here is float32; callers may use
 autocast), and any activation read from a file name.
 
     import clip
-    model = clip.load("ViT-B/32")                                    # downloads 338 MB once
-    x, patches = model.encode_image(clip.preprocess(frames, 224))    # frames: uint8 [T, 3, h, w]
+    model = clip.load("ViT-B/32")                                       # downloads 338 MB once
+    x, patches = model.encode_image(clip.preprocess(frames, 224))       # frames: uint8 [T, 3, h, w]
     q = model.encode_text(clip.tokenize("a person opens the door"))
 
 Shapes: B images or sentences, L words (77 at most), C width of a tower, D width of the joint space,
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------ text -> tokens
+# ----------------------------------------------------------------------------------- text -> tokens
 
 MERGES = pathlib.Path(__file__).parent / "assets" / "bpe_simple_vocab_16e6.txt.gz"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -46,24 +46,30 @@ def byte_alphabet() -> dict[int, str]:
     """Each of the 256 bytes as one printable character, in the order of CLIP's vocabulary.
 
     Printable Latin-1 bytes stand for themselves; the other 68 get the characters from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+                 *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i,
+                                                      byte in enumerate(others)}
 
 
 @functools.cache
 def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
-    """(token -> id, pair -> rank): 256 bytes, the same at a word's end, 48,894 merges, 2 special tokens."""
+    """(token -> id, pair -> rank): 256 bytes, the same at a word's end, 48,894 merges, 2 special
+    tokens."""
     lines = gzip.decompress(MERGES.read_bytes()).decode("utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines[1:49152 - 256 - 2 + 1]]
     letters = list(byte_alphabet().values())
-    tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges] + [START, END]
-    return {token: i for i, token in enumerate(tokens)}, {pair: rank for rank, pair in enumerate(merges)}
+    tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair)
+                                                                  for pair in merges] + [START, END]
+    return {token: i for i, token in enumerate(tokens)}, {pair: rank for rank,
+                                                          pair in enumerate(merges)}
 
 
 @functools.lru_cache(maxsize=2 ** 18)
 def word_ids(word: str) -> tuple[int, ...]:
-    """Byte-pair encoding of one word: while any two neighbours are a known pair, merge the best-ranked pair."""
+    """Byte-pair encoding of one word: while any two neighbours are a known pair, merge the
+    best-ranked pair."""
     ids, ranks = vocabulary()
     if word in (START, END):
         return (ids[word],)
@@ -96,15 +102,17 @@ def decode(ids) -> str:
     """Text of token ids, special tokens included: the inverse of `encode` up to spaces and case."""
     tokens = list(vocabulary()[0])
     byte_of = {letter: byte for byte, letter in byte_alphabet().items()}
-    words = "".join(tokens[i] for i in ids).replace(START, " ").replace(END, " ").replace("</w>", " ")
-    return b"".join(bytes([byte_of[c]]) if c in byte_of else c.encode() for c in words).decode("utf-8", "replace")
+    words = "".join(tokens[i] for i in ids).replace(START,
+                                                    " ").replace(END, " ").replace("</w>", " ")
+    return b"".join(bytes([byte_of[c]]) if c in byte_of else c.encode()
+                    for c in words).decode("utf-8", "replace")
 
 
 def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = False) -> Tensor:
     """Sentences -> LongTensor [len(texts), context_length]: start token, words, end token, zeros.
 
-    A sentence of more than `context_length` tokens raises a ValueError; with truncate=True it is cut and its
-    last token is the end token."""
+    A sentence of more than `context_length` tokens raises a ValueError; with truncate=True it is
+    cut and its last token is the end token."""
     texts = [texts] if isinstance(texts, str) else texts
     start, end = vocabulary()[0][START], vocabulary()[0][END]
     result = torch.zeros(len(texts), context_length, dtype=torch.long)
@@ -112,31 +120,34 @@ def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = 
         ids = [start, *encode(text), end]
         if len(ids) > context_length:
             if not truncate:
-                raise ValueError(f"this sentence has {len(ids)} tokens and CLIP reads {context_length}; shorten it "
+                raise ValueError(f"this sentence has {len(ids)} tokens and CLIP reads "
+                                 f"{context_length}; shorten it "
                                  f"or pass truncate=True: {text[:60]!r}")
             ids = ids[:context_length - 1] + [end]
         result[row, :len(ids)] = torch.tensor(ids)
     return result
 
 
-# ----------------------------------------------------------------------------------- frames -> pixels
+# --------------------------------------------------------------------------------- frames -> pixels
 
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)       # of CLIP's training images, RGB in [0, 1]
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)        # of CLIP's training images, RGB in [0, 1]
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def preprocess(frames: Tensor, resolution: int) -> Tensor:
-    """uint8 [T, 3, h, w] RGB -> float [T, 3, R, R]: short side to R (bicubic, antialiased), centre crop, normalise."""
+    """uint8 [T, 3, h, w] RGB -> float [T, 3, R, R]: short side to R (bicubic, antialiased), centre
+    crop, normalise."""
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
-        raise ValueError(f"frames must be uint8 [T, 3, h, w], not {frames.dtype} {list(frames.shape)}")
+        raise ValueError(f"frames must be uint8 [T, 3, h, w], not {frames.dtype} "
+                         f"{list(frames.shape)}")
     h, w = frames.shape[2:]
     size = [max(resolution, int(resolution * side / min(h, w))) for side in (h, w)]
-    x = frames.float()                                                               # [T, 3, h, w]
+    x = frames.float()                                                  # [T, 3, h, w]
     if size != [h, w]:
         x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False)
-        x = x.round().clamp(0, 255)            # as an 8-bit image library stores it
+        x = x.round().clamp(0, 255)                     # as an 8-bit image library stores it
     top, left = (round((side - resolution) / 2) for side in size)
-    x = x[:, :, top:top + resolution, left:left + resolution] / 255                 # [T, 3, R, R]
+    x = x[:, :, top:top + resolution, left:left + resolution] / 255     # [T, 3, R, R]
     mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
     return (x - mean) / std
 
@@ -144,7 +155,8 @@ def preprocess(frames: Tensor, resolution: int) -> Tensor:
 # ------------------------------------------------------------------------------------------- towers
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), which OpenAI's CLIP was trained with; plain GELU gives other features."""
+    """x * sigmoid(1.702 x), which OpenAI's CLIP was trained with; plain GELU gives other
+    features."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
@@ -155,8 +167,9 @@ class Attention(nn.MultiheadAttention):
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         B, L, C = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                    # [B, L, 3C]
-        q, k, v = qkv.view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)       # each [B, heads, L, C/heads]
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)       # [B, L, 3C]
+        q, k, v = qkv.view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1,
+                                                                4)  # each [B, heads, L, C/heads]
         x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.out_proj(x.transpose(1, 2).reshape(B, L, C))
 
@@ -180,7 +193,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. Heads are 64 wide in every published CLIP; another number is kept in the state dict."""
+    """A stack of blocks. Heads are 64 wide in every published CLIP; another number is kept in the
+    state dict."""
 
     def __init__(self, width: int, layers: int, heads: int, activation: type[nn.Module]):
         super().__init__()
@@ -195,15 +209,18 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT image tower. With `stem` (widths of stride-2 convolutions before the patch embedding) it is the
-    variant that the shapes world needs: at 32 x 32 pixels a plain patch embedding learns neither shape nor place."""
+    """ViT image tower. With `stem` (widths of stride-2 convolutions before the patch embedding) it
+    is the variant that the shapes world needs: at 32 x 32 pixels a plain patch embedding learns
+    neither shape nor place."""
 
-    def __init__(self, resolution: int, patch: int, width: int, layers: int, heads: int, output: int,
+    def __init__(self, resolution: int, patch: int, width: int, layers: int, heads: int,
+                 output: int,
                  activation: type[nn.Module], stem: tuple[int, ...] = ()):
         super().__init__()
         self.resolution = resolution
-        self.grid = resolution // 2 ** len(stem) // patch                            # H = W
-        self.stem = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip((3, *stem), stem))
+        self.grid = resolution // 2 ** len(stem) // patch               # H = W
+        self.stem = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a,
+                                  b in zip((3, *stem), stem))
         self.conv1 = nn.Conv2d(stem[-1] if stem else 3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(self.grid ** 2 + 1, width))
@@ -216,15 +233,16 @@ class VisionTransformer(nn.Module):
         """[B, 3, R, R] -> global feature [B, D] (class token), patch features [B, D, H, W]."""
         for convolution in self.stem:
             images = F.relu(convolution(images))
-        x = self.conv1(images).flatten(2).transpose(1, 2)                            # [B, HW, C]
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)            # [B, 1 + HW, C]
+        x = self.conv1(images).flatten(2).transpose(1, 2)               # [B, HW, C]
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)       # [B, 1 + HW, C]
         x = self.transformer(self.ln_pre(x + self.positional_embedding))
-        x = self.ln_post(x) @ self.proj                                              # [B, 1 + HW, D]
+        x = self.ln_post(x) @ self.proj                                 # [B, 1 + HW, D]
         return x[:, 0], x[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))
 
 
 class Bottleneck(nn.Module):
-    """ResNet block whose stride is an average pool before the last convolution and before the shortcut's."""
+    """ResNet block whose stride is an average pool before the last convolution and before the
+    shortcut's."""
 
     def __init__(self, channels: int, planes: int, stride: int):
         super().__init__()
@@ -237,7 +255,8 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(4 * planes)
         self.downsample = None
         if stride > 1 or channels != 4 * planes:
-            self.downsample = nn.Sequential(nn.Conv2d(channels, 4 * planes, 1, bias=False), nn.BatchNorm2d(4 * planes))
+            self.downsample = nn.Sequential(nn.Conv2d(channels, 4 * planes, 1, bias=False),
+                                            nn.BatchNorm2d(4 * planes))
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(F.avg_pool2d(x, self.stride))
@@ -260,18 +279,20 @@ class AttentionPool(nn.Module):
         self.c_proj = nn.Linear(width, output)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.flatten(2).transpose(1, 2)                                             # [B, HW, C]
-        x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding   # [B, 1 + HW, C]
-        q, k, v = (f(y).unflatten(2, (self.heads, -1)).transpose(1, 2)               # [B, heads, *, C/heads]
+        x = x.flatten(2).transpose(1, 2)                                # [B, HW, C]
+        x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding  # [B, 1 + HW, C]
+        q, k, v = (f(y).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, heads, *, C/heads]
                    for f, y in ((self.q_proj, x[:, :1]), (self.k_proj, x), (self.v_proj, x)))
-        x = F.scaled_dot_product_attention(q, k, v)                                  # [B, heads, 1, C/heads]
-        return self.c_proj(x.flatten(1))                                             # [B, D]
+        x = F.scaled_dot_product_attention(q, k, v)                     # [B, heads, 1, C/heads]
+        return self.c_proj(x.flatten(1))                                # [B, D]
 
 
 class ModifiedResNet(nn.Module):
-    """ResNet image tower: a stem of three convolutions, average pools instead of strides, attention pooling."""
+    """ResNet image tower: a stem of three convolutions, average pools instead of strides, attention
+    pooling."""
 
-    def __init__(self, resolution: int, layers: tuple[int, ...], width: int, heads: int, output: int):
+    def __init__(self, resolution: int, layers: tuple[int, ...], width: int, heads: int,
+                 output: int):
         super().__init__()
         self.resolution, self.grid = resolution, resolution // 32
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
@@ -290,7 +311,8 @@ class ModifiedResNet(nn.Module):
         self.attnpool = AttentionPool(self.grid, channels, heads, output)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 3, R, R] -> global feature [B, D] (attention pool), last feature map [B, D', H, W]."""
+        """[B, 3, R, R] -> global feature [B, D] (attention pool), last feature map [B, D', H,
+        W]."""
         x = F.relu(self.bn1(self.conv1(images)))
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
@@ -301,7 +323,8 @@ class ModifiedResNet(nn.Module):
 class TextTower(nn.Module):
     """f^q: tokens -> sentence feature, read at the end token of a causal transformer."""
 
-    def __init__(self, vocabulary_size: int, context_length: int, width: int, layers: int, heads: int, output: int,
+    def __init__(self, vocabulary_size: int, context_length: int, width: int, layers: int,
+                 heads: int, output: int,
                  activation: type[nn.Module]):
         super().__init__()
         self.token_embedding = nn.Embedding(vocabulary_size, width)
@@ -314,11 +337,11 @@ class TextTower(nn.Module):
         """Token ids [B, L <= 77] -> [B, D], not normalised. An empty batch gives [0, D]."""
         if not len(tokens):
             return self.text_projection.new_zeros(0, self.text_projection.shape[1])
-        end = tokens.argmax(1)                          # the end token has the largest id; the first one counts
-        L = int(end.max()) + 1                          # exact: nothing after the end token can be seen by it
-        x = self.token_embedding(tokens[:, :L]) + self.positional_embedding[:L]      # [B, L, C]
-        x = self.transformer(x, causal=True)[torch.arange(len(x), device=x.device), end]      # [B, C]
-        return self.ln_final(x) @ self.text_projection                               # [B, D]
+        end = tokens.argmax(1)  # the end token has the largest id; the first one counts
+        L = int(end.max()) + 1  # exact: nothing after the end token can be seen by it
+        x = self.token_embedding(tokens[:, :L]) + self.positional_embedding[:L]  # [B, L, C]
+        x = self.transformer(x, causal=True)[torch.arange(len(x), device=x.device), end]  # [B, C]
+        return self.ln_final(x) @ self.text_projection                  # [B, D]
 
 
 class CLIP(TextTower):
@@ -338,19 +361,22 @@ class CLIP(TextTower):
         return self.visual(images)
 
 
-# ------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------ weights
 
 def build_text(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> TextTower:
-    """The text tower alone, from a state dict with or without an image tower. float32, evaluation mode."""
-    state = {key: value for key, value in state.items() if not key.startswith("visual.") and key != "logit_scale"}
+    """The text tower alone, from a state dict with or without an image tower. float32, evaluation
+    mode."""
+    state = {key: value for key,
+             value in state.items() if not key.startswith("visual.") and key != "logit_scale"}
     return _fill(TextTower(*_text_sizes(state, activation)), state)
 
 
 def build(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> CLIP:
-    """A CLIP from a state dict with OpenAI's key names; every size is read off the weights. float32, evaluation mode.
+    """A CLIP from a state dict with OpenAI's key names; every size is read off the weights.
+    float32, evaluation mode.
 
-    Raises ValueError, naming the key, where the weights are not a CLIP's. The activation cannot be read off the
-    weights: pass nn.GELU for models trained with it (LAION's)."""
+    Raises ValueError, naming the key, where the weights are not a CLIP's. The activation cannot be
+    read off the weights: pass nn.GELU for models trained with it (LAION's)."""
     known = {key: value for key, value in state.items()
              if key not in ("input_resolution", "context_length", "vocab_size", "attn_mask")}
     sizes = _text_sizes(known, activation)
@@ -363,10 +389,12 @@ def build(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> 
     else:
         width, channels, patch = _get(known, "visual.conv1.weight").shape[:3]
         grid = round((len(_get(known, "visual.positional_embedding")) - 1) ** 0.5)
-        stem = tuple(len(known[f"visual.stem.{i}.weight"]) for i in range(_count(known, "visual.stem.")))
+        stem = tuple(len(known[f"visual.stem.{i}.weight"])
+                     for i in range(_count(known, "visual.stem.")))
         heads = int(known.get("visual.transformer.heads", width // 64))
         visual = VisionTransformer(grid * patch * 2 ** len(stem), patch, width,
-                                   _count(known, "visual.transformer.resblocks."), heads, output, activation, stem)
+                                   _count(known, "visual.transformer.resblocks."), heads, output,
+                                   activation, stem)
     return _fill(CLIP(visual, *sizes), known)
 
 
@@ -374,7 +402,8 @@ def _text_sizes(state: dict[str, Tensor], activation: type[nn.Module]) -> tuple:
     vocabulary_size, width = _get(state, "token_embedding.weight").shape
     heads = int(state.get("transformer.heads", width // 64))
     return (vocabulary_size, len(_get(state, "positional_embedding")), width,
-            _count(state, "transformer.resblocks."), heads, _get(state, "text_projection").shape[1], activation)
+            _count(state, "transformer.resblocks."), heads, _get(state, "text_projection").shape[1],
+            activation)
 
 
 def _get(state: dict[str, Tensor], key: str) -> Tensor:
@@ -385,7 +414,8 @@ def _get(state: dict[str, Tensor], key: str) -> Tensor:
 
 def _count(state: dict[str, Tensor], prefix: str) -> int:
     """Number of modules in the list `prefix`: 1 + the largest index, 0 where there is none."""
-    return 1 + max((int(key[len(prefix):].split(".")[0]) for key in state if key.startswith(prefix)), default=-1)
+    return 1 + max((int(key[len(prefix):].split(".")[0]) for key in state
+                    if key.startswith(prefix)), default=-1)
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
@@ -395,26 +425,32 @@ def _fill(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
         if key.endswith("num_batches_tracked"):
             state.setdefault(key, value)
         elif _get(state, key).shape != value.shape:
-            raise ValueError(f"these are not the weights of a CLIP: {key!r} has shape {list(state[key].shape)} "
+            raise ValueError(f"these are not the weights of a CLIP: {key!r} has shape "
+                             f"{list(state[key].shape)} "
                              f"where {list(value.shape)} belongs")
     unknown = [key for key in state if key not in expected]
     if unknown:
         raise ValueError(f"these are not the weights of a CLIP: the key {unknown[0]!r} is unknown")
-    model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in state.items()})
+    model.load_state_dict({key: value.float() if value.is_floating_point() else value for key,
+                           value in state.items()})
     return model.eval()
 
 
 def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights under OpenAI's names (a Hugging Face `CLIPModel` state dict in; ViT image towers only)."""
+    """The same weights under OpenAI's names (a Hugging Face `CLIPModel` state dict in; ViT image
+    towers only)."""
     names = {"text_model.embeddings.token_embedding.weight": "token_embedding.weight",
              "text_model.embeddings.position_embedding.weight": "positional_embedding",
              "vision_model.embeddings.class_embedding": "visual.class_embedding",
              "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
              "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
              "logit_scale": "logit_scale"}
-    parts = {"text_model.final_layer_norm.": "ln_final.", "vision_model.pre_layrnorm.": "visual.ln_pre.",
-             "vision_model.post_layernorm.": "visual.ln_post.", "text_model.encoder.layers.": "transformer.resblocks.",
-             "vision_model.encoder.layers.": "visual.transformer.resblocks.", ".layer_norm1.": ".ln_1.",
+    parts = {"text_model.final_layer_norm.": "ln_final.",
+             "vision_model.pre_layrnorm.": "visual.ln_pre.",
+             "vision_model.post_layernorm.": "visual.ln_post.",
+             "text_model.encoder.layers.": "transformer.resblocks.",
+             "vision_model.encoder.layers.": "visual.transformer.resblocks.",
+             ".layer_norm1.": ".ln_1.",
              ".layer_norm2.": ".ln_2.", ".mlp.fc1.": ".mlp.c_fc.", ".mlp.fc2.": ".mlp.c_proj.",
              ".self_attn.out_proj.": ".attn.out_proj."}
     result = {}
@@ -425,7 +461,7 @@ def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
             result["text_projection" if key[0] == "t" else "visual.proj"] = value.T.contiguous()
             continue
         if ".self_attn.k_proj." in key or ".self_attn.v_proj." in key:
-            continue                                    # joined below with q_proj
+            continue                                                    # joined below with q_proj
         new = names.get(key, key)
         for old_part, new_part in parts.items():
             new = new.replace(old_part, new_part)
@@ -437,7 +473,7 @@ def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 ADDRESS = "https://openaipublic.azureedge.net/clip/models"
-PUBLISHED = {           # name: (sha256 of the file, which is also in its address; file name)
+PUBLISHED = {  # name: (sha256 of the file, which is also in its address; file name)
     "RN50": ("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762", "RN50.pt"),
     "RN101": ("8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599", "RN101.pt"),
     "RN50x4": ("7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd", "RN50x4.pt"),
@@ -446,7 +482,8 @@ PUBLISHED = {           # name: (sha256 of the file, which is also in its addres
     "ViT-B/32": ("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", "ViT-B-32.pt"),
     "ViT-B/16": ("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", "ViT-B-16.pt"),
     "ViT-L/14": ("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", "ViT-L-14.pt"),
-    "ViT-L/14@336px": ("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02", "ViT-L-14-336px.pt"),
+    "ViT-L/14@336px": ("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+                       "ViT-L-14-336px.pt"),
 }
 
 
@@ -457,10 +494,12 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def download(name: str, folder: str | os.PathLike | None = None) -> pathlib.Path:
-    """The file of a published model, fetched into `folder` (~/.cache/clip) unless it is there and verified.
+    """The file of a published model, fetched into `folder` (~/.cache/clip) unless it is there and
+    verified.
 
-    A broken download is continued by the next call. The file gets its name only when its SHA-256 is right.
-    Raises RuntimeError with the address and the place to put the file by hand when it cannot be fetched."""
+    A broken download is continued by the next call. The file gets its name only when its SHA-256 is
+    right. Raises RuntimeError with the address and the place to put the file by hand when it cannot
+    be fetched."""
     digest, file_name = PUBLISHED[name]
     address = f"{ADDRESS}/{digest}/{file_name}"
     folder = pathlib.Path(folder or "~/.cache/clip").expanduser()
@@ -471,20 +510,23 @@ def download(name: str, folder: str | os.PathLike | None = None) -> pathlib.Path
     try:
         done = part.stat().st_size if part.exists() else 0
         if not done or sha256(part) != digest:
-            request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
+            request = urllib.request.Request(address,
+                                             headers={"Range": f"bytes={done}-"} if done else {})
             with urllib.request.urlopen(request, timeout=60) as reply:
                 if reply.status != 206:                 # the server sends the file from its start
                     done = 0
                 total = done + int(reply.headers.get("Content-Length", 0))
                 with open(part, "ab" if done else "wb") as file, \
-                        tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=file_name, disable=None) as bar:
+                        tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=file_name,
+                             disable=None) as bar:
                     while chunk := reply.read(1 << 20):
                         file.write(chunk)
                         bar.update(len(chunk))
             if part.stat().st_size < total:
-                raise ConnectionError(f"the connection broke at {part.stat().st_size} of {total} bytes")
+                raise ConnectionError(f"the connection broke at {part.stat().st_size} of {total} "
+                                      f"bytes")
     except urllib.error.HTTPError as error:
-        if error.code == 416:                           # nothing left to send, and yet the sum was wrong
+        if error.code == 416:  # nothing left to send, and yet the sum was wrong
             part.unlink(missing_ok=True)
         raise RuntimeError(f"{address} could not be fetched ({error}); "
                            f"download it by hand to {path}") from error
@@ -493,39 +535,47 @@ def download(name: str, folder: str | os.PathLike | None = None) -> pathlib.Path
                            f"continue, or download it by hand to {path}") from error
     if sha256(part) != digest:
         part.unlink()
-        raise RuntimeError(f"the download of {address} was damaged and has been removed; run the command again")
+        raise RuntimeError(f"the download of {address} was damaged and has been removed; run the "
+                           f"command again")
     os.replace(part, path)
     return path
 
 
 def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The state dict in a weight file, under OpenAI's names. Nothing in the file is executed: plain pickles are read
-    with weights_only=True, and a TorchScript archive only after its SHA-256 proved it to be one of OpenAI's."""
+    """The state dict in a weight file, under OpenAI's names. Nothing in the file is executed: plain
+    pickles are read with weights_only=True, and a TorchScript archive only after its SHA-256 proved
+    it to be one of OpenAI's."""
     path = pathlib.Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is neither a weight file nor the name of a published CLIP: "
+        raise FileNotFoundError(f"{path} is neither a weight file nor the name of a published "
+                                f"CLIP: "
                                 f"{', '.join(PUBLISHED)}")
-    if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
+    if zipfile.is_zipfile(path) and any("/code/" in name
+                                        for name in zipfile.ZipFile(path).namelist()):
         if sha256(path) not in {digest for digest, _ in PUBLISHED.values()}:
-            raise ValueError(f"{path} is a TorchScript archive, which holds code, and its SHA-256 is not that of a "
+            raise ValueError(f"{path} is a TorchScript archive, which holds code, and its SHA-256 "
+                             f"is not that of a "
                              f"published CLIP; save its state dict with torch.save and load that")
         return torch.jit.load(path, map_location="cpu").state_dict()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:          # torch raises a dozen kinds for a damaged or a hostile file
+    except Exception as error:  # torch raises a dozen kinds for a damaged or a hostile file
         raise ValueError(f"{path} is not a file of weights: {str(error).splitlines()[0]}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state,
+                      dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict (a dictionary of tensors)")
     state = {key.removeprefix("module."): value for key, value in state.items()}
-    return from_hugging_face(state) if any(key.startswith("text_model.") for key in state) else state
+    return from_hugging_face(state) if any(key.startswith("text_model.")
+                                           for key in state) else state
 
 
 def load(name_or_path: str | os.PathLike, device: str | torch.device = "cpu",
          activation: type[nn.Module] = QuickGELU) -> CLIP:
-    """A CLIP in float32 and evaluation mode: a published model by name (fetched once), or a file of weights
-    (OpenAI's archive, a plain or open_clip state dict, Hugging Face's pytorch_model.bin)."""
+    """A CLIP in float32 and evaluation mode: a published model by name (fetched once), or a file of
+    weights (OpenAI's archive, a plain or open_clip state dict, Hugging Face's
+    pytorch_model.bin)."""
     path = download(name_or_path) if name_or_path in PUBLISHED else name_or_path
     return build(read_state(path), activation).to(device)

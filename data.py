@@ -1,12 +1,14 @@
 """Annotations, splits, one's own videos, batches (paper Sec. 4.1.1).
 
-    python data.py charades --annotations DIR --videos DIR      # features of Charades-STA
+    python data.py charades --annotations DIR --videos DIR              # features of Charades-STA
     python data.py mine --annotations my.jsonl --videos DIR     # one's own videos and sentences
 
-A dataset is a folder below the root (`data/`): annotations in their published form, and features made by video.py.
-Every annotation becomes a Sample. Times are seconds, a moment is [start_sec, end_sec).
+A dataset is a folder below the root (`data/`): annotations in their published form, and features
+made by video.py. Every annotation becomes a Sample. Times are seconds, a moment is [start_sec,
+end_sec).
 
-A batch is B videos with all their sentences, flattened: sentence s belongs to video `video_of[s]` of the batch.
+A batch is B videos with all their sentences, flattened: sentence s belongs to video `video_of[s]`
+of the batch.
 
 Shapes: B videos, S sentences in the batch, T frames, N clips, D width of CLIP's joint space.
 """
@@ -42,7 +44,8 @@ class Sample(NamedTuple):
 
 
 class Cleaned(NamedTuple):
-    """What `clean` had to do: moments that ended after their video, and moments that were empty then."""
+    """What `clean` had to do: moments that ended after their video, and moments that were empty
+    then."""
     clamped: int
     dropped: int
 
@@ -51,25 +54,29 @@ class Cleaned(NamedTuple):
 
 # dataset -> split -> the names of its file, below the root; the first that exists is read
 FILES = {
-    "charades": {"train": "charades/charades_sta_train.txt", "test": "charades/charades_sta_test.txt"},
+    "charades": {"train": "charades/charades_sta_train.txt",
+                 "test": "charades/charades_sta_test.txt"},
     "charades-cg": {"train": "charades-cg/train.json", "novel-word": "charades-cg/novel_word.json",
                     "novel-composition": "charades-cg/novel_composition.json",
                     "trivial": "charades-cg/test_trivial.json"},
     "activitynet": {"train": "activitynet/train.json", "val": "activitynet/val_1.json",
                     "test": "activitynet/val_2.json"},
-    "activitynet-cg": {"train": "activitynet-cg/train.json", "novel-word": "activitynet-cg/novel_word.json",
+    "activitynet-cg": {"train": "activitynet-cg/train.json",
+                       "novel-word": "activitynet-cg/novel_word.json",
                        "novel-composition": "activitynet-cg/novel_composition.json",
                        "trivial": "activitynet-cg/test_trivial.json"},
 }
-OWN_SPLITS = ("train", "val", "test", "novel-word", "novel-composition")    # <dataset>/<split>.jsonl
+OWN_SPLITS = ("train", "val", "test", "novel-word", "novel-composition")  # <dataset>/<split>.jsonl
 
 
 def annotation_file(dataset: str, split: str, root: str | os.PathLike) -> pathlib.Path:
-    """Where the annotations of a split are, or would be. ValueError for a split that the dataset does not have."""
+    """Where the annotations of a split are, or would be. ValueError for a split that the dataset
+    does not have."""
     if dataset not in FILES:
         return pathlib.Path(root) / dataset / f"{split}.jsonl"
     if split not in FILES[dataset]:
-        raise ValueError(f"{dataset} has no split {split!r}; it has {', '.join(splits(dataset, root))}")
+        raise ValueError(f"{dataset} has no split {split!r}; it has "
+                         f"{', '.join(splits(dataset, root))}")
     return pathlib.Path(root) / FILES[dataset][split]
 
 
@@ -81,11 +88,13 @@ def splits(dataset: str, root: str | os.PathLike) -> list[str]:
 
 
 def read_annotations(dataset: str, split: str, root: str | os.PathLike) -> list[Sample]:
-    """The cleaned samples of a split. Of Charades-STA, and of the two compositional datasets, which publish
-    no validation split, `val` is a tenth of the training videos (`held_out`); `train` is everything published.
-    Splits novel-word, novel-composition and trivial of charades and activitynet are those of charades-cg and
-    activitynet-cg, whose training split is what belongs to them (train-cg)."""
-    if dataset in ("charades", "activitynet") and split in ("novel-word", "novel-composition", "trivial", "train-cg"):
+    """The cleaned samples of a split. Of Charades-STA, and of the two compositional datasets, which
+    publish no validation split, `val` is a tenth of the training videos (`held_out`); `train` is
+    everything published. Splits novel-word, novel-composition and trivial of charades and
+    activitynet are those of charades-cg and activitynet-cg, whose training split is what belongs to
+    them (train-cg)."""
+    if dataset in ("charades", "activitynet") and split in ("novel-word", "novel-composition",
+                                                            "trivial", "train-cg"):
         dataset, split = f"{dataset}-cg", "train" if split == "train-cg" else split
     if dataset in FILES and split == "val" and "val" not in FILES[dataset]:
         return held_out(read_annotations(dataset, "train", root))
@@ -101,8 +110,9 @@ def held_out(train: list[Sample]) -> list[Sample]:
 
 
 def read_file(path: str | os.PathLike) -> list[Sample]:
-    """An annotation file as it is published, by its form: Charades-STA text, the json of 2D-TAN, MMN and
-    the compositional splits, or QVHighlights jsonl. A duration of nan means that the file does not tell."""
+    """An annotation file as it is published, by its form: Charades-STA text, the json of 2D-TAN,
+    MMN and the compositional splits, or QVHighlights jsonl. A duration of nan means that the file
+    does not tell."""
     path = pathlib.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no annotation file {path}")
@@ -112,20 +122,25 @@ def read_file(path: str | os.PathLike) -> list[Sample]:
         return read_jsonl(path)
     try:
         videos = json.loads(path.read_text())
-        return [Sample(name, " ".join(sentence.split()), float(start), float(end), float(entry["duration"]))
+        return [Sample(name, " ".join(sentence.split()), float(start), float(end),
+                       float(entry["duration"]))
                 for name, entry in videos.items()
-                for (start, end), sentence in zip(entry["timestamps"], entry["sentences"], strict=True)]
+                for (start, end),
+                sentence in zip(entry["timestamps"], entry["sentences"], strict=True)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not in the form {{video: {{duration, timestamps, sentences}}}}: "
+        raise ValueError(f"{path} is not in the form {{video: {{duration, timestamps, "
+                         f"sentences}}}}: "
                          f"{type(error).__name__} {error}") from error
 
 
 def read_charades(path: pathlib.Path) -> list[Sample]:
-    """Lines "VIDEO START END##sentence."; durations from the column `length` of Charades_v1_{train,test}.csv beside it."""
+    """Lines "VIDEO START END##sentence."; durations from the column `length` of
+    Charades_v1_{train,test}.csv beside it."""
     durations = {}
     for table in ("Charades_v1_train.csv", "Charades_v1_test.csv"):
         if not (path.parent / table).exists():
-            raise FileNotFoundError(f"{path.parent / table} is missing: the durations of Charades-STA's videos are "
+            raise FileNotFoundError(f"{path.parent / table} is missing: the durations of "
+                                    f"Charades-STA's videos are "
                                     f"in it (from the annotations of the Charades dataset)")
         with open(path.parent / table, newline="") as file:
             durations |= {row["id"]: float(row["length"]) for row in csv.DictReader(file)}
@@ -138,7 +153,8 @@ def read_charades(path: pathlib.Path) -> list[Sample]:
 
 
 def read_jsonl(path: pathlib.Path) -> list[Sample]:
-    """QVHighlights lines; {"vid", "query", "relevant_windows"} is enough. One sample a window. All bad lines are named."""
+    """QVHighlights lines; {"vid", "query", "relevant_windows"} is enough. One sample a window. All
+    bad lines are named."""
     samples, bad = [], []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if not line.strip():
@@ -158,7 +174,8 @@ def read_jsonl(path: pathlib.Path) -> list[Sample]:
 
 
 def clean(samples: list[Sample]) -> tuple[list[Sample], Cleaned]:
-    """Clamps moments to [0, duration] and drops those that are empty then. The only place where this happens."""
+    """Clamps moments to [0, duration] and drops those that are empty then. The only place where
+    this happens."""
     kept, clamped = [], 0
     for sample in samples:
         limit = sample.duration_sec if sample.duration_sec == sample.duration_sec else float("inf")
@@ -172,7 +189,8 @@ def clean(samples: list[Sample]) -> tuple[list[Sample], Cleaned]:
 def write_jsonl(path: pathlib.Path, samples: list[Sample]) -> None:
     """Samples as QVHighlights lines, atomically."""
     lines = [json.dumps({"qid": i, "query": s.sentence, "vid": s.video, "duration": s.duration_sec,
-                         "relevant_windows": [[s.start_sec, s.end_sec]]}) + "\n" for i, s in enumerate(samples)]
+                         "relevant_windows": [[s.start_sec, s.end_sec]]}) + "\n" for i,
+                         s in enumerate(samples)]
     path.parent.mkdir(parents=True, exist_ok=True)
     video.save_atomically(path, lambda file: file.write("".join(lines).encode()))
 
@@ -190,19 +208,22 @@ def read_events(dataset: str, root: str | os.PathLike) -> dict[str, list[Event]]
     path = pathlib.Path(root) / dataset / "events.json"
     if not path.exists():
         return None
-    return {name: [Event(*event) for event in events] for name, events in json.loads(path.read_text()).items()}
+    return {name: [Event(*event) for event in events] for name,
+            events in json.loads(path.read_text()).items()}
 
 
-# ------------------------------------------------------------------------------------ CLIP and its features
+# ---------------------------------------------------------------------------- CLIP and its features
 
 def clip_file(name: str, root: str | os.PathLike) -> str:
-    """What `clip.load` is to load: the CLIP of a dataset below the root by the dataset's name, else `name` itself."""
+    """What `clip.load` is to load: the CLIP of a dataset below the root by the dataset's name, else
+    `name` itself."""
     own = pathlib.Path(root) / name / "clip.pt"
     return str(own) if own.exists() else name
 
 
 def store_folder(dataset: str, clip_name: str, root: str | os.PathLike) -> pathlib.Path:
-    """Features of a dataset made by one CLIP. The compositional splits have the videos of the original dataset."""
+    """Features of a dataset made by one CLIP. The compositional splits have the videos of the
+    original dataset."""
     name = pathlib.Path(clip_name).stem if clip_name.endswith((".pt", ".bin")) else clip_name
     return pathlib.Path(root) / dataset.removesuffix("-cg") / "features" / name.replace("/", "-").replace("@", "-")
 
@@ -212,36 +233,41 @@ def open_store(dataset: str, clip_name: str, root: str | os.PathLike) -> video.F
     folder = store_folder(dataset, clip_name, root)
     if not (folder / "manifest.json").exists():
         published = "" if dataset in FILES else " --annotations FILE"
-        raise FileNotFoundError(f"there are no features in {folder}; make them with: python data.py "
-                                f"{dataset.removesuffix('-cg')}{published} --videos DIR --clip {clip_name}")
+        raise FileNotFoundError(f"there are no features in {folder}; make them with: python "
+                                f"data.py "
+                                f"{dataset.removesuffix('-cg')}{published} --videos DIR --clip "
+                                f"{clip_name}")
     return video.FeatureStore(folder)
 
 
-# ----------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 class Batch(NamedTuple):
     """B videos with all their sentences. Every tensor is on one device; see `to`."""
     videos: list[str]
-    frames: Tensor                  # [B, T, D] L2-normalised
-    patches: Tensor | None          # [B, T', D', H, W] L2-normalised over D'
-    tokens: Tensor                  # [3, S, 77] of Q, Q^s, Q^d
-    spoken: Tensor                  # [3, S] bool, True = that query has a word
-    video_of: Tensor                # [S]
-    moments_sec: Tensor             # [S, 2]
-    durations_sec: Tensor           # [S]
-    iou: Tensor                     # [S, N, N] overlap of every cell with the label
-    index: Tensor                   # [S] place of the sentence among the dataset's samples
+    frames: Tensor                                                      # [B, T, D] L2-normalised
+    patches: Tensor | None                              # [B, T', D', H, W] L2-normalised over D'
+    tokens: Tensor                                                      # [3, S, 77] of Q, Q^s, Q^d
+    spoken: Tensor                                      # [3, S] bool, True = that query has a word
+    video_of: Tensor                                                    # [S]
+    moments_sec: Tensor                                                 # [S, 2]
+    durations_sec: Tensor                                               # [S]
+    iou: Tensor  # [S, N, N] overlap of every cell with the label
+    index: Tensor  # [S] place of the sentence among the dataset's samples
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(*(value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for value in self))
+        return Batch(*(value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                       for value in self))
 
 
 class Videos(torch.utils.data.Dataset):
-    """The videos of a split, each with all its sentences. Features are read when a video is asked for.
+    """The videos of a split, each with all its sentences. Features are read when a video is asked
+    for.
 
     `samples` (attribute) are the sentences in order of video; `queries` their (Q, Q^s, Q^d)."""
 
-    def __init__(self, samples: list[Sample], store: video.FeatureStore, num_clips: int, parser: parse.Parser,
+    def __init__(self, samples: list[Sample], store: video.FeatureStore, num_clips: int,
+                 parser: parse.Parser,
                  patches: bool = False):
         by_video: dict[str, list[Sample]] = {}
         for sample in samples:
@@ -249,15 +275,19 @@ class Videos(torch.utils.data.Dataset):
         self.missing = [name for name in by_video if name not in store]
         self.videos = [name for name in by_video if name in store]
         if not self.videos:
-            raise FileNotFoundError(f"none of the {len(by_video)} videos has features in {store.folder}")
+            raise FileNotFoundError(f"none of the {len(by_video)} videos has features in "
+                                    f"{store.folder}")
         self.samples = [sample for name in self.videos for sample in by_video[name]]
         counts = [len(by_video[name]) for name in self.videos]
-        self.first = np.cumsum([0, *counts])            # sentences of video i: first[i] .. first[i + 1]
+        self.first = np.cumsum([0, *counts])  # sentences of video i: first[i] .. first[i + 1]
         self.store, self.patches = store, patches
         self.queries = [parser.split(sample.sentence) for sample in self.samples]
-        self.tokens = torch.stack([clip.tokenize(list(half), truncate=True) for half in zip(*self.queries)])
-        self.spoken = torch.tensor([[any(c.isalnum() for c in text) for text in half] for half in zip(*self.queries)])
-        self.moments_sec = torch.tensor([[sample.start_sec, sample.end_sec] for sample in self.samples])
+        self.tokens = torch.stack([clip.tokenize(list(half), truncate=True)
+                                   for half in zip(*self.queries)])
+        self.spoken = torch.tensor([[any(c.isalnum() for c in text) for text in half]
+                                    for half in zip(*self.queries)])
+        self.moments_sec = torch.tensor([[sample.start_sec, sample.end_sec]
+                                         for sample in self.samples])
         self.durations_sec = torch.tensor([sample.duration_sec for sample in self.samples])
         self.iou = mmn.iou_map(self.moments_sec, self.durations_sec, num_clips)
 
@@ -266,39 +296,47 @@ class Videos(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor | None]:
         name = self.videos[i]
-        frames = torch.from_numpy(self.store.read(name, "frames").astype(np.float32))             # [T, D]
+        frames = torch.from_numpy(self.store.read(name, "frames").astype(np.float32))  # [T, D]
         if not self.patches:
             return i, F.normalize(frames, dim=1), None
-        patches = torch.from_numpy(self.store.read(name, "patches").astype(np.float32))           # [T', D', H, W]
+        patches = torch.from_numpy(self.store.read(name,
+                                                   "patches").astype(np.float32))  # [T', D', H, W]
         return i, F.normalize(frames, dim=1), F.normalize(patches, dim=1)
 
     def collate(self, items: list[tuple[int, Tensor, Tensor | None]]) -> Batch:
         which = [range(self.first[i], self.first[i + 1]) for i, _, _ in items]
-        index = torch.tensor([s for sentences in which for s in sentences])                       # [S]
-        video_of = torch.tensor([b for b, sentences in enumerate(which) for _ in sentences])      # [S]
-        return Batch([self.videos[i] for i, _, _ in items], torch.stack([frames for _, frames, _ in items]),
+        index = torch.tensor([s for sentences in which for s in sentences])     # [S]
+        video_of = torch.tensor([b for b, sentences in enumerate(which) for _ in sentences])  # [S]
+        return Batch([self.videos[i] for i, _, _ in items],
+                     torch.stack([frames for _, frames, _ in items]),
                      torch.stack([patches for _, _, patches in items]) if self.patches else None,
-                     self.tokens[:, index], self.spoken[:, index], video_of, self.moments_sec[index],
+                     self.tokens[:, index], self.spoken[:, index], video_of,
+                     self.moments_sec[index],
                      self.durations_sec[index], self.iou[index], index)
 
     def batches(self, size: int, generator: torch.Generator | None = None, workers: int = 0):
         """Batches of `size` videos: shuffled by `generator` for training, in order without one."""
-        return torch.utils.data.DataLoader(self, size, shuffle=generator is not None, generator=generator,
+        return torch.utils.data.DataLoader(self, size, shuffle=generator is not None,
+                                           generator=generator,
                                            collate_fn=self.collate, num_workers=workers,
                                            persistent_workers=workers > 0)
 
 
-# -------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 def find_videos(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
     """File name without its ending -> file, for all files below the folder that may be videos."""
-    endings = {".mp4", ".mkv", ".avi", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp"}
-    return {path.stem: path for path in sorted(pathlib.Path(folder).rglob("*")) if path.suffix.lower() in endings}
+    endings = {".mp4", ".mkv", ".avi", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv",
+               ".3gp"}
+    return {path.stem: path for path in sorted(pathlib.Path(folder).rglob("*"))
+            if path.suffix.lower() in endings}
 
 
-def extract(samples: dict[str, list[Sample]], videos: dict[str, pathlib.Path], store: video.FeatureStore,
+def extract(samples: dict[str, list[Sample]], videos: dict[str, pathlib.Path],
+            store: video.FeatureStore,
             model: clip.CLIP) -> dict[str, str]:
-    """Makes the features of all annotated videos that have none yet; patches of training videos only.
+    """Makes the features of all annotated videos that have none yet; patches of training videos
+    only.
 
     Returns video -> reason for those that failed; the list is kept in failed.txt."""
     failed, T = {}, store.manifest["frames"]
@@ -325,32 +363,40 @@ def extract(samples: dict[str, list[Sample]], videos: dict[str, pathlib.Path], s
 
 
 def adopt(dataset: str, split: str, path: str, videos: dict[str, pathlib.Path], root: str) -> None:
-    """One's own annotation file becomes <root>/<dataset>/<split>.jsonl: durations probed where it does not tell
-    them, cleaned, and what was clamped or dropped is printed. A video that cannot be read keeps the last end it has."""
+    """One's own annotation file becomes <root>/<dataset>/<split>.jsonl: durations probed where it
+    does not tell them, cleaned, and what was clamped or dropped is printed. A video that cannot be
+    read keeps the last end it has."""
     rows, durations = read_file(path), {}
     for name in {row.video for row in rows if math.isnan(row.duration_sec)}:
         try:
             durations[name] = video.probe_duration(videos[name])
-        except (KeyError, video.VideoError):            # `extract` will report it
+        except (KeyError, video.VideoError):                            # `extract` will report it
             durations[name] = max(row.end_sec for row in rows if row.video == name)
     rows = [row._replace(duration_sec=durations.get(row.video, row.duration_sec)) for row in rows]
     kept, counts = clean(rows)
     if not kept:
         raise ValueError(f"{path} holds no moment")
     write_jsonl(annotation_file(dataset, split, root), kept)
-    print(f"{split}: {len(kept)} sentences of {len({row.video for row in kept})} videos; {counts.clamped} moments "
+    print(f"{split}: {len(kept)} sentences of {len({row.video for row in kept})} videos; "
+          f"{counts.clamped} moments "
           f"clamped to their video, {counts.dropped} empty ones dropped")
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description="make the features of a dataset, or a dataset of one's own videos",
+    arguments = argparse.ArgumentParser(description="make the features of a dataset, or a dataset "
+                                                    "of one's own videos",
                                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    arguments.add_argument("dataset", help="charades, activitynet (annotations below the root), or a new name")
+    arguments.add_argument("dataset",
+                           help="charades, activitynet (annotations below the root), or a new name")
     arguments.add_argument("--annotations", help="one's own: json or jsonl file, see README")
-    arguments.add_argument("--split", default="train", choices=OWN_SPLITS, help="what --annotations is")
-    arguments.add_argument("--videos", required=True, help="folder of video files, named as in the annotations")
-    arguments.add_argument("--clip", default="ViT-B/32", help="published name, weight file, or 'shapes'")
-    arguments.add_argument("--frames", type=int, help="features a video (default 32; activitynet 256)")
+    arguments.add_argument("--split", default="train", choices=OWN_SPLITS,
+                           help="what --annotations is")
+    arguments.add_argument("--videos", required=True,
+                           help="folder of video files, named as in the annotations")
+    arguments.add_argument("--clip", default="ViT-B/32",
+                           help="published name, weight file, or 'shapes'")
+    arguments.add_argument("--frames", type=int,
+                           help="features a video (default 32; activitynet 256)")
     arguments.add_argument("--root", default="data", help="folder of datasets")
     arguments.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or mps")
     options = arguments.parse_args()
@@ -364,26 +410,31 @@ def run(options: argparse.Namespace) -> None:
     dataset, root = options.dataset, options.root
     if not pathlib.Path(options.videos).is_dir():
         raise FileNotFoundError(f"there is no folder {options.videos}")
-    if dataset.startswith("shapes") or not all(c.isalnum() or c in "-_." for c in dataset) or dataset[0] == ".":
+    if dataset.startswith("shapes") or not all(c.isalnum() or c in "-_."
+                                               for c in dataset) or dataset[0] == ".":
         raise ValueError(f"{dataset!r} cannot be the name of a dataset of one's own")
     videos = find_videos(options.videos)
     if dataset not in FILES and options.annotations:
         adopt(dataset, options.split, options.annotations, videos, root)
     samples = {split: read_annotations(dataset, split, root) for split in splits(dataset, root)}
     if not samples:
-        raise FileNotFoundError(f"{dataset} has no annotations yet; name them with --annotations FILE")
+        raise FileNotFoundError(f"{dataset} has no annotations yet; name them with --annotations "
+                                f"FILE")
     path = clip_file(options.clip, root)
     if options.clip.startswith("shapes") and path == options.clip:
-        raise FileNotFoundError(f"the small CLIP of {options.clip} has not been made; make it with: python shapes.py")
+        raise FileNotFoundError(f"the small CLIP of {options.clip} has not been made; make it "
+                                f"with: python shapes.py")
     model = clip.load(path, options.device)
     T = options.frames or (256 if dataset == "activitynet" else 32)
     visual = model.visual
     width = model.text_projection.shape[1]
-    patch_width = visual.layer4[-1].conv3.out_channels if isinstance(visual, clip.ModifiedResNet) else width
+    patch_width = visual.layer4[-1].conv3.out_channels if isinstance(visual,
+                                                                     clip.ModifiedResNet) else width
     digest = clip.sha256(clip.download(path) if path in clip.PUBLISHED else path)
     store = video.FeatureStore(store_folder(dataset, options.clip, root), {
         "clip": options.clip, "sha256": digest, "resolution": visual.resolution, "frames": T,
-        "patch_frames": min(T, 32), "width": width, "patch_width": patch_width, "grid": visual.grid})
+        "patch_frames": min(T, 32), "width": width, "patch_width": patch_width,
+        "grid": visual.grid})
     failed = extract(samples, videos, store, model)
     print(f"{len(store.manifest['videos'])} videos have features in {store.folder}")
     for name, reason in failed.items():

@@ -3,14 +3,16 @@
     python evaluate.py runs/shapes-vdi-staged/ckpt.pt
     python evaluate.py ckpt.pt --split test --query dynamic --json
 
-Beside each result stand what a random moment would score, and the best moment that does not look at the
-sentence (fitted on the training split), so that a number means something; and, where the world knows all
-events of its videos, how often the answer lies in an event of the right actor and of the right verb.
+Beside each result stand what a random moment would score, and the best moment that does not look at
+the sentence (fitted on the training split), so that a number means something; and, where the world
+knows all events of its videos, how often the answer lies in an event of the right actor and of the
+right verb.
 
 Inference needs the text tower and MMN only; no injection module is loaded, or in need of it.
 
-A hit is IoU >= mu. R@1 takes the best cell, R@5 the five best after greedy NMS (IoU > 0.5 is dropped).
-Shapes: S sentences, K retrieved moments, N clips, P candidate moments. Moments are [start, end) in seconds.
+A hit is IoU >= mu. R@1 takes the best cell, R@5 the five best after greedy NMS (IoU > 0.5 is
+dropped). Shapes: S sentences, K retrieved moments, N clips, P candidate moments. Moments are
+[start, end) in seconds.
 """
 import argparse
 import dataclasses
@@ -27,44 +29,50 @@ import data
 import mmn
 import parse
 
-QUERIES = {"full": 0, "static": 1, "dynamic": 2}        # Q, Q^s, Q^d: rows of Batch.tokens
+QUERIES = {"full": 0, "static": 1, "dynamic": 2}                # Q, Q^s, Q^d: rows of Batch.tokens
 
 
-# ------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 def recall(predicted: Tensor, truth: Tensor, ks: tuple[int, ...] = (1, 5),
            ious: tuple[float, ...] = (0.5, 0.7)) -> dict[str, float]:
-    """Sec. 4.1.2: R@k, IoU=mu, the share of sentences with a moment of IoU >= mu among the first k; and the mean IoU of
-    the first moment. Percentages.
+    """Sec. 4.1.2: R@k, IoU=mu, the share of sentences with a moment of IoU >= mu among the first k;
+    and the mean IoU of the first moment. Percentages.
 
     predicted  [S, K, 2] seconds, best first; fewer than k moments count as they are
     truth      [S, 2] seconds
     """
-    iou = mmn.interval_iou(predicted, truth[:, None])                                 # [S, K]
-    result = {f"R@{k},IoU={mu}": 100 * (iou[:, :k] >= mu).any(1).double().mean().item() for k in ks for mu in ious}
+    iou = mmn.interval_iou(predicted, truth[:, None])                   # [S, K]
+    result = {f"R@{k},IoU={mu}": 100 * (iou[:, :k] >= mu).any(1).double().mean().item() for k in ks
+              for mu in ious}
     return result | {"mIoU": 100 * iou[:, 0].double().mean().item()}
 
 
 def cell_recall(iou: Tensor, ious: tuple[float, ...] = (0.5, 0.7)) -> dict[str, float]:
-    """The same for answers that are cells, from their IoU [S] or the IoU of several equally likely ones [S, P]."""
+    """The same for answers that are cells, from their IoU [S] or the IoU of several equally likely
+    ones [S, P]."""
     result = {f"R@1,IoU={mu}": 100 * (iou >= mu).double().mean().item() for mu in ious}
     return result | {"mIoU": 100 * iou.double().mean().item()}
 
 
 def best_prior(iou: Tensor) -> int:
-    """The cell that hits most of the training moments at IoU 0.5, whatever the sentence: [S, P] -> index into P."""
+    """The cell that hits most of the training moments at IoU 0.5, whatever the sentence: [S, P] ->
+    index into P."""
     return int(((iou >= 0.5).double().mean(0) + 1e-6 * iou.double().mean(0)).argmax())
 
 
 def event_accuracy(predicted: Tensor, samples: list[data.Sample],
                    events: dict[str, list[data.Event]]) -> dict[str, float]:
-    """Noun accuracy and verb accuracy in percent: is the event that overlaps most with the first answer one
-    of the named actor; one of the named verb? By chance 50 each in the shapes world. predicted [S, K, 2]."""
+    """Noun accuracy and verb accuracy in percent: is the event that overlaps most with the first
+    answer one of the named actor; one of the named verb? By chance 50 each in the shapes world.
+    predicted [S, K, 2]."""
     noun = verb = 0
     for sample, answer in zip(samples, predicted[:, 0]):
         found = events[sample.video]
         spans = torch.tensor([[e.start_sec, e.end_sec] for e in found])
-        named = found[int(mmn.interval_iou(spans, torch.tensor([sample.start_sec, sample.end_sec])).argmax())]
+        named = found[int(mmn.interval_iou(spans,
+                                           torch.tensor([sample.start_sec,
+                                                         sample.end_sec])).argmax())]
         centre = answer.mean()
         # an answer between two events belongs to the nearer one
         distance = (spans.mean(1) - centre).abs() - 1e3 * mmn.interval_iou(spans, answer)
@@ -74,56 +82,64 @@ def event_accuracy(predicted: Tensor, samples: list[data.Sample],
     return {"noun accuracy": 100 * noun / len(samples), "verb accuracy": 100 * verb / len(samples)}
 
 
-# ----------------------------------------------------------------------------------------- prediction
+# --------------------------------------------------------------------------------------- prediction
 
 @torch.no_grad()
-def predict(text: clip.TextTower, retriever: mmn.MMN, videos: data.Videos, batch: int, device: torch.device | str,
+def predict(text: clip.TextTower, retriever: mmn.MMN, videos: data.Videos, batch: int,
+            device: torch.device | str,
             query: str = "full", top_k: int = 5) -> Tensor:
-    """Moments for all sentences of `videos`, in the order of `videos.samples`: [S, top_k, 3], see mmn.decode."""
+    """Moments for all sentences of `videos`, in the order of `videos.samples`: [S, top_k, 3], see
+    mmn.decode."""
     was_training = retriever.training
     text.eval(), retriever.eval()
     result = []
     for b in videos.batches(batch):
         b = b.to(device)
-        x = F.normalize(text.encode_text(b.tokens[QUERIES[query]]), dim=1)            # [S, D]
-        scores = mmn.fuse(*retriever(b.frames, x, b.video_of))                        # [S, N, N]
+        x = F.normalize(text.encode_text(b.tokens[QUERIES[query]]), dim=1)      # [S, D]
+        scores = mmn.fuse(*retriever(b.frames, x, b.video_of))          # [S, N, N]
         if not torch.isfinite(scores).all():
-            raise FloatingPointError(f"scores are not finite for a video among {', '.join(b.videos[:5])} ...")
-        result.append(mmn.decode(scores, b.durations_sec, top_k, candidates=retriever.candidates).cpu())
+            raise FloatingPointError(f"scores are not finite for a video among "
+                                     f"{', '.join(b.videos[:5])} ...")
+        result.append(mmn.decode(scores, b.durations_sec, top_k,
+                                 candidates=retriever.candidates).cpu())
     text.train(was_training), retriever.train(was_training)
     return torch.cat(result)
 
 
-# ----------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 @dataclasses.dataclass
 class Run:
     """A checkpoint, ready for inference."""
-    config: dict                    # every field of train.Config
+    config: dict                                                # every field of train.Config
     text: clip.TextTower
     retriever: mmn.MMN
-    metrics: dict                   # of the epoch that was kept, on the split that chose it
-    checkpoint: dict                # everything else that was saved
+    metrics: dict  # of the epoch that was kept, on the split that chose it
+    checkpoint: dict                                            # everything else that was saved
 
 
 def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
-    """Reads a checkpoint of train.py. Nothing in the file is executed. The injection modules stay unread."""
+    """Reads a checkpoint of train.py. Nothing in the file is executed. The injection modules stay
+    unread."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}; python train.py makes one")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         config, sizes, weights, text = saved["config"], saved["mmn_sizes"], saved["mmn"], saved["text"]
-    except Exception as error:      # torch raises a dozen kinds for a damaged or a hostile file
+    except Exception as error:  # torch raises a dozen kinds for a damaged or a hostile file
         raise ValueError(f"{path} is not a checkpoint of train.py: {type(error).__name__} "
                          f"{str(error).splitlines()[0] if str(error) else ''}") from error
     retriever = mmn.MMN(**sizes)
     retriever.load_state_dict(weights)
-    return Run(config, clip.build_text(text).to(device), retriever.to(device).eval(), saved["metrics"],
-               {key: value for key, value in saved.items() if key not in ("mmn", "text", "inject", "optimiser")})
+    return Run(config, clip.build_text(text).to(device), retriever.to(device).eval(),
+               saved["metrics"],
+               {key: value for key,
+                value in saved.items() if key not in ("mmn", "text", "inject", "optimiser")})
 
 
-def evaluate(run: Run, splits: list[str] | None = None, query: str = "full", root: str | None = None,
+def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
+             root: str | None = None,
              device: torch.device | str = "cpu", allow_missing: bool = False) -> dict[str, dict]:
     """Split -> metrics. `splits`: default all but train (train too, if it is the only one)."""
     config = run.config
@@ -133,16 +149,20 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full", roo
         splits = [split for split in data.splits(dataset, root) if split != "train"] or ["train"]
     store = data.open_store(dataset, config["clip"], root)
     if store.manifest["sha256"] != run.checkpoint["clip_sha256"]:
-        raise ValueError(f"the features in {store.folder} come from another CLIP than this checkpoint was trained "
-                         f"with: sha256 {store.manifest['sha256'][:12]}, not {run.checkpoint['clip_sha256'][:12]}")
+        raise ValueError(f"the features in {store.folder} come from another CLIP than this "
+                         f"checkpoint was trained "
+                         f"with: sha256 {store.manifest['sha256'][:12]}, not "
+                         f"{run.checkpoint['clip_sha256'][:12]}")
     parser = parse.Parser(config["parser"] or None, config["mask"])
     if parser.name != run.checkpoint["parser"]:
-        print(f"note: this checkpoint was trained with the parser {run.checkpoint['parser']}, and this is "
+        print(f"note: this checkpoint was trained with the parser {run.checkpoint['parser']}, and "
+              f"this is "
               f"{parser.name}", file=sys.stderr)
     N = run.retriever.num_clips
     train = data.read_annotations(dataset, "train", root)
     train_iou = run.retriever.at_candidates(mmn.iou_map(
-        torch.tensor([[s.start_sec, s.end_sec] for s in train]), torch.tensor([s.duration_sec for s in train]), N
+        torch.tensor([[s.start_sec, s.end_sec] for s in train]),
+        torch.tensor([s.duration_sec for s in train]), N
     ).to(device))
     prior = best_prior(train_iou)
     events = data.read_events(dataset, root)
@@ -150,13 +170,16 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full", roo
     for split in splits:
         videos = data.Videos(data.read_annotations(dataset, split, root), store, N, parser)
         if videos.missing and not allow_missing:
-            raise FileNotFoundError(f"{len(videos.missing)} of {len(videos.missing) + len(videos)} videos of {split} have "
-                                    f"no features (see {store.folder / 'failed.txt'}); --allow-missing leaves their "
+            raise FileNotFoundError(f"{len(videos.missing)} of "
+                                    f"{len(videos.missing) + len(videos)} videos of {split} have "
+                                    f"no features (see {store.folder / 'failed.txt'}); "
+                                    f"--allow-missing leaves their "
                                     f"sentences out")
         predicted = predict(run.text, run.retriever, videos, config["batch"], device, query)
-        iou = run.retriever.at_candidates(videos.iou.to(device))                      # [S, P]
+        iou = run.retriever.at_candidates(videos.iou.to(device))        # [S, P]
         results[split] = {
-            "queries": len(videos.samples), **({"videos missing": len(videos.missing)} if videos.missing else {}),
+            "queries": len(videos.samples),
+            **({"videos missing": len(videos.missing)} if videos.missing else {}),
             **recall(predicted[..., :2], videos.moments_sec),
             **(event_accuracy(predicted[..., :2], videos.samples, events) if events else {}),
             "random moment": cell_recall(iou), "best prior": cell_recall(iou[:, prior])}
@@ -165,13 +188,16 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full", roo
 
 def table(results: dict[str, dict]) -> str:
     """Results as text, a line for each split and for each of its two yardsticks."""
-    columns = [name for name, value in next(iter(results.values())).items() if isinstance(value, (int, float))]
+    columns = [name for name,
+               value in next(iter(results.values())).items() if isinstance(value, (int, float))]
     width = max(map(len, [*results, "  random moment"]))
     lines = [" " * width + "".join(f"  {name.replace('IoU=', '')}" for name in columns)]
     for split, metrics in results.items():
-        rows = {split: metrics, "  random moment": metrics["random moment"], "  best prior": metrics["best prior"]}
+        rows = {split: metrics, "  random moment": metrics["random moment"],
+                "  best prior": metrics["best prior"]}
         for name, values in rows.items():
-            cells = ["" if c not in values else f"{values[c]:.2f}" if isinstance(values[c], float) else str(values[c])
+            cells = ["" if c not in values else f"{values[c]:.2f}" if isinstance(values[c], float)
+                     else str(values[c])
                      for c in columns]
             lines.append(name.ljust(width) + "".join(f"  {cell:>{len(c.replace('IoU=', ''))}}"
                                                      for c, cell in zip(columns, cells)))
@@ -182,7 +208,8 @@ def pick_device(name: str) -> torch.device:
     """auto, cpu, cuda, cuda:N or mps. Asking for what is not there is an error, not a fallback."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = {"cpu": True, "cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available()}
     if not there.get(name.split(":")[0], False):
         raise ValueError(f"there is no device {name!r} here; use --device cpu")
     return torch.device(name)
@@ -192,21 +219,26 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     arguments.add_argument("checkpoint", help="ckpt.pt of a run")
-    arguments.add_argument("--split", action="append", help="a split, may be given again (default: all but train)")
-    arguments.add_argument("--query", choices=QUERIES, default="full", help="what to retrieve by (Fig. 3)")
+    arguments.add_argument("--split", action="append",
+                           help="a split, may be given again (default: all but train)")
+    arguments.add_argument("--query", choices=QUERIES, default="full",
+                           help="what to retrieve by (Fig. 3)")
     arguments.add_argument("--root", help="folder of datasets (default: the one used in training)")
     arguments.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    arguments.add_argument("--allow-missing", action="store_true", help="leave out videos without features")
+    arguments.add_argument("--allow-missing", action="store_true",
+                           help="leave out videos without features")
     arguments.add_argument("--json", action="store_true", help="print one json object")
     options = arguments.parse_args()
     try:
         device = pick_device(options.device)
         run = load(options.checkpoint, device)
-        results = evaluate(run, options.split, options.query, options.root, device, options.allow_missing)
+        results = evaluate(run, options.split, options.query, options.root, device,
+                           options.allow_missing)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     if options.json:
-        print(json.dumps({"dataset": run.config["dataset"], "method": run.config["method"], "query": options.query,
+        print(json.dumps({"dataset": run.config["dataset"], "method": run.config["method"],
+                          "query": options.query,
                           "splits": results}))
     else:
         print(f"{run.config['dataset']}, {run.config['method']}, seed {run.config['seed']}, epoch "

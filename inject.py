@@ -1,32 +1,35 @@
-"""Visual-Dynamic Injection: what changes in a video, injected into the text tower (paper Sec. 3.1, Eq. 1-5).
+"""Visual-Dynamic Injection: what changes in a video, injected into the text tower (paper Sec. 3.1,
+Eq. 1-5).
 
-CLIP's text tower reads nouns and is blind to verbs. Two losses adapt it through the dynamic query Q^d, the
-sentence without its noun chunks:
+CLIP's text tower reads nouns and is blind to verbs. Two losses adapt it through the dynamic query
+Q^d, the sentence without its noun chunks:
 
-    visual context   (Eq. 1, 2)  what the static query Q^s finds in the frames is what FC(x^qd) must be
-    spatial dynamic  (Eq. 3-5)   two sentences are as similar as the motions of their videos' heatmaps
+    visual context   (Eq. 1, 2)  what the static query Q^s finds in the frames is what FC(x^qd) must
+    be spatial dynamic  (Eq. 3-5)   two sentences are as similar as the motions of their videos'
+    heatmaps
 
-`temporal_change`, at the end, is the target of the method `vdi-staged`; everything before it is the paper's letter.
-Nothing in this file is needed, or loaded, at inference.
+`temporal_change`, at the end, is the target of the method `vdi-staged`; everything before it is the
+paper's letter. Nothing in this file is needed, or loaded, at inference.
 
-Shapes: B videos, S sentences in the batch, T frames, D width of CLIP's joint space, D' channels of the patch
-features, H x W patch grid. `video_of` [S] tells which video of the batch a sentence belongs to.
-All CLIP features arrive L2-normalised over their channels. (UNSPECIFIED: the feature scale.)
+Shapes: B videos, S sentences in the batch, T frames, D width of CLIP's joint space, D' channels of
+the patch features, H x W patch grid. `video_of` [S] tells which video of the batch a sentence
+belongs to. All CLIP features arrive L2-normalised over their channels. (UNSPECIFIED: the feature
+scale.)
 """
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-# ------------------------------------------------------------------------------ visual context injection
+# ------------------------------------------------------------------------- visual context injection
 
 class VisualContext(nn.Module):
     """Eq. (1), Sec. 3.1: the static query asks the frames, a transformer decoder answers.
 
         x^qs = f^q(Q^s),   x~^qs = TransDecoder(x^qs, X^v, X^v)
 
-    and `project`, the FC of Eq. (2). UNSPECIFIED: depth, heads, positions. The preset's layers and heads, no
-    dropout, and no positions: the context is which entities there are, not when.
+    and `project`, the FC of Eq. (2). UNSPECIFIED: depth, heads, positions. The preset's layers and
+    heads, no dropout, and no positions: the context is which entities there are, not when.
     """
 
     def __init__(self, width: int, layers: int, heads: int):
@@ -37,7 +40,7 @@ class VisualContext(nn.Module):
 
     def forward(self, static: Tensor, frames: Tensor, video_of: Tensor) -> Tensor:
         """static x^qs [S, D], frames X^v [B, T, D], video_of [S] -> x~^qs [S, D]."""
-        return self.decoder(static[:, None], frames[video_of])[:, 0]                  # [S, D]
+        return self.decoder(static[:, None], frames[video_of])[:, 0]    # [S, D]
 
 
 def visual_context_loss(projected: Tensor, context: Tensor) -> Tensor:
@@ -52,16 +55,18 @@ def visual_context_loss(projected: Tensor, context: Tensor) -> Tensor:
     return (projected - context).square().sum(1)
 
 
-# ----------------------------------------------------------------------------- spatial dynamic injection
+# ------------------------------------------------------------------------ spatial dynamic injection
 
 class SpatialDynamic(nn.Module):
     """Eq. (3), (4), Sec. 3.1: where the salient entities are in each frame, read in time order.
 
-    The FCs of Eq. (3), (4), SeqModel, and `project`, the FC of Eq. (5). UNSPECIFIED: depth, heads, positions. The
-    preset's layers and heads, no dropout, learned positions: the dynamics is in the order of the frames.
+    The FCs of Eq. (3), (4), SeqModel, and `project`, the FC of Eq. (5). UNSPECIFIED: depth, heads,
+    positions. The preset's layers and heads, no dropout, learned positions: the dynamics is in the
+    order of the frames.
     """
 
-    def __init__(self, width: int, patch_width: int, grid: int, frames: int, layers: int, heads: int):
+    def __init__(self, width: int, patch_width: int, grid: int, frames: int, layers: int,
+                 heads: int):
         super().__init__()
         self.frame_fc = nn.Linear(width, width)
         self.patch_fc = nn.Linear(patch_width, width)
@@ -80,8 +85,8 @@ class SpatialDynamic(nn.Module):
         """
         D = frames.shape[2]
         # UNSPECIFIED: with unit-norm features the heatmap is almost 0; inputs are scaled by sqrt(D)
-        frame = self.frame_fc(frames * D ** 0.5)                                      # [B, T, D]
-        patch = self.patch_fc(patches.movedim(2, 4) * D ** 0.5)                       # [B, T, H, W, D]
+        frame = self.frame_fc(frames * D ** 0.5)                        # [B, T, D]
+        patch = self.patch_fc(patches.movedim(2, 4) * D ** 0.5)         # [B, T, H, W, D]
         return torch.einsum("btd,bthwd->bthw", frame, patch) / D ** 0.5
 
     def dynamic(self, heatmaps: Tensor) -> Tensor:
@@ -91,8 +96,8 @@ class SpatialDynamic(nn.Module):
 
         heatmaps [B, T, H, W]; returns [B, D]
         """
-        m = self.flat_fc(heatmaps.flatten(2))                                         # [B, T, D]
-        return self.sequence(m + self.positions).mean(1)                              # [B, D]
+        m = self.flat_fc(heatmaps.flatten(2))                           # [B, T, D]
+        return self.sequence(m + self.positions).mean(1)                # [B, D]
 
     def forward(self, frames: Tensor, patches: Tensor) -> Tensor:
         """frames [B, T, D], patches [B, T, D', H, W] -> m~ [B, D]."""
@@ -106,7 +111,8 @@ def pairwise_cosine(x: Tensor) -> Tensor:
 
 
 def spatial_dynamic_loss(dynamic: Tensor, projected: Tensor, video_of: Tensor) -> Tensor:
-    """Eq. (5), Sec. 3.1, and its double mean in Eq. (11): sentences relate as their videos' motions do.
+    """Eq. (5), Sec. 3.1, and its double mean in Eq. (11): sentences relate as their videos' motions
+    do.
 
         eps^v = cos(m~, m~'),   eps^q = cos(FC(x^qd), FC(x^qd')),   L^sd = (eps^v - eps^q)^2
 
@@ -115,23 +121,28 @@ def spatial_dynamic_loss(dynamic: Tensor, projected: Tensor, video_of: Tensor) -
     video_of   [S]; pairs of one video are left out
     returns    [S] in [0, 4]: mean over the other videos' sentences, 0 where there are none
     """
-    # UNSPECIFIED: Eq. 11 averages over all pairs; within one video eps^v = 1 by construction, which says nothing
-    other = video_of[:, None] != video_of[None, :]                                    # [S, S]
-    difference = (pairwise_cosine(dynamic) - pairwise_cosine(projected)).square()     # [S, S]
+    # UNSPECIFIED: Eq. 11 averages over all pairs; within one video eps^v = 1 by construction, which
+    # says nothing
+    other = video_of[:, None] != video_of[None, :]                      # [S, S]
+    difference = (pairwise_cosine(dynamic) - pairwise_cosine(projected)).square()  # [S, S]
     return (difference * other).sum(1) / other.sum(1).clamp(min=1)
 
 
 def batch_variance(x: Tensor) -> Tensor:
-    """Variance of the rows of [S, D], summed over D, as a share of their mean squared norm: in [0, 1].
+    """Variance of the rows of [S, D], summed over D, as a share of their mean squared norm: in [0,
+    1].
 
-    1: the rows have mean 0; 0: all rows are equal, which is what the logs must show when a loss has collapsed."""
+    1: the rows have mean 0; 0: all rows are equal, which is what the logs must show when a loss has
+    collapsed."""
     return x.var(0, unbiased=False).sum() / x.square().sum(1).mean().clamp(min=1e-12)
 
 
-# ------------------------------------------------------------------------------- the target of vdi-staged
+# ------------------------------------------------------------------------- the target of vdi-staged
 
-def temporal_change(static: Tensor, frames: Tensor, moments_sec: Tensor, durations_sec: Tensor) -> Tensor:
-    """What changes, during the moment, in what the static query asks for. Stands for x~^qs in Eq. (2).
+def temporal_change(static: Tensor, frames: Tensor, moments_sec: Tensor,
+                    durations_sec: Tensor) -> Tensor:
+    """What changes, during the moment, in what the static query asks for. Stands for x~^qs in Eq.
+    (2).
 
         a_f = softmax_f(10 cos(x^qs, x_f)),   change = sum_late a_f x_f - sum_early a_f x_f
 
@@ -143,17 +154,21 @@ def temporal_change(static: Tensor, frames: Tensor, moments_sec: Tensor, duratio
     returns        [S, D], without gradient
     """
     # DEVIATION: attention without parameters, which cannot collapse, in the place of TransDecoder
-    # DEVIATION: only the frames of the labelled moment, not the whole video; its late half minus its early half
+    # DEVIATION: only the frames of the labelled moment, not the whole video; its late half minus
+    # its early half
     T = frames.shape[1]
-    centre = (torch.arange(T, device=frames.device) + 0.5) / T * durations_sec[:, None]          # [S, T] seconds
+    centre = (torch.arange(T,
+                           device=frames.device) + 0.5) / T * durations_sec[:, None]  # [S, T] seconds
     start, end = moments_sec[:, :1], moments_sec[:, 1:]
     middle = (start + end) / 2
-    attention = 10 * torch.einsum("sd,std->st", static, frames)                       # [S, T]
+    attention = 10 * torch.einsum("sd,std->st", static, frames)         # [S, T]
 
     def weighted(a: Tensor, b: Tensor) -> Tensor:
-        inside = (centre >= a) & (centre < b)                                         # True = frame counts
+        inside = (centre >= a) & (centre < b)                           # True = frame counts
         nearest = (centre - (a + b) / 2).abs().argmin(1, keepdim=True)
-        inside = inside.scatter(1, nearest, True)       # a half shorter than a frame still has its nearest one
-        return torch.einsum("st,std->sd", attention.masked_fill(~inside, float("-inf")).softmax(1), frames)
+        inside = inside.scatter(1, nearest,
+                                True)  # a half shorter than a frame still has its nearest one
+        return torch.einsum("st,std->sd", attention.masked_fill(~inside, float("-inf")).softmax(1),
+                            frames)
 
-    return (weighted(middle, end) - weighted(start, middle)).detach()                 # no gradient into the target
+    return (weighted(middle, end) - weighted(start, middle)).detach()  # no gradient into the target

@@ -1,16 +1,17 @@
 """MMN, the moment retriever f^g (paper Sec. 3.1 "Video Moment Retrieval", Eq. 6-10).
 
-All moments [i, j+1) of N clips lie in a 2D map. A convolution over the map lets neighbouring moments see each
-other, and two heads compare each moment with the sentence by cosine: one is taught the overlap with the
-labelled moment (Eq. 6, 7), the other to tell it from other moments and other sentences (Eq. 8, 9).
-Their product is the answer (Eq. 10).
+All moments [i, j+1) of N clips lie in a 2D map. A convolution over the map lets neighbouring
+moments see each other, and two heads compare each moment with the sentence by cosine: one is taught
+the overlap with the labelled moment (Eq. 6, 7), the other to tell it from other moments and other
+sentences (Eq. 8, 9). Their product is the answer (Eq. 10).
 
-"MMN" is Mutual Matching Network, "Negative Sample Matters" (AAAI 2022). As in the paper, its linear layer
-before the pooling is left out, so that the map holds CLIP's features as they are.
+"MMN" is Mutual Matching Network, "Negative Sample Matters" (AAAI 2022). As in the paper, its linear
+layer before the pooling is left out, so that the map holds CLIP's features as they are.
 
-Shapes: B videos, S sentences in the batch, T frames, N clips, P candidate moments, D width of CLIP's joint
-space, C width of the convolutions, J joint space of the two heads.
-Intervals are [start, end) in seconds; clip i is [i, i+1) * duration / N, and cell (i, j) of the map, i <= j, is the
+Shapes: B videos, S sentences in the batch, T frames, N clips, P candidate moments, D width of
+CLIP's joint space, C width of the convolutions, J joint space of the two heads. Intervals are
+[start, end) in seconds; clip i is [i, i+1) * duration / N, and cell (i, j) of the map, i <= j, is
+the
 moment [i, j+1) * duration / N.
 """
 import functools
@@ -19,14 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SCORE_SCALE = 10.0      # of the IoU head: score = sigmoid(10 cos) (MMN's published code, both datasets)
+SCORE_SCALE = 10.0  # of the IoU head: score = sigmoid(10 cos) (MMN's published code, both datasets)
 
 
-# ---------------------------------------------------------------------------------- intervals and cells
+# ------------------------------------------------------------------------------ intervals and cells
 
 def interval_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of intervals [..., 2] (start, end), broadcast against each other. 0 where the union is empty."""
-    overlap = (torch.minimum(a[..., 1], b[..., 1]) - torch.maximum(a[..., 0], b[..., 0])).clamp(min=0)
+    """IoU of intervals [..., 2] (start, end), broadcast against each other. 0 where the union is
+    empty."""
+    overlap = (torch.minimum(a[..., 1], b[..., 1]) - torch.maximum(a[..., 0],
+                                                                   b[..., 0])).clamp(min=0)
     union = (a[..., 1] - a[..., 0]) + (b[..., 1] - b[..., 0]) - overlap
     return overlap / union.clamp(min=1e-9)
 
@@ -39,16 +42,18 @@ def iou_map(moments_sec: Tensor, durations_sec: Tensor, num_clips: int) -> Tenso
     returns        [S, N, N] in [0, 1]; 0 below the diagonal
     """
     clip = torch.arange(num_clips, device=moments_sec.device)
-    cells = torch.stack(torch.broadcast_tensors(clip[:, None], clip[None, :] + 1), -1)    # [N, N, 2]
-    cells = cells * (durations_sec / num_clips)[:, None, None, None]                  # [S, N, N, 2]
+    cells = torch.stack(torch.broadcast_tensors(clip[:, None], clip[None, :] + 1), -1)  # [N, N, 2]
+    cells = cells * (durations_sec / num_clips)[:, None, None, None]    # [S, N, N, 2]
     return interval_iou(cells, moments_sec[:, None, None, :]).triu()
 
 
 def sparse_cells(num_clips: int, pool_counts: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-    """The candidate moments, a diagonal of the map at a time: (starts, ends), in clips, both inclusive.
+    """The candidate moments, a diagonal of the map at a time: (starts, ends), in clips, both
+    inclusive.
 
-    The main diagonal holds the single clips. Level l = 0, 1, ... then adds pool_counts[l] diagonals that are
-    2^l apart, on each of them every 2^l-th cell: long moments are sampled more coarsely than short ones."""
+    The main diagonal holds the single clips. Level l = 0, 1, ... then adds pool_counts[l] diagonals
+    that are 2^l apart, on each of them every 2^l-th cell: long moments are sampled more coarsely
+    than short ones."""
     diagonals, offset = [(torch.arange(num_clips), torch.arange(num_clips))], 0
     for level, count in enumerate(pool_counts):
         for _ in range(count):
@@ -58,7 +63,7 @@ def sparse_cells(num_clips: int, pool_counts: tuple[int, ...]) -> list[tuple[Ten
     return diagonals
 
 
-# -------------------------------------------------------------------------------------------- the model
+# ---------------------------------------------------------------------------------------- the model
 
 class MMN(nn.Module):
     """Frames and sentences -> the two score maps of Eq. (6) and Eq. (9).
@@ -75,12 +80,14 @@ class MMN(nn.Module):
         self.num_clips, self.pool_kernel, self.pool_stride = num_clips, pool_kernel, pool_stride
         self.pool_counts = tuple(pool_counts)
         starts, ends = (torch.cat(side) for side in zip(*sparse_cells(num_clips, self.pool_counts)))
-        self.register_buffer("cells", starts * num_clips + ends, persistent=False)    # [P], index into N*N
+        self.register_buffer("cells", starts * num_clips + ends,
+                             persistent=False)  # [P], index into N*N
         candidates = torch.zeros(num_clips, num_clips, dtype=torch.bool)
         candidates[starts, ends] = True
-        self.register_buffer("candidates", candidates, persistent=False)              # [N, N], True = a moment
+        self.register_buffer("candidates", candidates, persistent=False)  # [N, N], True = a moment
 
-        # The first layer pads for all of them, so that each later one shrinks the map back towards N x N.
+        # The first layer pads for all of them, so that each later one shrinks the map back towards
+        # N x N.
         self.convs = nn.ModuleList(nn.Conv2d(width if i == 0 else hidden, hidden, kernel,
                                              padding=(kernel - 1) * layers // 2 if i == 0 else 0)
                                    for i in range(layers))
@@ -88,7 +95,7 @@ class MMN(nn.Module):
         valid, window = candidates[None, None].float(), torch.ones(1, 1, kernel, kernel)
         for i, conv in enumerate(self.convs):
             count = F.conv2d(valid, window, padding=conv.padding)
-            valid = (count > 0).float()                 # 1 / number of valid cells under the kernel, or 0
+            valid = (count > 0).float()  # 1 / number of valid cells under the kernel, or 0
             self.register_buffer(f"weight{i}", valid / count.clamp(min=1), persistent=False)
 
         self.iou_moment = nn.Conv2d(hidden, joint, 1)
@@ -98,10 +105,12 @@ class MMN(nn.Module):
         self.contrastive_text = nn.Linear(width, joint)
 
     def moment_map(self, frames: Tensor) -> Tensor:
-        """X^m before the convolution: cell (i, j) is the maximum over clips i..j. [B, T, D] -> [B, D, N, N]."""
+        """X^m before the convolution: cell (i, j) is the maximum over clips i..j. [B, T, D] -> [B,
+        D, N, N]."""
         x = F.avg_pool1d(frames.transpose(1, 2), self.pool_kernel, self.pool_stride)  # [B, D, N]
         if x.shape[2] != self.num_clips:
-            raise ValueError(f"{frames.shape[1]} frames pool to {x.shape[2]} clips, and this model has "
+            raise ValueError(f"{frames.shape[1]} frames pool to {x.shape[2]} clips, and this "
+                             f"model has "
                              f"{self.num_clips}; sample as many frames as it was trained with")
         diagonals = [x]
         for level, count in enumerate(self.pool_counts):
@@ -109,27 +118,29 @@ class MMN(nn.Module):
                 # one more clip; or, entering a level, two more of every second moment
                 x = F.max_pool1d(x, 3, 2) if level and step == 0 else F.max_pool1d(x, 2, 1)
                 diagonals.append(x)
-        x = torch.cat(diagonals, 2)                                                   # [B, D, P]
+        x = torch.cat(diagonals, 2)                                     # [B, D, P]
         grid = x.new_zeros(*x.shape[:2], self.num_clips ** 2)
         return grid.index_copy(2, self.cells, x).unflatten(2, (self.num_clips, -1))   # [B, D, N, N]
 
     def moments(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Both heads' unit vectors for every candidate moment: [B, T, D] -> two of [B, J, P]."""
-        x = self.moment_map(frames)                                                   # [B, D, N, N]
+        x = self.moment_map(frames)                                     # [B, D, N, N]
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
             x = F.relu(norm(conv(x))) * self.get_buffer(f"weight{i}")
-        x = x.flatten(2)[:, :, self.cells].unsqueeze(3)                               # [B, C, P, 1]
-        return tuple(F.normalize(head(x).squeeze(3), dim=1)                           # [B, J, P]
+        x = x.flatten(2)[:, :, self.cells].unsqueeze(3)                 # [B, C, P, 1]
+        return tuple(F.normalize(head(x).squeeze(3), dim=1)             # [B, J, P]
                      for head in (self.iou_moment, self.contrastive_moment))
 
     def sentences(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Both heads' unit vectors for every sentence: [S, D] -> two of [S, J]."""
         text = self.text_norm(text)
-        return F.normalize(self.iou_text(text), dim=1), F.normalize(self.contrastive_text(text), dim=1)
+        return F.normalize(self.iou_text(text), dim=1), F.normalize(self.contrastive_text(text),
+                                                                    dim=1)
 
     def forward(self, frames: Tensor, text: Tensor, video_of: Tensor) -> tuple[Tensor, Tensor]:
-        """frames [B, T, D], text [S, D], video_of [S] -> (iou_scores [S, N, N] in (0, 1), contrastive_scores
-        [S, N, N] in [-1, 1]): each sentence against the moments of its own video; 0 where there is no candidate."""
+        """frames [B, T, D], text [S, D], video_of [S] -> (iou_scores [S, N, N] in (0, 1),
+        contrastive_scores [S, N, N] in [-1, 1]): each sentence against the moments of its own
+        video; 0 where there is no candidate."""
         iou_moments, contrastive_moments = self.moments(frames)
         iou_text, contrastive_text = self.sentences(text)
         return (self.to_map(overlap_scores(iou_moments, iou_text, video_of)),
@@ -145,10 +156,11 @@ class MMN(nn.Module):
         return grid.flatten(1)[:, self.cells]
 
 
-# ---------------------------------------------------------------------------------------- the equations
+# ------------------------------------------------------------------------------------ the equations
 
 def cosine_scores(moments: Tensor, text: Tensor, video_of: Tensor) -> Tensor:
-    """Eq. (9), Sec. 3.1: cosine of each sentence with the moments of its video, in the contrastive space.
+    """Eq. (9), Sec. 3.1: cosine of each sentence with the moments of its video, in the contrastive
+    space.
 
         Y~cl = cos(x~q, X~m)
 
@@ -164,7 +176,8 @@ def overlap_scores(moments: Tensor, text: Tensor, video_of: Tensor) -> Tensor:
 
     moments [B, J, P] and text [S, J] unit vectors, video_of [S]; returns [S, P] in (0, 1)
     """
-    # UNSPECIFIED: a cosine cannot enter the BCE of Eq. (7) as it is; MMN's published scale and sigmoid
+    # UNSPECIFIED: a cosine cannot enter the BCE of Eq. (7) as it is; MMN's published scale and
+    # sigmoid
     return torch.sigmoid(SCORE_SCALE * cosine_scores(moments, text, video_of))
 
 
@@ -177,22 +190,26 @@ def iou_loss(scores: Tensor, iou: Tensor, floor: float = 0.5) -> Tensor:
     iou      [S, P] in [0, 1]
     returns  [S] nats, mean over the candidates
     """
-    # UNSPECIFIED: the overlap is scaled as in MMN's published code: (iou - 0.5) / (1 - 0.5), at least 0
+    # UNSPECIFIED: the overlap is scaled as in MMN's published code: (iou - 0.5) / (1 - 0.5), at
+    # least 0
     target = ((iou - floor) / (1 - floor)).clamp(min=0)
     return F.binary_cross_entropy(scores, target, reduction="none").mean(1)
 
 
-def contrastive_loss(moments: Tensor, text: Tensor, iou: Tensor, video_of: Tensor, moments_sec: Tensor,
+def contrastive_loss(moments: Tensor, text: Tensor, iou: Tensor, video_of: Tensor,
+                     moments_sec: Tensor,
                      tau: float = 0.1, margin: float = 0.4, negative_iou: float = 0.5) -> Tensor:
-    """Eq. (8), Sec. 3.1: the moment picks its sentence, the sentence its moment, each out of its negatives.
+    """Eq. (8), Sec. 3.1: the moment picks its sentence, the sentence its moment, each out of its
+    negatives.
 
         p^m = exp((cos(m, q) - margin) / tau) / (the same + sum over X^m- of exp(cos(m', q) / tau))
         p^q = exp((cos(m, q) - margin) / tau) / (the same + sum over X^q- of exp(cos(m, q') / tau))
         L^cl = -log p^m - log p^q
 
-    m is the candidate that overlaps most with the label. X^m-: all candidates of the other videos, and those
-    of the same video that overlap less than `negative_iou`. X^q-: the sentences of the other videos, and those of
-    the same video whose labelled moments overlap less. Cosines are in the contrastive space.
+    m is the candidate that overlaps most with the label. X^m-: all candidates of the other videos,
+    and those of the same video that overlap less than `negative_iou`. X^q-: the sentences of the
+    other videos, and those of the same video whose labelled moments overlap less. Cosines are in
+    the contrastive space.
 
     moments      [B, J, P] unit vectors
     text         [S, J] unit vectors
@@ -202,25 +219,29 @@ def contrastive_loss(moments: Tensor, text: Tensor, iou: Tensor, video_of: Tenso
     returns      [S] nats
     """
     S, P = iou.shape
-    sentence, positive = torch.arange(S, device=iou.device), iou.argmax(1)            # [S]
-    same_video = video_of[:, None] == video_of[None, :]                               # [S, S]
+    sentence, positive = torch.arange(S, device=iou.device), iou.argmax(1)      # [S]
+    same_video = video_of[:, None] == video_of[None, :]                 # [S, S]
 
     # p^m: the sentence among moments
-    similarity = torch.einsum("sj,bjp->sbp", text, moments)                           # [S, B, P]
-    allowed = torch.ones_like(similarity, dtype=torch.bool)                           # True = in the denominator
+    similarity = torch.einsum("sj,bjp->sbp", text, moments)             # [S, B, P]
+    allowed = torch.ones_like(similarity, dtype=torch.bool)             # True = in the denominator
     allowed[sentence, video_of] = iou < negative_iou
     allowed[sentence, video_of, positive] = True
     shift = torch.zeros_like(similarity)
-    shift[sentence, video_of, positive] = margin        # UNSPECIFIED: margin on the positive, as MMN publishes it
-    # DEVIATION: excluded pairs leave by -inf; MMN's code multiplies one half's mask in before exp, adding exp(0)
-    logits = ((similarity - shift) / tau).masked_fill(~allowed, float("-inf")).flatten(1)     # [S, B * P]
+    shift[sentence, video_of,
+          positive] = margin  # UNSPECIFIED: margin on the positive, as MMN publishes it
+    # DEVIATION: excluded pairs leave by -inf; MMN's code multiplies one half's mask in before exp,
+    # adding exp(0)
+    logits = ((similarity - shift) / tau).masked_fill(~allowed,
+                                                      float("-inf")).flatten(1)  # [S, B * P]
     loss = F.cross_entropy(logits, video_of * P + positive, reduction="none")
 
     # p^q: the moment among sentences
-    chosen = moments[video_of, :, positive]                                           # [S, J]
-    similarity = chosen @ text.T - margin * torch.eye(S, device=iou.device)           # [S, S]
-    overlap = interval_iou(moments_sec[:, None], moments_sec[None, :])                # [S, S]
-    allowed = ~same_video | (overlap < negative_iou) | torch.eye(S, dtype=torch.bool, device=iou.device)
+    chosen = moments[video_of, :, positive]                             # [S, J]
+    similarity = chosen @ text.T - margin * torch.eye(S, device=iou.device)     # [S, S]
+    overlap = interval_iou(moments_sec[:, None], moments_sec[None, :])  # [S, S]
+    allowed = ~same_video | (overlap < negative_iou) | torch.eye(S, dtype=torch.bool,
+                                                                 device=iou.device)
     logits = (similarity / tau).masked_fill(~allowed, float("-inf"))
     return loss + F.cross_entropy(logits, sentence, reduction="none")
 
@@ -230,9 +251,11 @@ def fuse(iou_scores: Tensor, contrastive_scores: Tensor) -> Tensor:
 
         Y~ = Y~iou * sqrt(0.5 Y~cl + 0.5)
 
-    Any shape, iou_scores in (0, 1) and contrastive_scores in [-1, 1]; returns scores in [0, 1): a rank, no probability.
+    Any shape, iou_scores in (0, 1) and contrastive_scores in [-1, 1]; returns scores in [0, 1): a
+    rank, no probability.
     """
-    # DEVIATION: as printed, the plain product of two cosines ranks two negatives first; MMN's published fusion
+    # DEVIATION: as printed, the plain product of two cosines ranks two negatives first; MMN's
+    # published fusion
     return iou_scores * (0.5 * contrastive_scores + 0.5).clamp(min=0).sqrt()
 
 
@@ -243,7 +266,7 @@ def best_cell(scores: Tensor) -> tuple[Tensor, Tensor]:
 
     scores [S, N, N] with -inf where there is no moment; returns two LongTensors [S]
     """
-    start = scores.amax(2).argmax(1)                                                  # row maxima, then the best row
+    start = scores.amax(2).argmax(1)                            # row maxima, then the best row
     return start, scores[torch.arange(len(scores), device=scores.device), start].argmax(1)
 
 
@@ -251,34 +274,37 @@ def best_cell(scores: Tensor) -> tuple[Tensor, Tensor]:
 def cell_overlaps(num_clips: int, device: torch.device) -> Tensor:
     """IoU of every two cells of the map, [N*N, N*N]; row i*N+j is cell (i, j)."""
     clip = torch.arange(num_clips, device=device)
-    cells = torch.stack(torch.broadcast_tensors(clip[:, None], clip[None, :] + 1), -1).flatten(0, 1).float()
+    cells = torch.stack(torch.broadcast_tensors(clip[:, None], clip[None, :] + 1),
+                        -1).flatten(0, 1).float()
     return interval_iou(cells[:, None], cells[None, :])
 
 
 def decode(scores: Tensor, durations_sec: Tensor, top_k: int = 1, nms: float = 0.5,
            candidates: Tensor | None = None) -> Tensor:
-    """The top_k best moments, greedily: take the best cell (Eq. 10), drop the cells that overlap it more than `nms`.
+    """The top_k best moments, greedily: take the best cell (Eq. 10), drop the cells that overlap it
+    more than `nms`.
 
     scores         [S, N, N]
     durations_sec  [S]
     candidates     [N, N] bool, True = a moment (default: all cells i <= j)
-    returns        [S, top_k, 3]: start_sec, end_sec, score, best first. Where the candidates run out before top_k,
-                   the last rows are (0, 0, -inf): empty moments that overlap nothing.
+    returns        [S, top_k, 3]: start_sec, end_sec, score, best first. Where the candidates run
+                   out before top_k, the last rows are (0, 0, -inf): empty moments that overlap
+                   nothing.
     """
     S, N = scores.shape[:2]
     if candidates is None:
         candidates = torch.ones(N, N, dtype=torch.bool, device=scores.device).triu()
-    left = scores.masked_fill(~candidates, float("-inf"))                             # [S, N, N]
+    left = scores.masked_fill(~candidates, float("-inf"))               # [S, N, N]
     result = scores.new_zeros(S, top_k, 3)
     for k in range(top_k):
         start, end = best_cell(left)
-        best = left[torch.arange(S, device=scores.device), start, end]                # [S]
+        best = left[torch.arange(S, device=scores.device), start, end]  # [S]
         found = best > float("-inf")
-        interval = torch.stack([start, end + 1], 1) * (durations_sec / N)[:, None]    # [S, 2]
+        interval = torch.stack([start, end + 1], 1) * (durations_sec / N)[:, None]  # [S, 2]
         result[:, k, :2] = torch.where(found[:, None], interval.to(scores.dtype), 0)
         result[:, k, 2] = best
         if k + 1 < top_k:
             near = cell_overlaps(N, scores.device)[start * N + end].unflatten(1, (N, N)) > nms
-            near[torch.arange(S, device=scores.device), start, end] = True            # also where nms >= 1
+            near[torch.arange(S, device=scores.device), start, end] = True  # also where nms >= 1
             left = left.masked_fill(near, float("-inf"))
     return result

@@ -1,8 +1,8 @@
 """Sentence Q -> static query Q^s and dynamic query Q^d (paper Sec. 3.1, first paragraph).
 
-The noun chunks of a sentence (a noun plus the words describing it) tell what can be seen in any one frame;
-the rest tells what changes. Q^s is the sentence with all but its noun chunks masked, Q^d the sentence
-with its noun chunks masked:
+The noun chunks of a sentence (a noun plus the words describing it) tell what can be seen in any one
+frame; the rest tells what changes. Q^s is the sentence with all but its noun chunks masked, Q^d the
+sentence with its noun chunks masked:
 
     Q    "a person opens the door"
     Q^s  "a person the door"
@@ -10,9 +10,10 @@ with its noun chunks masked:
 
     python parse.py "a person opens the door"
 
-Chunks come from a spaCy pipeline with a dependency parse where there is one (`doc.noun_chunks`), else from
-the rules below on spaCy's own tokenizer. The rules tag each token by word lists and endings, let its
-neighbours correct the tag, and then take every maximal run  determiner? modifier* noun.
+Chunks come from a spaCy pipeline with a dependency parse where there is one (`doc.noun_chunks`),
+else from the rules below on spaCy's own tokenizer. The rules tag each token by word lists and
+endings, let its neighbours correct the tag, and then take every maximal run  determiner? modifier*
+noun.
 """
 import argparse
 import functools
@@ -35,8 +36,8 @@ class Query(NamedTuple):
 class Parser:
     """Finds noun chunks and splits sentences.
 
-    model   a spaCy pipeline object, the name or path of an installed pipeline, "rules" for the built-in
-            rules, or None: en_core_web_sm if it is installed, else the rules
+    model   a spaCy pipeline object, the name or path of an installed pipeline, "rules" for the
+            built-in rules, or None: en_core_web_sm if it is installed, else the rules
     mask    what stands for a masked stretch of words: "" drops it, a word replaces it
     name    (attribute) which of them is at work; checkpoints keep it
     """
@@ -52,19 +53,22 @@ class Parser:
             try:
                 model = spacy.load(model)
             except (OSError, ImportError) as error:
-                raise ValueError(f"spaCy cannot load the pipeline {model!r}: {error}. Install it, or use the "
+                raise ValueError(f"spaCy cannot load the pipeline {model!r}: {error}. Install it, "
+                                 f"or use the "
                                  f"built-in rules with 'rules'") from error
         self.pipeline, self.name = model, f"{model.meta['lang']}_{model.meta['name']} {model.meta['version']}"
 
     def chunks(self, sentence: str) -> list[tuple[int, int]]:
-        """Noun chunks as (start, end) character offsets: ordered, not overlapping. Any string is read."""
+        """Noun chunks as (start, end) character offsets: ordered, not overlapping. Any string is
+        read."""
         if not sentence.strip():
             return []
         doc = self.pipeline(sentence)
         if self.name == "rules":
             return rule_chunks(doc)
         if not doc.has_annotation("DEP"):
-            raise ValueError(f"the spaCy pipeline {self.name!r} does no dependency parse, so it knows no noun "
+            raise ValueError(f"the spaCy pipeline {self.name!r} does no dependency parse, so it "
+                             f"knows no noun "
                              f"chunks; use another pipeline or 'rules'")
         return [(chunk.start_char, chunk.end_char) for chunk in doc.noun_chunks]
 
@@ -74,7 +78,8 @@ class Parser:
         ends = [0, *(offset for chunk in chunks for offset in chunk), len(sentence)]
         pieces = [sentence[a:b].strip() for a, b in zip(ends, ends[1:])]
         rest, nouns = pieces[0::2], pieces[1::2]        # they alternate, beginning with the rest
-        # UNSPECIFIED: how a word is masked (CLIP has no mask token): dropped, or one word for the stretch
+        # UNSPECIFIED: how a word is masked (CLIP has no mask token): dropped, or one word for the
+        # stretch
         static, dynamic = [], []
         for i, words in enumerate(rest):
             spoken = any(c.isalnum() for c in words)
@@ -89,27 +94,37 @@ class Parser:
                      " ".join(filter(None, dynamic)) if has_dynamic else "")
 
 
-# ---------------------------------------------------------------------------------- the built-in rules
+# ------------------------------------------------------------------------------- the built-in rules
 
 # Closed classes, whole; open classes are in assets/words.txt.
-DETERMINERS = set("a an the this that these those some any each every no another all both either neither "
+DETERMINERS = set("a an the this that these those some any each every no another all both either "
+                  "neither "
                   "my your his her its our their one's many several few more most much other such".split())
-PRONOUNS = set("i you he she it we they me him us them himself herself itself themselves myself yourself "
-               "someone somebody anyone anybody everyone everybody something anything everything nothing "
+PRONOUNS = set("i you he she it we they me him us them himself herself itself themselves myself "
+               "yourself "
+               "someone somebody anyone anybody everyone everybody something anything everything "
+               "nothing "
                "nobody one another each".split())
-PREPOSITIONS = set("in on at by with from into onto out of off over under up down to for through across "
-                   "around about behind before after against along among between beside besides beneath below "
-                   "above near toward towards inside outside without within during until till as like than "
-                   "past upon via per next atop while because if since when where how why whether so "
+PREPOSITIONS = set("in on at by with from into onto out of off over under up down to for through "
+                   "across "
+                   "around about behind before after against along among between beside besides "
+                   "beneath below "
+                   "above near toward towards inside outside without within during until till as "
+                   "like than "
+                   "past upon via per next atop while because if since when where how why whether "
+                   "so "
                    "although though once and or but nor then".split())
-VERBAL = set("is are was were be been being am has have had having do does did done doing can could will "
-             "would shall should may might must not n't 's 're 've 'm 'll 'd who which what whom whose "
+VERBAL = set("is are was were be been being am has have had having do does did done doing can "
+             "could will "
+             "would shall should may might must not n't 's 're 've 'm 'll 'd who which what whom "
+             "whose "
              "there here".split())
 
 
 @functools.cache
 def word_lists() -> dict[str, set[str]]:
-    """assets/words.txt: lines "class: word word ...". Verbs are listed in their base form and get their endings."""
+    """assets/words.txt: lines "class: word word ...". Verbs are listed in their base form and get
+    their endings."""
     lists: dict[str, set[str]] = {}
     for line in WORDS.read_text(encoding="utf-8").splitlines():
         if ":" in line and not line.startswith("#"):
@@ -120,7 +135,8 @@ def word_lists() -> dict[str, set[str]]:
 
 
 def inflected(verb: str) -> list[str]:
-    """Regular forms of a verb: opens, opened, opening; tries, tried; stopped, stopping; closes, closing."""
+    """Regular forms of a verb: opens, opened, opening; tries, tried; stopped, stopping; closes,
+    closing."""
     stem = verb[:-1] if verb.endswith("e") and not verb.endswith("ee") else verb
     vowels = [c in "aeiou" for c in verb]
     double = verb[-1] if vowels[-3:] == [False, True, False] and verb[-1] not in "wxy" else ""
@@ -164,7 +180,8 @@ def rule_chunks(doc) -> list[tuple[int, int]]:
             chunks.append((i, i + 1))
         elif tags[i] in "DAN":
             end = i + 1
-            while end < len(tags) and tags[end] in ("A", "N") + (("D",) if tags[end - 1] == "D" else ()):
+            while end < len(tags) and tags[end] in ("A",
+                                                    "N") + (("D",) if tags[end - 1] == "D" else ()):
                 end += 1
             last = max((k for k in range(i, end) if tags[k] == "N"), default=None)
             if last is not None:
@@ -176,11 +193,16 @@ def rule_chunks(doc) -> list[tuple[int, int]]:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description="split sentences into static and dynamic queries")
-    arguments.add_argument("sentences", nargs="*", help="sentences (default: one a line from standard input)")
-    arguments.add_argument("--parser", help="spaCy pipeline by name or path, or 'rules' (default: en_core_web_sm "
+    arguments = argparse.ArgumentParser(description="split sentences into static and dynamic "
+                                                    "queries")
+    arguments.add_argument("sentences", nargs="*",
+                           help="sentences (default: one a line from standard input)")
+    arguments.add_argument("--parser",
+                           help="spaCy pipeline by name or path, or 'rules' (default: "
+                                "en_core_web_sm "
                                             "if installed, else rules)")
-    arguments.add_argument("--mask", default="", help="word that stands for what is masked (default: none)")
+    arguments.add_argument("--mask", default="",
+                           help="word that stands for what is masked (default: none)")
     options = arguments.parse_args()
     try:
         parser = Parser(options.parser, options.mask)

@@ -1,19 +1,21 @@
 """The shapes world: the dataset that needs no download, and a small CLIP trained on its stills.
 
-On a dark ground, coloured shapes rise, fall, advance, retreat, grow, shrink or blink. A query such as "the
-red circle rises" names one actor and one motion of a video in which two actors perform two motions
-each, in some order: nouns alone find the moment half of the time, verbs alone half of the time, both always.
+On a dark ground, coloured shapes rise, fall, advance, retreat, grow, shrink or blink. A query such
+as "the red circle rises" names one actor and one motion of a video in which two actors perform two
+motions each, in some order: nouns alone find the moment half of the time, verbs alone half of the
+time, both always.
 
-    python shapes.py                    # data/shapes: stills, small CLIP and its gates, videos, features
-    python shapes.py --seed 1           # data/shapes-1: another world, another CLIP
-    python shapes.py --show world.png   # a contact sheet of one video, and stills with their captions
+    python shapes.py  # data/shapes: stills, small CLIP and its gates, videos, features
+    python shapes.py --seed 1                           # data/shapes-1: another world, another CLIP
+    python shapes.py --show world.png  # a contact sheet of one video, and stills with their
+    captions
 
-It is an experiment, not a mock: the small CLIP is pre-trained as CLIP was, on images with captions in
-which a verb says nothing (a still cannot show it), so that its text tower ignores verbs, which is the
-premise of the paper (Sec. 1). Three colours and three shapes occur in stills only; videos with them are the
-novel-word split. Verbs are paired with shapes in training videos except for two in seven, the
-novel-composition split. Downstream nothing knows that this is a toy: `build` writes annotations,
-features and CLIP weights in the form in which a real dataset has them.
+It is an experiment, not a mock: the small CLIP is pre-trained as CLIP was, on images with captions
+in which a verb says nothing (a still cannot show it), so that its text tower ignores verbs, which
+is the premise of the paper (Sec. 1). Three colours and three shapes occur in stills only; videos
+with them are the novel-word split. Verbs are paired with shapes in training videos except for two
+in seven, the novel-composition split. Downstream nothing knows that this is a toy: `build` writes
+annotations, features and CLIP weights in the form in which a real dataset has them.
 
 Lengths are in pixels of a 32 x 32 frame with y downwards, times in seconds.
 """
@@ -36,8 +38,8 @@ import clip
 import data
 import video
 
-SIZE = 32                                               # side of a frame, pixels
-FRAMES = 32                                             # T: a video is sampled at this many instants
+SIZE = 32                                                               # side of a frame, pixels
+FRAMES = 32  # T: a video is sampled at this many instants
 SCENES = {"sand": (52, 44, 20), "grass": (10, 44, 14), "night": (12, 10, 34), "snow": (52, 54, 60),
           "water": (8, 32, 56), "road": (34, 34, 34)}
 COLOURS = {"red": (230, 40, 40), "green": (50, 200, 60), "blue": (60, 90, 250),
@@ -47,7 +49,8 @@ COLOURS = {"red": (230, 40, 40), "green": (50, 200, 60), "blue": (60, 90, 250),
 SHAPES = ("circle", "square", "triangle", "cross", "bar", "ring", "diamond", "pillar")
 NOVEL_COLOURS = ("orange", "purple", "cyan")
 NOVEL_SHAPES = ("ring", "diamond", "pillar")
-VERBS = (("rises", "climbs"), ("falls", "drops"), ("advances", "proceeds"), ("retreats", "withdraws"),
+VERBS = (("rises", "climbs"), ("falls", "drops"), ("advances", "proceeds"),
+         ("retreats", "withdraws"),
          ("grows", "expands"), ("shrinks", "contracts"), ("blinks", "flashes"))
 SPLITS = {"train": 600, "val": 150, "test": 150, "novel-word": 150, "novel-composition": 300}
 
@@ -55,7 +58,8 @@ SPLITS = {"train": 600, "val": 150, "test": 150, "novel-word": 150, "novel-compo
 # ------------------------------------------------------------------------------------------ drawing
 
 def distance(shape: str, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """Signed distance (roughly, in pixels; negative inside) of points to a shape of radius r at the origin."""
+    """Signed distance (roughly, in pixels; negative inside) of points to a shape of radius r at the
+    origin."""
     box = lambda w, h: np.maximum(abs(x) - w, abs(y) - h)
     return {"circle": lambda: np.hypot(x, y) - r,
             "square": lambda: box(0.85 * r, 0.85 * r),
@@ -68,11 +72,13 @@ def distance(shape: str, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndar
 
 
 def draw(frames: np.ndarray, colour: str, shape: str, x, y, r, visible=True) -> None:
-    """Paints one object, antialiased, into float frames [n, 32, 32, 3]; x, y, r, visible are [n] or scalars."""
+    """Paints one object, antialiased, into float frames [n, 32, 32, 3]; x, y, r, visible are [n] or
+    scalars."""
     x, y, r, visible = (np.broadcast_to(v, len(frames))[:, None, None] for v in (x, y, r, visible))
     centre = np.arange(SIZE) + 0.5
-    inside = np.clip(0.5 - distance(shape, centre[None, None, :] - x, centre[None, :, None] - y, r), 0, 1)
-    inside = (inside * visible)[..., None]                                          # [n, 32, 32, 1]
+    inside = np.clip(0.5 - distance(shape, centre[None, None, :] - x, centre[None, :, None] - y, r),
+                     0, 1)
+    inside = (inside * visible)[..., None]                              # [n, 32, 32, 1]
     frames += inside * (np.array(COLOURS[colour], dtype=np.float32) - frames)
 
 
@@ -88,14 +94,16 @@ def to_uint8(frames: np.ndarray) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------- stills
 
-def still(rng: np.random.Generator, objects: int | None = None) -> tuple[np.ndarray, str, list[dict]]:
+def still(rng: np.random.Generator,
+          objects: int | None = None) -> tuple[np.ndarray, str, list[dict]]:
     """One image [32, 32, 3], its caption, and the objects in it (colour, shape, x, y, r).
 
-    As on the web a caption tells only some of what there is, and its verb, if any, is anyone's guess."""
+    As on the web a caption tells only some of what there is, and its verb, if any, is anyone's
+    guess."""
     scene = rng.choice(list(SCENES))
     image, phrases, things = ground(scene, 1, rng), [], []
     for _ in range(objects or rng.choice((1, 2, 3), p=(0.4, 0.3, 0.3))):
-        for _ in range(20):                             # objects keep apart if they can
+        for _ in range(20):                                     # objects keep apart if they can
             x, y = rng.uniform(5, SIZE - 5, 2)
             if all(math.hypot(x - t["x"], y - t["y"]) > 10 for t in things):
                 break
@@ -120,47 +128,55 @@ def still(rng: np.random.Generator, objects: int | None = None) -> tuple[np.ndar
     return to_uint8(image)[0], caption, things
 
 
-# ---------------------------------------------------------------------------------- the small CLIP
+# ----------------------------------------------------------------------------------- the small CLIP
 
 def small_clip(seed: int) -> clip.CLIP:
-    """A ViT of width 64 behind a convolutional stem, and a causal text tower of width 64; joint width 64.
+    """A ViT of width 64 behind a convolutional stem, and a causal text tower of width 64; joint
+    width 64.
 
     Larger position and token embeddings than OpenAI's start, or shape and place are not learned."""
     torch.manual_seed(seed)
     width, heads, layers = 64, 4, 2
-    visual = clip.VisionTransformer(SIZE, 2, width, layers, heads, width, clip.QuickGELU, stem=(24, 48))
-    model = clip.CLIP(visual, len(clip.vocabulary()[0]), 77, width, layers, heads, width, clip.QuickGELU)
+    visual = clip.VisionTransformer(SIZE, 2, width, layers, heads, width, clip.QuickGELU,
+                                    stem=(24, 48))
+    model = clip.CLIP(visual, len(clip.vocabulary()[0]), 77, width, layers, heads, width,
+                      clip.QuickGELU)
     for parameter, std in ((visual.class_embedding, 0.4), (visual.positional_embedding, 0.4),
                            (visual.proj, width ** -0.5), (model.token_embedding.weight, 0.4),
-                           (model.positional_embedding, 0.1), (model.text_projection, width ** -0.5)):
+                           (model.positional_embedding, 0.1),
+                           (model.text_projection, width ** -0.5)):
         torch.nn.init.normal_(parameter, std=std)
     return model
 
 
 def image_text_loss(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-    """CLIP's loss: each image picks its caption out of the batch, each caption its image. x, q [B, D]."""
-    logits = scale * F.normalize(x, dim=-1) @ F.normalize(q, dim=-1).T               # [B, B]
+    """CLIP's loss: each image picks its caption out of the batch, each caption its image. x, q [B,
+    D]."""
+    logits = scale * F.normalize(x, dim=-1) @ F.normalize(q, dim=-1).T  # [B, B]
     target = torch.arange(len(x))
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def pretrain(seed: int, steps: int = 3000, count: int = 24_000, batch: int = 128, rounds: int = 3) -> clip.CLIP:
-    """Trains the small CLIP on `count` stills; about two minutes on two cores. AdamW 2e-3, warm-up 50 steps, cosine.
+def pretrain(seed: int, steps: int = 3000, count: int = 24_000, batch: int = 128,
+             rounds: int = 3) -> clip.CLIP:
+    """Trains the small CLIP on `count` stills; about two minutes on two cores. AdamW 2e-3, warm-up
+    50 steps, cosine.
 
     Where the result misses its gates (rare), pre-training is not done and another round follows."""
     rng = np.random.default_rng([seed, 0])
     made = [still(rng)[:2] for _ in trange(count, desc="stills", disable=None)]
     images = torch.from_numpy(np.stack([image for image, _ in made])).permute(0, 3, 1, 2)
     tokens = clip.tokenize([caption for _, caption in made])
-    # Of 49,408 tokens 50 occur: they are trained as a table of their own. It keeps their order, so the end token
-    # is still the one with the largest id.
+    # Of 49,408 tokens 50 occur: they are trained as a table of their own. It keeps their order, so
+    # the end token is still the one with the largest id.
     used, tokens = tokens.unique(return_inverse=True)
     model = small_clip(seed).train()
     whole = model.token_embedding.weight.data
     generator = torch.Generator().manual_seed(seed)
     for _ in range(rounds):
         model.train().token_embedding = torch.nn.Embedding.from_pretrained(whole[used], freeze=False)
-        optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98),
+                                      weight_decay=0.02, fused=True)
         for step in (bar := trange(steps, desc="small CLIP", disable=None)):
             rate = min((step + 1) / 50, (1 + math.cos(math.pi * step / steps)) / 2)
             optimiser.param_groups[0]["lr"] = 2e-3 * rate
@@ -185,11 +201,12 @@ GATES = {"colour": 0.9, "shape": 0.6, "left or right": 0.95}
 
 @torch.no_grad()
 def zero_shot(model: clip.CLIP, seed: int, count: int = 1000) -> dict[str, float]:
-    """What the small CLIP knows without further training: accuracy on new stills of one object each.
+    """What the small CLIP knows without further training: accuracy on new stills of one object
+    each.
 
-    colour: of the ten "a <colour> <shape>" with the true shape; shape: of the eight with the true colour; left or
-    right: of the two places. "verb cosine" is the mean cosine of "a red circle <verb>" between verbs: near 1, the
-    text tower ignores them."""
+    colour: of the ten "a <colour> <shape>" with the true shape; shape: of the eight with the true
+    colour; left or right: of the two places. "verb cosine" is the mean cosine of "a red circle
+    <verb>" between verbs: near 1, the text tower ignores them."""
     rng = np.random.default_rng([seed, 99])
     images, things = [], []
     for _ in range(count):
@@ -197,34 +214,38 @@ def zero_shot(model: clip.CLIP, seed: int, count: int = 1000) -> dict[str, float
         images.append(image)
         things.append(thing)
     pixels = clip.preprocess(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), SIZE)
-    x = F.normalize(model.encode_image(pixels)[0], dim=1)                            # [count, D]
+    x = F.normalize(model.encode_image(pixels)[0], dim=1)               # [count, D]
 
     def accuracy(phrases, answers) -> float:
-        options = torch.stack([read(model, [phrase(thing) for thing in things]) for phrase in phrases], 1)
-        chosen = torch.einsum("cd,cod->co", x, options).argmax(1)                    # [count]
+        options = torch.stack([read(model, [phrase(thing) for thing in things])
+                               for phrase in phrases], 1)
+        chosen = torch.einsum("cd,cod->co", x, options).argmax(1)       # [count]
         return (chosen == torch.tensor(answers)).float().mean().item()
 
-    verbs = read(model, [f"a red circle {first}" for first, _ in VERBS])             # [7, D]
+    verbs = read(model, [f"a red circle {first}" for first, _ in VERBS])        # [7, D]
     apart = ~torch.eye(len(VERBS), dtype=torch.bool)
     return {
         "colour": accuracy([lambda t, c=c: f"a {c} {t['shape']}" for c in COLOURS],
                            [list(COLOURS).index(t["colour"]) for t in things]),
         "shape": accuracy([lambda t, s=s: f"a {t['colour']} {s}" for s in SHAPES],
                           [SHAPES.index(t["shape"]) for t in things]),
-        "left or right": accuracy([lambda t, p=p: f"a {t['colour']} {t['shape']} on the {p}" for p in ("left", "right")],
+        "left or right": accuracy([lambda t,
+                                   p=p: f"a {t['colour']} {t['shape']} on the {p}"
+                                   for p in ("left", "right")],
                                   [int(t["x"] >= SIZE / 2) for t in things]),
         "verb cosine": (verbs @ verbs.T)[apart].mean().item()}
 
 
 def missed_gates(knows: dict[str, float]) -> list[str]:
-    return [f"{name} {knows[name]:.3f} < {gate}" for name, gate in GATES.items() if knows[name] < gate]
+    return [f"{name} {knows[name]:.3f} < {gate}" for name,
+            gate in GATES.items() if knows[name] < gate]
 
 
 def read(model: clip.CLIP, sentences: list[str]) -> Tensor:
     return F.normalize(model.encode_text(clip.tokenize(sentences)), dim=1)
 
 
-# -------------------------------------------------------------------------------------------- videos
+# ------------------------------------------------------------------------------------------- videos
 
 def held_out(verb: int, shape: str) -> bool:
     """The pairs of verb and shape that no training video has: two verbs in seven for each shape."""
@@ -232,9 +253,11 @@ def held_out(verb: int, shape: str) -> bool:
 
 
 def script(split: str, rng: np.random.Generator) -> dict:
-    """One video, before it is drawn: two actors, two verbs, four events in random order, one distractor.
+    """One video, before it is drawn: two actors, two verbs, four events in random order, one
+    distractor.
 
-    Places in pixels. Times are in frame lengths, of which there are 32; "frame_sec" is the length of one."""
+    Places in pixels. Times are in frame lengths, of which there are 32; "frame_sec" is the length
+    of one."""
     old_colours = [c for c in COLOURS if c not in NOVEL_COLOURS]
     old_shapes = [s for s in SHAPES if s not in NOVEL_SHAPES]
     novel = split == "novel-word"
@@ -245,12 +268,13 @@ def script(split: str, rng: np.random.Generator) -> dict:
         unseen = sum(held_out(v, s) for v in verbs for s in shapes)
         if novel or (unseen >= 2 if split == "novel-composition" else unseen == 0):
             break
-    others = [(c, s) for c in old_colours for s in old_shapes if c not in colours and s not in shapes]
+    others = [(c, s) for c in old_colours for s in old_shapes if c not in colours
+              and s not in shapes]
     bystander = dict(zip(("colour", "shape"), others[rng.integers(len(others))]),
                      x=rng.uniform(6, SIZE - 6), y=rng.uniform(6, SIZE - 6), r=rng.uniform(3.5, 5))
     while True:
-        action = rng.integers(4, 9, 4)                                              # frames each event takes
-        linger = rng.integers(0, 3, (4, 2))                                         # before and after it
+        action = rng.integers(4, 9, 4)                                  # frames each event takes
+        linger = rng.integers(0, 3, (4, 2))                             # before and after it
         spare = FRAMES - action.sum() - linger.sum()
         if spare >= 0:
             break
@@ -263,35 +287,42 @@ def script(split: str, rng: np.random.Generator) -> dict:
         end = start + int(action[k])
         clock = end + int(linger[k, 1])
         events.append({"colour": str(colours[actor]), "shape": str(shapes[actor]), "verb": verb,
-                       "word": VERBS[verb][rng.integers(2)], "enter": enter, "start": start, "end": end,
+                       "word": VERBS[verb][rng.integers(2)], "enter": enter, "start": start,
+                       "end": end,
                        "leave": clock, **course(verb, bystander, rng)})
-    return {"scene": str(rng.choice(list(SCENES))), "speckle": int(rng.integers(2 ** 31)), "events": events,
+    return {"scene": str(rng.choice(list(SCENES))), "speckle": int(rng.integers(2 ** 31)),
+            "events": events,
             "bystander": bystander, "frame_sec": rng.uniform(0.75, 1.25)}
 
 
 def course(verb: int, bystander: dict, rng: np.random.Generator) -> dict:
-    """Where an event begins and ends, {"from": (x, y, r), "to": (x, y, r)}, clear of the bystander if it can be."""
+    """Where an event begins and ends, {"from": (x, y, r), "to": (x, y, r)}, clear of the bystander
+    if it can be."""
     for _ in range(50):
         x, y = rng.uniform(5.5, SIZE - 5.5, 2)
         r, way = rng.uniform(3.5, 5), rng.uniform(9, 15)
         a = [x, y, r]
-        b = [[x, y - way, r], [x, y + way, r], [x + way, y, r], [x - way, y, r], [x, y, 6.5], [x, y, 2.5], a][verb]
+        b = [[x, y - way, r], [x, y + way, r], [x + way, y, r], [x - way, y, r], [x, y, 6.5],
+             [x, y, 2.5], a][verb]
         a[2] = {4: 2.5, 5: 6.5}.get(verb, r)
         inside = all(5 <= v <= SIZE - 5 for v in b[:2])
-        if inside and all(math.hypot(p[0] - bystander["x"], p[1] - bystander["y"]) > 9 for p in (a, b)):
+        if inside and all(math.hypot(p[0] - bystander["x"], p[1] - bystander["y"]) > 9
+                          for p in (a, b)):
             break
     return {"from": a, "to": [min(max(v, 5), SIZE - 5) for v in b[:2]] + b[2:]}
 
 
 def render(plan: dict, times: np.ndarray) -> np.ndarray:
-    """The video of a script at the given instants (in frame lengths, [n]) -> uint8 [n, 32, 32, 3]."""
+    """The video of a script at the given instants (in frame lengths, [n]) -> uint8 [n, 32, 32,
+    3]."""
     frames = ground(plan["scene"], len(times), np.random.default_rng(plan["speckle"]))
     draw(frames, **plan["bystander"])
     for event in plan["events"]:
-        progress = np.clip((times - event["start"]) / (event["end"] - event["start"]), 0, 1)[:, None]
+        progress = np.clip((times - event["start"]) / (event["end"] - event["start"]), 0,
+                           1)[:, None]
         x, y, r = (np.array(event["from"]) * (1 - progress) + np.array(event["to"]) * progress).T
         visible = (times >= event["enter"]) & (times < event["leave"])
-        if VERBS[event["verb"]][0] == "blinks":         # dark in every other frame length
+        if VERBS[event["verb"]][0] == "blinks":                 # dark in every other frame length
             acting = (times >= event["start"]) & (times < event["end"])
             visible &= ~acting | (np.floor(times - event["start"]) % 2 == 1)
         draw(frames, event["colour"], event["shape"], x, y, r, visible)
@@ -299,9 +330,11 @@ def render(plan: dict, times: np.ndarray) -> np.ndarray:
 
 
 def samples_of(name: str, split: str, plan: dict) -> list[data.Sample]:
-    """The annotated sentences of a video: its four events; of a novel-composition video those that are novel."""
+    """The annotated sentences of a video: its four events; of a novel-composition video those that
+    are novel."""
     duration_sec = round(FRAMES * plan["frame_sec"], 3)
-    return [data.Sample(name, f"the {e['colour']} {e['shape']} {e['word']}", *seconds(e, plan), duration_sec)
+    return [data.Sample(name, f"the {e['colour']} {e['shape']} {e['word']}", *seconds(e, plan),
+                        duration_sec)
             for e in plan["events"]
             if split != "novel-composition" or held_out(e["verb"], e["shape"])]
 
@@ -310,20 +343,23 @@ def seconds(event: dict, plan: dict) -> tuple[float, float]:
     return round(event["start"] * plan["frame_sec"], 3), round(event["end"] * plan["frame_sec"], 3)
 
 
-# ------------------------------------------------------------------------------------- the dataset
+# -------------------------------------------------------------------------------------- the dataset
 
 def build(dataset: str = "shapes", root: str | os.PathLike = "data") -> None:
-    """Writes <root>/<dataset> unless it is there; about two minutes on two cores. RuntimeError for a missed gate.
+    """Writes <root>/<dataset> unless it is there; about two minutes on two cores. RuntimeError for
+    a missed gate.
 
-    The number at the end of the name is the seed: "shapes" is seed 0, "shapes-1" seed 1. The folder takes its
-    name when all of it is there, so a broken build is simply made anew."""
+    The number at the end of the name is the seed: "shapes" is seed 0, "shapes-1" seed 1. The folder
+    takes its name when all of it is there, so a broken build is simply made anew."""
     target, seed = pathlib.Path(root) / dataset, seed_of(dataset)
     if (target / "clip.pt").exists():
         return
-    print(f"building {target}: pre-training a small CLIP on stills, then drawing and encoding videos")
+    print(f"building {target}: pre-training a small CLIP on stills, then drawing and encoding "
+          f"videos")
     model = pretrain(seed)
     knows = zero_shot(model, seed)
-    print("small CLIP, zero-shot: " + ", ".join(f"{name} {value:.3f}" for name, value in knows.items()))
+    print("small CLIP, zero-shot: "
+          + ", ".join(f"{name} {value:.3f}" for name, value in knows.items()))
     if missed := missed_gates(knows):
         raise RuntimeError(f"the small CLIP of seed {seed} missed its gates ({', '.join(missed)}); "
                            f"use another seed, for instance --dataset shapes-{seed + 1}")
@@ -331,7 +367,8 @@ def build(dataset: str = "shapes", root: str | os.PathLike = "data") -> None:
 
 
 def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, int]) -> None:
-    """The dataset of a small CLIP: clip.pt, <split>.jsonl, events.json, features; `counts` videos a split."""
+    """The dataset of a small CLIP: clip.pt, <split>.jsonl, events.json, features; `counts` videos a
+    split."""
     folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     folder.mkdir(parents=True)
     try:
@@ -344,14 +381,16 @@ def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, i
         for part, (split, count) in enumerate(counts.items()):
             samples = []
             for i in trange(count, desc=f"videos: {split}", disable=None):
-                name, plan = f"{split}-{i:04d}", script(split, np.random.default_rng([seed, part + 1, i]))
+                name, plan = f"{split}-{i:04d}", script(split,
+                                                        np.random.default_rng([seed, part + 1, i]))
                 pixels = torch.from_numpy(render(plan, np.arange(FRAMES) + 0.5)).permute(0, 3, 1, 2)
                 frames, patches = video.encode_pixels(model, clip.preprocess(pixels, SIZE))
                 sentences = samples_of(name, split, plan)
                 store.write(name, frames, patches if split == "train" else None,
                             sentences[0].duration_sec)
                 samples += sentences
-                events[name] = [(*seconds(e, plan), f"{e['colour']} {e['shape']}", VERBS[e["verb"]][0])
+                events[name] = [(*seconds(e, plan), f"{e['colour']} {e['shape']}",
+                                 VERBS[e["verb"]][0])
                                 for e in plan["events"]]
             data.write_jsonl(folder / f"{split}.jsonl", samples)
         (folder / "events.json").write_text(json.dumps(events))
@@ -370,7 +409,8 @@ def seed_of(dataset: str) -> int:
 
 
 def show(path: str, seed: int) -> None:
-    """A contact sheet: a video of three splits, every second frame, and eight stills with their captions."""
+    """A contact sheet: a video of three splits, every second frame, and eight stills with their
+    captions."""
     try:
         import matplotlib
     except ImportError as error:

@@ -1,14 +1,15 @@
 """Training: Eq. 11 and Algorithm 1 of the paper (Sec. 3.2), as one loop.
 
-    python train.py                                     # builds the shapes world, trains vdi-staged, evaluates
+    python train.py  # builds the shapes world, trains vdi-staged, evaluates
     python train.py --method mmn --seed 1 --out runs/x  # every field of Config is an option
-    python train.py --dataset charades --device cuda    # the paper's run, once its features are there
+    python train.py --dataset charades --device cuda  # the paper's run, once its features are there
 
-Methods: `mmn` is the retriever alone; `vdi` adds Eq. 1-5 to the letter, all in one sum (Eq. 11); `vdi-staged` adapts
-the text tower first, as Algorithm 1 orders it, to a target that cannot collapse, and then trains the retriever.
+Methods: `mmn` is the retriever alone; `vdi` adds Eq. 1-5 to the letter, all in one sum (Eq. 11);
+`vdi-staged` adapts the text tower first, as Algorithm 1 orders it, to a target that cannot
+collapse, and then trains the retriever.
 
-A run is a folder: ckpt.pt (the best epoch on the validation split; all that evaluate.py needs), last.pt (for
---resume), log.jsonl (a line an epoch), results.json.
+A run is a folder: ckpt.pt (the best epoch on the validation split; all that evaluate.py needs),
+last.pt (for --resume), log.jsonl (a line an epoch), results.json.
 """
 import argparse
 import dataclasses
@@ -43,22 +44,33 @@ def option(default, text: str):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All there is to choose. Defaults are the paper's settings for Charades-STA; see PRESETS for the others."""
-    dataset: str = option("shapes", "charades, charades-cg, activitynet, activitynet-cg, shapes, shapes-1, ..., or "
+    """All there is to choose. Defaults are the paper's settings for Charades-STA; see PRESETS for
+    the others."""
+    dataset: str = option("shapes",
+                          "charades, charades-cg, activitynet, activitynet-cg, shapes, shapes-1, "
+                          "..., or "
                                     "one's own below the root")
     method: str = option("vdi", "mmn, vdi or vdi-staged")
     seed: int = option(0, "of weights, data order and targets")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     root: str = option("data", "folder of datasets")
     out: str = option("", "folder of the run (empty: runs/<dataset>-<method>)")
-    clip: str = option("ViT-B/32", "CLIP that made the features: a published name, a file, or a dataset that has one")
-    text_clip: str = option("", "CLIP whose text tower is taken instead: separated pre-training (suppl. Table 5)")
-    parser: str = option("", "spaCy pipeline or 'rules' (empty: en_core_web_sm if installed, else rules)")
+    clip: str = option("ViT-B/32",
+                       "CLIP that made the features: a published name, a file, or a dataset that "
+                       "has one")
+    text_clip: str = option("",
+                            "CLIP whose text tower is taken instead: separated pre-training "
+                            "(suppl. Table 5)")
+    parser: str = option("",
+                         "spaCy pipeline or 'rules' (empty: en_core_web_sm if installed, else "
+                         "rules)")
     mask: str = option("", "word that stands for masked words (empty: they are dropped)")
     # the retriever (MMN's published settings)
     num_clips: int = option(16, "N, side of the 2D map")
     frames: int = option(32, "T, features of a video; T / N are averaged to a clip")
-    pool_counts: tuple[int, ...] = option((15,), "diagonals of the map per level, each level twice as coarse")
+    pool_counts: tuple[int, ...] = option((15,),
+                                          "diagonals of the map per level, each level twice as "
+                                          "coarse")
     kernel: int = option(5, "size of the convolutions over the map")
     layers: int = option(8, "number of these convolutions")
     hidden: int = option(512, "their width")
@@ -80,24 +92,32 @@ class Config:
     weight_decay: float = option(1e-5, "of AdamW")
     batch: int = option(48, "videos in a batch, each with all its sentences")
     epochs: int = option(18, "passes over the training videos")
-    milestones: tuple[int, ...] = option((8, 13), "epochs at which the learning rate falls to a tenth; none: cosine")
+    milestones: tuple[int, ...] = option((8, 13),
+                                         "epochs at which the learning rate falls to a tenth; "
+                                         "none: cosine")
     clip_norm: float = option(5.0, "largest norm of the gradient")
     patience: int = option(5, "epochs without a better validation result before the run stops")
-    select_on: str = option("val", "split that chooses the epoch; 'test' is the field's habit, and says so")
-    bf16: bool = option(False, "bfloat16 autocast in both towers of the loop; weights and losses stay float32")
+    select_on: str = option("val",
+                            "split that chooses the epoch ('test' is the field's habit)")
+    bf16: bool = option(False,
+                        "bfloat16 autocast in both towers of the loop; weights and losses stay "
+                        "float32")
     workers: int = option(0, "processes that read features")
     # vdi-staged, stage 1
     stage_steps: int = option(400, "steps of stage 1")
     stage_lr: float = option(1e-3, "learning rate of the text tower in stage 1")
     stage_batch: int = option(64, "sentences in a batch of stage 1")
-    stage_target: str = option("change", "change: late minus early half of the moment; random: a random code for "
+    stage_target: str = option("change",
+                               "change: late minus early half of the moment; random: a random "
+                               "code for "
                                          "each dynamic query, the control that sees no video")
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"there is no method {self.method!r}; there are {', '.join(METHODS)}")
         if self.frames % self.num_clips:
-            raise ValueError(f"--frames {self.frames} has to be a multiple of --num-clips {self.num_clips}")
+            raise ValueError(f"--frames {self.frames} has to be a multiple of --num-clips "
+                             f"{self.num_clips}")
 
     @property
     def folder(self) -> pathlib.Path:
@@ -105,119 +125,140 @@ class Config:
 
 
 PRESETS = {
-    # python train.py --dataset charades --device cuda     the paper's run; features of ViT-B/32 are needed
+    # python train.py --dataset charades --device cuda     the paper's run; features of ViT-B/32 are
+    # needed
     "charades": {},
     # python train.py --dataset activitynet --device cuda
-    "activitynet": dict(num_clips=64, frames=256, pool_counts=(15, 8, 8), kernel=9, layers=4, lambda_cl=0.1,
+    "activitynet": dict(num_clips=64, frames=256, pool_counts=(15, 8, 8), kernel=9, layers=4,
+                        lambda_cl=0.1,
                         margin=0.3, lr=8e-4, milestones=(7, 15), cl_decay_epoch=6),
     # python train.py     two cores, five minutes with the building of the world
-    "shapes": dict(method="vdi-staged", mask="something", kernel=3, layers=3, hidden=48, joint=64, inject_heads=4,
-                   lr=3e-3, text_from_epoch=0, batch=16, epochs=40, milestones=(), cl_decay_epoch=1000,
+    "shapes": dict(method="vdi-staged", mask="something", kernel=3, layers=3, hidden=48, joint=64,
+                   inject_heads=4,
+                   lr=3e-3, text_from_epoch=0, batch=16, epochs=40, milestones=(),
+                   cl_decay_epoch=1000,
                    patience=1000),
 }
 
 
 def preset(dataset: str) -> dict:
-    """Fields that differ from the defaults. One's own dataset has the sizes of the shapes world, and its CLIP."""
+    """Fields that differ from the defaults. One's own dataset has the sizes of the shapes world,
+    and its CLIP."""
     family = dataset.removesuffix("-cg")
     if family in PRESETS and family != "shapes":
         return PRESETS[family]
     return PRESETS["shapes"] | {"clip": dataset if dataset.startswith("shapes") else "shapes"}
 
 
-# ------------------------------------------------------------------------------------- Eq. 11 and its terms
+# ----------------------------------------------------------------------------- Eq. 11 and its terms
 
 class Model(nn.Module):
     """f^q, f^g and the two injections. Only the first two are needed at inference."""
 
     def __init__(self, config: Config, text: clip.TextTower, made: dict):
         super().__init__()
-        self.sizes = dict(width=made["width"], num_clips=config.num_clips, pool_counts=config.pool_counts,
-                          pool_kernel=config.frames // config.num_clips, pool_stride=config.frames // config.num_clips,
-                          kernel=config.kernel, layers=config.layers, hidden=config.hidden, joint=config.joint)
-        self.text = text                                                              # f^q
-        self.retriever = mmn.MMN(**self.sizes)                                        # f^g
+        self.sizes = dict(width=made["width"], num_clips=config.num_clips,
+                          pool_counts=config.pool_counts,
+                          pool_kernel=config.frames // config.num_clips,
+                          pool_stride=config.frames // config.num_clips,
+                          kernel=config.kernel, layers=config.layers, hidden=config.hidden,
+                          joint=config.joint)
+        self.text = text                                                # f^q
+        self.retriever = mmn.MMN(**self.sizes)                          # f^g
         self.context = self.dynamic = None
         if config.method == "vdi":
-            self.context = inject.VisualContext(made["width"], config.inject_layers, config.inject_heads)
+            self.context = inject.VisualContext(made["width"], config.inject_layers,
+                                                config.inject_heads)
             self.dynamic = inject.SpatialDynamic(made["width"], made["patch_width"], made["grid"],
-                                                 made["patch_frames"], config.inject_layers, config.inject_heads)
+                                                 made["patch_frames"], config.inject_layers,
+                                                 config.inject_heads)
 
 
-def terms(model: Model, batch: data.Batch, config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The terms of Eq. (11), each a mean over the batch, under the names of their equations; and the variances of
-    both sides of Eq. (2) and Eq. (5), which show whether they have collapsed."""
+def terms(model: Model, batch: data.Batch, config: Config) -> tuple[dict[str, Tensor],
+                                                                    dict[str, Tensor]]:
+    """The terms of Eq. (11), each a mean over the batch, under the names of their equations; and
+    the variances of both sides of Eq. (2) and Eq. (5), which show whether they have collapsed."""
     S = len(batch.video_of)
     queries = batch.tokens if model.context is not None else batch.tokens[:1]
     with torch.autocast(batch.frames.device.type, torch.bfloat16, enabled=config.bf16):
-        x = F.normalize(model.text.encode_text(queries.flatten(0, 1)), dim=1)         # [S or 3 S, D]
-        iou_moments, contrastive_moments = model.retriever.moments(batch.frames)      # [B, J, P]
-        iou_text, contrastive_text = model.retriever.sentences(x[:S])                 # [S, J]
-    iou = model.retriever.at_candidates(batch.iou)                                    # [S, P]
+        x = F.normalize(model.text.encode_text(queries.flatten(0, 1)), dim=1)   # [S or 3 S, D]
+        iou_moments, contrastive_moments = model.retriever.moments(batch.frames)  # [B, J, P]
+        iou_text, contrastive_text = model.retriever.sentences(x[:S])   # [S, J]
+    iou = model.retriever.at_candidates(batch.iou)                      # [S, P]
     scores = mmn.overlap_scores(iou_moments.float(), iou_text.float(), batch.video_of)
     result = {"L_iou": mmn.iou_loss(scores, iou).mean(),
-              "L_cl": mmn.contrastive_loss(contrastive_moments.float(), contrastive_text.float(), iou, batch.video_of,
+              "L_cl": mmn.contrastive_loss(contrastive_moments.float(), contrastive_text.float(),
+                                           iou, batch.video_of,
                                            batch.moments_sec, config.tau, config.margin).mean()}
     if model.context is None:
         return result, {}
 
-    _, static, dynamic = x.float().split(S)                                           # x^q, x^qs, x^qd [S, D]
-    has_both = batch.spoken[1] & batch.spoken[2]        # UNSPECIFIED: an empty query has no term in Eq. 2
-    context = model.context(static, batch.frames, batch.video_of)                     # x~^qs [S, D]
-    projected = model.context.project(dynamic)                                        # FC(x^qd) [S, D]
+    _, static, dynamic = x.float().split(S)                             # x^q, x^qs, x^qd [S, D]
+    has_both = batch.spoken[1] & batch.spoken[2]  # UNSPECIFIED: an empty query has no term in Eq. 2
+    context = model.context(static, batch.frames, batch.video_of)       # x~^qs [S, D]
+    projected = model.context.project(dynamic)                          # FC(x^qd) [S, D]
     loss = inject.visual_context_loss(projected, context)
     result["L_vc"] = loss[has_both].sum() / has_both.sum().clamp(min=1)
 
     which = video.patch_frames(batch.frames.shape[1], batch.patches.shape[1])
-    motion = model.dynamic(batch.frames[:, which], batch.patches)[batch.video_of]     # m~ [S, D]
+    motion = model.dynamic(batch.frames[:, which], batch.patches)[batch.video_of]  # m~ [S, D]
     projected_motion = model.dynamic.project(dynamic)
-    has_dynamic = batch.spoken[2]                       # UNSPECIFIED: nor in Eq. 5
+    has_dynamic = batch.spoken[2]                                       # UNSPECIFIED: nor in Eq. 5
     result["L_sd"] = inject.spatial_dynamic_loss(motion[has_dynamic], projected_motion[has_dynamic],
                                                  batch.video_of[has_dynamic]).sum() / has_dynamic.sum().clamp(min=1)
-    spread = {"var FC(x^qd), Eq. 2": projected, "var x~^qs": context, "var FC(x^qd), Eq. 5": projected_motion,
+    spread = {"var FC(x^qd), Eq. 2": projected, "var x~^qs": context,
+              "var FC(x^qd), Eq. 5": projected_motion,
               "var m~": motion}
     return result, {name: inject.batch_variance(value.detach()) for name, value in spread.items()}
 
 
 def total_loss(terms: dict[str, Tensor], config: Config, epoch: int) -> Tensor:
-    """Eq. (11), Sec. 3.2:  L = lambda^iou L^iou + lambda^cl L^cl + lambda^vc L^vc + lambda^sd L^sd, each a batch mean."""
+    """Eq. (11), Sec. 3.2:  L = lambda^iou L^iou + lambda^cl L^cl + lambda^vc L^vc + lambda^sd L^sd,
+    each a batch mean."""
     cl = config.lambda_cl * (0.01 if epoch >= config.cl_decay_epoch else 1.0)
-    weights = {"L_iou": config.lambda_iou, "L_cl": cl, "L_vc": config.lambda_vc, "L_sd": config.lambda_sd}
+    weights = {"L_iou": config.lambda_iou, "L_cl": cl, "L_vc": config.lambda_vc,
+               "L_sd": config.lambda_sd}
     return sum(weights[name] * value for name, value in terms.items())
 
 
 def check_finite(terms: dict[str, Tensor], batch: data.Batch) -> None:
     for name, value in terms.items():
         if not torch.isfinite(value):
-            raise FloatingPointError(f"{name} is {value.item()} for the videos {', '.join(batch.videos)}")
+            raise FloatingPointError(f"{name} is {value.item()} for the videos "
+                                     f"{', '.join(batch.videos)}")
 
 
-# --------------------------------------------------------------------------------- vdi-staged, stage 1
+# ------------------------------------------------------------------------------ vdi-staged, stage 1
 
-def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config, device: torch.device) -> list[dict]:
+def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config,
+                     device: torch.device) -> list[dict]:
     """Algorithm 1, line "Adapts the textual encoder f^q", as a stage of its own. Returns a log.
 
-    Eq. (2) with another target: || f^q(Q^d) - target ||^2, where the target is inject.temporal_change, less its
-    mean over the training sentences, over its root mean square."""
+    Eq. (2) with another target: || f^q(Q^d) - target ||^2, where the target is
+    inject.temporal_change, less its mean over the training sentences, over its root mean square."""
     with torch.no_grad():
-        static = torch.cat([F.normalize(text.encode_text(part.to(device)), dim=1)    # of the original tower
+        static = torch.cat([F.normalize(text.encode_text(part.to(device)),
+                                        dim=1)  # of the original tower
                             for part in videos.tokens[1].split(1024)])
         target = []
         for batch in videos.batches(64):
             batch = batch.to(device)
             target.append(inject.temporal_change(static[batch.index], batch.frames[batch.video_of],
                                                  batch.moments_sec, batch.durations_sec))
-        target = torch.cat(target)                                                    # [S, D]
-    if config.stage_target == "random":                 # the control: no video in it at all
-        codes = {query: i for i, query in enumerate(dict.fromkeys(q.dynamic for q in videos.queries))}
+        target = torch.cat(target)                                      # [S, D]
+    if config.stage_target == "random":                         # the control: no video in it at all
+        dynamic = dict.fromkeys(query.dynamic for query in videos.queries)
+        codes = {query: i for i, query in enumerate(dynamic)}
         generator = torch.Generator().manual_seed(config.seed)
         table = torch.randn(len(codes), target.shape[1], generator=generator)
         target = table[[codes[q.dynamic] for q in videos.queries]].to(device)
     usable = (videos.spoken[1] & videos.spoken[2]).nonzero()[:, 0]
     target = target - target[usable].mean(0)
-    target = target / target[usable].square().mean().sqrt()     # DEVIATION: standardised, so that no constant fits it
+    # DEVIATION: standardised, so that no constant fits it
+    target = target / target[usable].square().mean().sqrt()
 
-    # DEVIATION: an optimiser of its own; in one sum with Eq. 7 the size of this term starves the others
+    # DEVIATION: an optimiser of its own; in one sum with Eq. 7 the size of this term starves the
+    # others
     optimiser = torch.optim.AdamW(text.parameters(), lr=config.stage_lr, betas=(0.9, 0.99),
                                   weight_decay=config.weight_decay, fused=True)
     generator = torch.Generator().manual_seed(config.seed)
@@ -226,8 +267,9 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config, 
         rate = min((step + 1) / 20, (1 + math.cos(math.pi * step / config.stage_steps)) / 2)
         optimiser.param_groups[0]["lr"] = config.stage_lr * rate
         chosen = usable[torch.randint(len(usable), (config.stage_batch,), generator=generator)]
-        # DEVIATION: no FC, and x^qd as the tower gives it: nothing stands between the target and the tower
-        x = text.encode_text(videos.tokens[2, chosen].to(device))                     # x^qd [S, D]
+        # DEVIATION: no FC, and x^qd as the tower gives it: nothing stands between the target and
+        # the tower
+        x = text.encode_text(videos.tokens[2, chosen].to(device))       # x^qd [S, D]
         loss = inject.visual_context_loss(x, target[chosen]).mean()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"L_vc is {loss.item()} in step {step} of stage 1")
@@ -236,27 +278,31 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config, 
         nn.utils.clip_grad_norm_(text.parameters(), config.clip_norm)
         optimiser.step()
         if step % 50 == 0 or step == config.stage_steps - 1:
-            log.append({"step": step, "L_vc": loss.item(), "var x^qd": inject.batch_variance(x.detach()).item(),
+            log.append({"step": step, "L_vc": loss.item(),
+                        "var x^qd": inject.batch_variance(x.detach()).item(),
                         "var target": inject.batch_variance(target[chosen]).item()})
             bar.set_postfix(L_vc=f"{loss.item():.2f}")
     return log
 
 
-# ------------------------------------------------------------------------------------------ Algorithm 1
+# -------------------------------------------------------------------------------------- Algorithm 1
 
 def learning_rate(config: Config, progress: float) -> float:
-    """Factor on the learning rates after `progress` epochs: a cosine to 0, or a tenth at each milestone."""
+    """Factor on the learning rates after `progress` epochs: a cosine to 0, or a tenth at each
+    milestone."""
     if not config.milestones:
         return (1 + math.cos(math.pi * progress / config.epochs)) / 2
     return 0.1 ** sum(progress >= milestone for milestone in config.milestones)
 
 
 def train(config: Config, resume: bool = False) -> dict[str, dict]:
-    """The whole of Algorithm 1. Returns evaluate.evaluate of the kept epoch and leaves the run in config.folder."""
+    """The whole of Algorithm 1. Returns evaluate.evaluate of the kept epoch and leaves the run in
+    config.folder."""
     device = evaluate.pick_device(config.device)
     folder = config.folder
     if folder.exists() and any(folder.iterdir()) and not resume:
-        raise FileExistsError(f"{folder} holds a run already; continue it with --resume, or choose another --out")
+        raise FileExistsError(f"{folder} holds a run already; continue it with --resume, or "
+                              f"choose another --out")
     if config.dataset.startswith("shapes"):
         shapes.build(config.dataset, config.root)
     if config.text_clip.startswith("shapes"):
@@ -269,18 +315,22 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
     if config.select_on in samples:
         chosen = {sample.video for sample in samples[config.select_on]}
         samples["train"] = [sample for sample in samples["train"] if sample.video not in chosen]
-    videos = {split: data.Videos(rows, store, config.num_clips, parser, split == "train" and config.method == "vdi")
+    videos = {split: data.Videos(rows, store, config.num_clips, parser,
+                                 split == "train" and config.method == "vdi")
               for split, rows in samples.items()}
     for split, part in videos.items():
         print(f"{split}: {len(part)} videos, {len(part.samples)} sentences" +
-              (f" ({len(part.missing)} videos have no features and are left out)" if part.missing else ""))
+              (f" ({len(part.missing)} videos have no features and are left out)" if part.missing
+               else ""))
 
     torch.manual_seed(config.seed)
     state = clip.read_state(data.clip_file(config.text_clip or config.clip, config.root))
     model = Model(config, clip.build_text(state), store.manifest).to(device)
     groups = [{"params": list(model.text.parameters()), "base": config.lr * config.text_lr},
-              {"params": [p for n, p in model.named_parameters() if not n.startswith("text.")], "base": config.lr}]
-    optimiser = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay,
+              {"params": [p for n, p in model.named_parameters() if not n.startswith("text.")],
+               "base": config.lr}]
+    optimiser = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99),
+                                  weight_decay=config.weight_decay,
                                   fused=True)
     history, best, first = [], -1.0, 0
     if resume and (folder / "last.pt").exists():
@@ -304,7 +354,8 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
         model.text.requires_grad_(epoch >= config.text_from_epoch)
         shuffle = torch.Generator().manual_seed(1_000_003 * config.seed + epoch)
         loader, sums = videos["train"].batches(config.batch, shuffle, config.workers), {}
-        for step, batch in enumerate(tqdm(loader, desc=f"epoch {epoch + 1}", leave=False, disable=None)):
+        for step, batch in enumerate(tqdm(loader, desc=f"epoch {epoch + 1}", leave=False,
+                                          disable=None)):
             batch = batch.to(device)
             for group in optimiser.param_groups:
                 group["lr"] = group["base"] * learning_rate(config, epoch + step / len(loader))
@@ -317,9 +368,11 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
             optimiser.step()
             for name, value in {**parts, **spread, "L": loss}.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
-        row = {"epoch": epoch + 1, **{name: (value / len(loader)).item() for name, value in sums.items()}}
+        row = {"epoch": epoch + 1,
+               **{name: (value / len(loader)).item() for name, value in sums.items()}}
         if config.select_on in videos:
-            predicted = evaluate.predict(model.text, model.retriever, videos[config.select_on], config.batch, device)
+            predicted = evaluate.predict(model.text, model.retriever, videos[config.select_on],
+                                         config.batch, device)
             row |= evaluate.recall(predicted[..., :2], videos[config.select_on].moments_sec)
         row["minutes"] = (time.time() - started) / 60
         history.append(row)
@@ -329,28 +382,35 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
         common = {"config": dataclasses.asdict(config), "epoch": epoch + 1, "history": history}
         if better:
             save(folder / "ckpt.pt", {
-                **common, "metrics": row, "mmn_sizes": model.sizes, "mmn": model.retriever.state_dict(),
+                **common, "metrics": row, "mmn_sizes": model.sizes,
+                "mmn": model.retriever.state_dict(),
                 "text": model.text.state_dict(), "clip_sha256": store.manifest["sha256"],
-                "clip_name": store.manifest["clip"], "features": {k: v for k, v in store.manifest.items() if k != "videos"},
+                "clip_name": store.manifest["clip"],
+                "features": {k: v for k, v in store.manifest.items() if k != "videos"},
                 "parser": parser.name, "versions": versions()})
         save(folder / "last.pt", {**common, "best": best, "model": model.state_dict(),
-                                  "optimiser": optimiser.state_dict(), "rng": torch.get_rng_state()})
+                                  "optimiser": optimiser.state_dict(),
+                                  "rng": torch.get_rng_state()})
 
     run = evaluate.load(folder / "ckpt.pt", device)
     results = evaluate.evaluate(run, device=device, allow_missing=True)
-    video.save_atomically(folder / "results.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
+    video.save_atomically(folder / "results.json",
+                          lambda file: file.write(json.dumps(results, indent=1).encode()))
     print(f"epoch {run.checkpoint['epoch']} of {len(history)}, " + (
-        f"chosen on {config.select_on}" if config.select_on in videos else "the last: there is no validation split"))
+        f"chosen on {config.select_on}" if config.select_on in videos
+        else "the last: there is no validation split"))
     print(evaluate.table(results))
     return results
 
 
 def selectable(config: Config) -> list[str]:
-    return [*data.splits(config.dataset, config.root), *(["val"] if config.dataset in data.FILES else [])]
+    return [*data.splits(config.dataset, config.root),
+            *(["val"] if config.dataset in data.FILES else [])]
 
 
 def best_epoch(history: list[dict]) -> int:
-    """The epoch (from 1) with the highest R@1, IoU=0.5 plus R@1, IoU=0.7; the last one where there is no validation."""
+    """The epoch (from 1) with the highest R@1, IoU=0.5 plus R@1, IoU=0.7; the last one where there
+    is no validation."""
     if not history or "R@1,IoU=0.5" not in history[0]:
         return len(history)
     # UNSPECIFIED: which metric stops early; the sum of the two that the paper reports
@@ -370,22 +430,27 @@ def write_log(folder: pathlib.Path, row: dict) -> None:
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
+    return {"python": platform.python_version(), "torch": str(torch.__version__),
+            "numpy": np.__version__,
             "platform": platform.platform(), "command": " ".join(sys.argv)}
 
 
-# -------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[Config, bool]:
     """Options from the fields of Config. What is not given comes from the dataset's preset."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for field in dataclasses.fields(Config):
         kind = {bool: lambda text: {"true": True, "false": False}[text.lower()],
-                tuple[int, ...]: lambda text: tuple(int(part) for part in text.split(",") if part)}.get(field.type, field.type)
-        presets = "; ".join(f"{name} {values[field.name]!r}" for name, values in PRESETS.items() if field.name in values)
-        parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, type=kind, default=argparse.SUPPRESS,
+                tuple[int, ...]: lambda text: tuple(int(part) for part in text.split(",")
+                                                    if part)}.get(field.type, field.type)
+        presets = "; ".join(f"{name} {values[field.name]!r}"
+                            for name, values in PRESETS.items() if field.name in values)
+        parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, type=kind,
+                            default=argparse.SUPPRESS,
                             choices=METHODS if field.name == "method" else None,
-                            help=f"{field.metadata['help']} (default {field.default!r}{'; ' + presets if presets else ''})")
+                            help=f"{field.metadata['help']} (default "
+                                 f"{field.default!r}{'; ' + presets if presets else ''})")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     given = vars(parser.parse_args(argv))
     resume = given.pop("resume")
@@ -396,7 +461,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Config, bool]:
 def main() -> None:
     try:
         config, resume = parse_arguments()
-        print("  ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items() if value != ""))
+        print("  ".join(f"{name}={value}" for name,
+                        value in dataclasses.asdict(config).items() if value != ""))
         train(config, resume)
     except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

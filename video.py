@@ -1,17 +1,22 @@
-"""A video file -> frames -> CLIP features, and the store that keeps them (f^v of the paper, Sec. 3).
+"""A video file -> frames -> CLIP features, and the store that keeps them (f^v of the paper, Sec.
+3).
 
-A video is T frames at the centres of T equal parts of its duration, found by timestamp, so that frame rate and
-length do not matter. The image tower is frozen (paper Sec. 4.1.3), so features are computed once.
+A video is T frames at the centres of T equal parts of its duration, found by timestamp, so that
+frame rate and length do not matter. The image tower is frozen (paper Sec. 4.1.3), so features are
+computed once.
 
 The store is a folder, the same for every dataset:
 
     <video>.frames.npy    [T, D]          float16, global features x_i^v, not normalised
-    <video>.patches.npy   [T', D', H, W]  float16, patch features, T' of the T frames; training videos only
-    manifest.json         how they were made, and for each video its duration and seconds per feature
+    <video>.patches.npy   [T', D', H, W]  float16, patch features, T' of the T frames; training
+                          videos only
+    manifest.json         how they were made, and for each video its duration and seconds per
+                          feature
 
 Files get their names only when they are complete.
 
-Shapes: T frames, D width of CLIP's joint space, D' channels of the patch features, H x W patch grid.
+Shapes: T frames, D width of CLIP's joint space, D' channels of the patch features, H x W patch
+grid.
 """
 import contextlib
 import json
@@ -30,10 +35,11 @@ class VideoError(ValueError):
     """A video that cannot be read; the message names the file and the reason."""
 
 
-# -------------------------------------------------------------------------------------- video -> frames
+# ---------------------------------------------------------------------------------- video -> frames
 
 def frame_centres(duration_sec: float, count: int) -> np.ndarray:
-    """The instants at which a video is looked at: centres of `count` equal parts of its duration, in seconds."""
+    """The instants at which a video is looked at: centres of `count` equal parts of its duration,
+    in seconds."""
     return (np.arange(count) + 0.5) * duration_sec / count
 
 
@@ -54,7 +60,8 @@ def open_video(path: str | os.PathLike):
 
 
 def decoded(container) -> Iterator[tuple[float, object]]:
-    """(seconds since the first frame, frame) of all frames, in order. av.FFmpegError where the file is damaged."""
+    """(seconds since the first frame, frame) of all frames, in order. av.FFmpegError where the file
+    is damaged."""
     stream = container.streams.video[0]
     rate = float(stream.average_rate or stream.guessed_rate or 25)
     first, count = None, 0
@@ -66,29 +73,32 @@ def decoded(container) -> Iterator[tuple[float, object]]:
 
 
 def probe_duration(path: str | os.PathLike) -> float:
-    """Duration in seconds: the video stream's, else the container's, else by decoding the whole file."""
+    """Duration in seconds: the video stream's, else the container's, else by decoding the whole
+    file."""
     import av
     with open_video(path) as container:
         stream = container.streams.video[0]
         if stream.duration and stream.time_base:
             return float(stream.duration * stream.time_base)
         if container.duration:
-            return container.duration / 1e6                 # the container counts microseconds
+            return container.duration / 1e6                     # the container counts microseconds
         times = []
-        with contextlib.suppress(av.FFmpegError):           # the reading of the frames will tell
+        with contextlib.suppress(av.FFmpegError):       # the reading of the frames will tell
             times = [time_sec for time_sec, _ in decoded(container)]
         if not times:
             raise VideoError(f"{path} does not decode: not one frame could be read")
         return times[-1] + (times[-1] / (len(times) - 1) if len(times) > 1 else 0.04)
 
 
-TOLERATED = 0.9     # share of a video that has to decode; the last readable frame stands for a damaged end
+TOLERATED = 0.9  # share of a video that has to decode; the last readable frame stands for a damaged end
 
 
 def frames_at(path: str | os.PathLike, times_sec: np.ndarray) -> Iterator[Tensor]:
-    """For each instant (ascending) the frame on show: the last one that begins no later. uint8 [3, h, w], RGB.
+    """For each instant (ascending) the frame on show: the last one that begins no later. uint8 [3,
+    h, w], RGB.
 
-    Decodes in one pass. VideoError where the file is damaged before `TOLERATED` of the last instant."""
+    Decodes in one pass. VideoError where the file is damaged before `TOLERATED` of the last
+    instant."""
     import av
     wanted, last, time_sec = 0, None, 0.0
     with open_video(path) as container:
@@ -116,17 +126,20 @@ def to_rgb(frame) -> Tensor:
     return torch.from_numpy(image.copy()).permute(2, 0, 1)
 
 
-# ------------------------------------------------------------------------------------ frames -> features
+# ------------------------------------------------------------------------------- frames -> features
 
 @torch.no_grad()
 def encode_pixels(model: clip.CLIP, pixels: Tensor, batch: int = 256) -> tuple[Tensor, Tensor]:
-    """Preprocessed frames [T, 3, R, R] -> frame features [T, D], patch features [T, D', H, W], float16, on the CPU."""
+    """Preprocessed frames [T, 3, R, R] -> frame features [T, D], patch features [T, D', H, W],
+    float16, on the CPU."""
     device = model.logit_scale.device
-    done = [[y.half().cpu() for y in model.encode_image(part.to(device))] for part in pixels.split(batch)]
+    done = [[y.half().cpu() for y in model.encode_image(part.to(device))]
+            for part in pixels.split(batch)]
     return torch.cat([x for x, _ in done]), torch.cat([patches for _, patches in done])
 
 
-def encode_video(model: clip.CLIP, path: str | os.PathLike, frames: int) -> tuple[Tensor, Tensor, float]:
+def encode_video(model: clip.CLIP, path: str | os.PathLike,
+                 frames: int) -> tuple[Tensor, Tensor, float]:
     """A video file -> frame features [T, D], patch features [T, D', H, W], duration in seconds."""
     duration_sec = probe_duration(path)
     pixels = torch.cat([clip.preprocess(frame[None], model.visual.resolution)
@@ -135,15 +148,17 @@ def encode_video(model: clip.CLIP, path: str | os.PathLike, frames: int) -> tupl
 
 
 def patch_frames(frames: int, count: int) -> np.ndarray:
-    """Which of T frames keep their patch features: the middles of `count` equal parts (all, if there are fewer)."""
+    """Which of T frames keep their patch features: the middles of `count` equal parts (all, if
+    there are fewer)."""
     count = min(count, frames)
     return ((np.arange(count) + 0.5) * frames / count).astype(int)
 
 
-# -------------------------------------------------------------------------------------- the feature store
+# -------------------------------------------------------------------------------- the feature store
 
 def save_atomically(path: pathlib.Path, write) -> None:
-    """`write(file)` into a temporary file beside `path`, which takes the name `path` only when it is complete."""
+    """`write(file)` into a temporary file beside `path`, which takes the name `path` only when it
+    is complete."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -156,10 +171,12 @@ def save_atomically(path: pathlib.Path, write) -> None:
 
 
 class FeatureStore:
-    """The folder of features described at the top. Reading is by memory map; what was opened stays open.
+    """The folder of features described at the top. Reading is by memory map; what was opened stays
+    open.
 
-    `made` says how the features were made: clip, sha256, resolution, frames (T), patch_frames (T'), width (D),
-    patch_width (D'), grid (H = W). It is required to create a store, and must agree with one that exists."""
+    `made` says how the features were made: clip, sha256, resolution, frames (T), patch_frames (T'),
+    width (D), patch_width (D'), grid (H = W). It is required to create a store, and must agree with
+    one that exists."""
 
     def __init__(self, folder: str | os.PathLike, made: dict | None = None):
         self.folder = pathlib.Path(folder)
@@ -169,7 +186,8 @@ class FeatureStore:
             self.manifest = json.loads(manifest.read_text())
             for key, value in (made or {}).items():
                 if self.manifest[key] != value:
-                    raise ValueError(f"the features in {folder} were made with {key} {self.manifest[key]!r}, not "
+                    raise ValueError(f"the features in {folder} were made with {key} "
+                                     f"{self.manifest[key]!r}, not "
                                      f"{value!r}; remove that folder to make them anew")
         elif made is None:
             raise FileNotFoundError(f"there are no features in {folder}")
@@ -179,19 +197,23 @@ class FeatureStore:
 
     def path(self, video: str, kind: str) -> pathlib.Path:
         if "/" in video or "\\" in video or "\0" in video or video.startswith("."):
-            raise ValueError(f"{video!r} cannot be the name of a video: it has to be a plain file name")
+            raise ValueError(f"{video!r} cannot be the name of a video: it has to be a plain file "
+                             f"name")
         return self.folder / f"{video}.{kind}.npy"
 
     def __contains__(self, video: str) -> bool:
         return video in self.manifest["videos"]
 
-    def write(self, video: str, frames: Tensor, patches: Tensor | None, duration_sec: float) -> None:
-        """Keeps frames [T, D] and, unless None, patches [T', D', H, W]. `save_manifest` makes it known."""
+    def write(self, video: str, frames: Tensor, patches: Tensor | None,
+              duration_sec: float) -> None:
+        """Keeps frames [T, D] and, unless None, patches [T', D', H, W]. `save_manifest` makes it
+        known."""
         if not torch.isfinite(frames).all():
             raise VideoError(f"{video}: its features are not finite")
         save_atomically(self.path(video, "frames"), lambda file: np.save(file, frames.numpy()))
         if patches is not None:
-            save_atomically(self.path(video, "patches"), lambda file: np.save(file, patches.numpy()))
+            save_atomically(self.path(video, "patches"),
+                            lambda file: np.save(file, patches.numpy()))
         self.manifest["videos"][video] = {"duration_sec": duration_sec,
                                           "seconds_per_feature": duration_sec / len(frames)}
 
@@ -204,6 +226,7 @@ class FeatureStore:
         path = self.path(video, kind)
         if path not in self.opened:
             if not path.exists():
-                raise FileNotFoundError(f"{path} is missing: the features of {video!r} have not been made")
+                raise FileNotFoundError(f"{path} is missing: the features of {video!r} have not "
+                                        f"been made")
             self.opened[path] = np.load(path, mmap_mode="r", allow_pickle=False)
         return self.opened[path]

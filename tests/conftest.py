@@ -1,4 +1,5 @@
-"""Shared by the tests: a small shapes world, and the folder of published annotations and real videos."""
+"""Shared by the tests: a small shapes world, and the folder of published annotations and real
+videos."""
 import os
 import pathlib
 import sys
@@ -9,14 +10,16 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 torch.set_num_threads(2)
 
-import shapes                                                                        # noqa: E402
+import shapes                                                           # noqa: E402
 
-SHARED = pathlib.Path(os.environ.get("VDI_SHARED", pathlib.Path(__file__).parents[2] / "shared")) / "data"
+SHARED = pathlib.Path(os.environ.get("VDI_SHARED",
+                                     pathlib.Path(__file__).parents[2] / "shared")) / "data"
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> pathlib.Path:
-    """A root that holds a world of 24 training videos, whose small CLIP saw 500 stills for 60 steps."""
+    """A root that holds a world of 24 training videos, whose small CLIP saw 500 stills for 60
+    steps."""
     root = tmp_path_factory.mktemp("data")
     model = shapes.pretrain(0, steps=60, count=500, rounds=1)
     counts = {"train": 24, "val": 6, "test": 6, "novel-word": 4, "novel-composition": 6}
@@ -26,7 +29,9 @@ def world(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def published() -> pathlib.Path:
-    """The published annotations and the real videos, laid out as the root of `data.read_annotations`."""
+    """The published annotations and the real videos, laid out as the root of
+    `data.read_annotations`."""
     if not (SHARED / "README.md").exists():
-        pytest.skip(f"the published annotations are not in {SHARED} (set VDI_SHARED to their folder)")
+        pytest.skip(f"the published annotations are not in {SHARED} (set VDI_SHARED to their "
+                    f"folder)")
     return SHARED

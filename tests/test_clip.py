@@ -1,7 +1,8 @@
 """clip.py against independent implementations (golden/make_clip.py), and the loading of weights.
 
-Proofs: towers equal Hugging Face's and open_clip's to 1e-5, token ids equal to the last one; running the text
-tower only as far as the longest sentence changes nothing; a wrong or hostile file gives one sentence."""
+Proofs: towers equal Hugging Face's and open_clip's to 1e-5, token ids equal to the last one;
+running the text tower only as far as the longest sentence changes nothing; a wrong or hostile file
+gives one sentence."""
 import hashlib
 import http.server
 import importlib.util
@@ -17,13 +18,16 @@ import torch
 import clip
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "clip.json").read_text())
-spec = importlib.util.spec_from_file_location("make_clip", pathlib.Path(__file__).parent / "golden" / "make_clip.py")
+spec = importlib.util.spec_from_file_location("make_clip",
+                                              pathlib.Path(__file__).parent / "golden"
+                                              / "make_clip.py")
 make_clip = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make_clip)
 
 
 def hugging_face_state() -> dict:
-    return make_clip.fill({key: torch.empty(shape) for key, shape in GOLDEN["hugging_face"]["shapes"].items()})
+    return make_clip.fill({key: torch.empty(shape) for key,
+                           shape in GOLDEN["hugging_face"]["shapes"].items()})
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,7 @@ def close(actual, expected):
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1)
 
 
-# ------------------------------------------------------------------------------------------ tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 
 @pytest.mark.parametrize("text, ids", GOLDEN["tokens"], ids=lambda value: repr(value)[:20])
 def test_tokens_are_those_of_the_published_tokenizer(text, ids):
@@ -53,14 +57,15 @@ def test_tokenize_pads_with_zeros_between_start_and_end():
     """[start] a person [end] 0 ...; ids 320 and 2533 are the published ones."""
     rows = clip.tokenize(["a person", ""])
     assert rows.shape == (2, 77) and rows.dtype == torch.long
-    assert rows[0, :5].tolist() == [49406, 320, 2533, 49407, 0] and rows[1, :3].tolist() == [49406, 49407, 0]
+    assert rows[0, :5].tolist() == [49406, 320, 2533, 49407,
+                                    0] and rows[1, :3].tolist() == [49406, 49407, 0]
     assert torch.equal(clip.tokenize("a person"), rows[:1])
 
 
 def test_tokenize_refuses_long_sentences_unless_told_to_cut():
     with pytest.raises(ValueError, match="78 tokens .* truncate=True"):
         clip.tokenize("a " * 76)
-    assert clip.tokenize("a " * 75)[0, -1] == 49407                                  # exactly 77
+    assert clip.tokenize("a " * 75)[0, -1] == 49407                     # exactly 77
     cut = clip.tokenize("a " * 500, truncate=True)[0]
     assert cut[-1] == 49407 and (cut[1:-1] == 320).all()
 
@@ -70,7 +75,7 @@ def test_decode_inverts_encode():
     assert clip.decode(clip.encode(text)).split() == "a person 's café 😀 opens the door .".split()
 
 
-# --------------------------------------------------------------------------------------------- towers
+# ------------------------------------------------------------------------------------------- towers
 
 @torch.no_grad()
 def test_vision_transformer_equals_hugging_face(model):
@@ -88,7 +93,9 @@ def test_text_tower_equals_hugging_face(model):
 @torch.no_grad()
 def test_resnet_tower_equals_open_clip():
     golden = GOLDEN["open_clip_resnet"]
-    weights = make_clip.fill({key: torch.empty(shape, dtype=torch.long if key.endswith("tracked") else torch.float32)
+    weights = make_clip.fill({key: torch.empty(shape,
+                                               dtype=torch.long if key.endswith("tracked")
+                                               else torch.float32)
                               for key, shape in golden["shapes"].items()})
     tower = clip.ModifiedResNet(64, (1, 2, 1, 1), 16, 8, 32).eval()
     tower.load_state_dict(weights)
@@ -120,10 +127,11 @@ def test_image_of_the_wrong_size_is_one_sentence(model):
         model.encode_image(torch.zeros(1, 3, 64, 64))
 
 
-# --------------------------------------------------------------------------------------- preprocessing
+# ------------------------------------------------------------------------------------ preprocessing
 
 def test_preprocess_crops_the_centre_and_normalises():
-    """A frame already 4 high: only the middle 4 of 8 columns stay. Mean and standard deviation are CLIP's."""
+    """A frame already 4 high: only the middle 4 of 8 columns stay. Mean and standard deviation are
+    CLIP's."""
     frames = torch.zeros(1, 3, 4, 8, dtype=torch.uint8)
     frames[..., 2:6] = 255
     x = clip.preprocess(frames, 4)
@@ -133,13 +141,15 @@ def test_preprocess_crops_the_centre_and_normalises():
 
 
 def test_preprocess_agrees_with_pillow():
-    """Bicubic resize of a real-sized noisy frame and centre crop: at most 2/255 apart anywhere, 0.3/255 on average."""
+    """Bicubic resize of a real-sized noisy frame and centre crop: at most 2/255 apart anywhere,
+    0.3/255 on average."""
     from PIL import Image
     for h, w in ((270, 480), (480, 270), (100, 90), (224, 224), (333, 1000)):
         base = np.random.RandomState(h).randint(0, 256, (h // 8 + 1, w // 8 + 1, 3), dtype=np.uint8)
         frame = np.asarray(Image.fromarray(base).resize((w, h), Image.BICUBIC))
         scale = 224 / min(h, w)
-        image = Image.fromarray(frame).resize((max(224, int(w * scale)), max(224, int(h * scale))), Image.BICUBIC)
+        image = Image.fromarray(frame).resize((max(224, int(w * scale)), max(224, int(h * scale))),
+                                              Image.BICUBIC)
         left, top = round((image.width - 224) / 2), round((image.height - 224) / 2)
         expected = np.asarray(image.crop((left, top, left + 224, top + 224)), dtype=np.float32)
         x = clip.preprocess(torch.from_numpy(frame.copy()).permute(2, 0, 1)[None], 224)[0]
@@ -153,10 +163,11 @@ def test_preprocess_refuses_what_is_no_frame():
         clip.preprocess(torch.zeros(1, 3, 4, 4), 4)
 
 
-# --------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------ weights
 
 def test_build_names_the_missing_key(state):
-    for key in ("token_embedding.weight", "visual.proj", "visual.transformer.resblocks.1.mlp.c_fc.bias"):
+    for key in ("token_embedding.weight", "visual.proj",
+                "visual.transformer.resblocks.1.mlp.c_fc.bias"):
         with pytest.raises(ValueError, match=f"the key '{key}' is missing"):
             clip.build({k: v for k, v in state.items() if k != key})
     with pytest.raises(ValueError, match="'extra' is unknown"):
@@ -172,7 +183,7 @@ def test_sizes_of_the_published_models_are_read_off():
                         49408, 77, 512, 12, 8, 512, clip.QuickGELU)
         rn50 = clip.CLIP(clip.ModifiedResNet(224, (3, 4, 6, 3), 64, 32, 1024),
                          49408, 77, 512, 12, 8, 1024, clip.QuickGELU)
-    assert sum(p.numel() for p in vit.parameters()) == 151_277_313          # as published
+    assert sum(p.numel() for p in vit.parameters()) == 151_277_313      # as published
     assert sum(p.numel() for p in rn50.parameters()) == 102_007_137
     for original in (vit, rn50):
         built = clip.build({k: torch.zeros(v.shape) for k, v in original.state_dict().items()})
@@ -184,14 +195,18 @@ def test_sizes_of_the_published_models_are_read_off():
 def test_text_tower_alone_is_the_same(model, state):
     text = clip.build_text({k: v for k, v in state.items() if not k.startswith("visual.")})
     with torch.no_grad():
-        assert torch.equal(text.encode_text(make_clip.tokens(400)), model.encode_text(make_clip.tokens(400)))
+        assert torch.equal(text.encode_text(make_clip.tokens(400)),
+                           model.encode_text(make_clip.tokens(400)))
 
 
 def test_file_forms(tmp_path, state, model):
-    """A plain state dict, open_clip's wrapping, half precision, and Hugging Face's names give the same model."""
-    forms = {"plain": state, "open_clip": {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}},
+    """A plain state dict, open_clip's wrapping, half precision, and Hugging Face's names give the
+    same model."""
+    forms = {"plain": state,
+             "open_clip": {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}},
              "hugging_face": hugging_face_state(),
-             "openai": {**state, "input_resolution": torch.tensor(32), "context_length": torch.tensor(77),
+             "openai": {**state, "input_resolution": torch.tensor(32),
+                        "context_length": torch.tensor(77),
                         "vocab_size": torch.tensor(400)}}
     for name, content in forms.items():
         torch.save(content, tmp_path / name)
@@ -249,11 +264,12 @@ def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
         clip.load("ViT-B-33")
 
 
-# ----------------------------------------------------------------------------------------- downloading
+# -------------------------------------------------------------------------------------- downloading
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A server on this machine that sends `content`, understands ranges, and breaks off after `limit` bytes."""
+    """A server on this machine that sends `content`, understands ranges, and breaks off after
+    `limit` bytes."""
     class Handler(http.server.BaseHTTPRequestHandler):
         content, limit, requests = bytes(range(256)) * 9000, None, []
 
@@ -282,12 +298,13 @@ def test_download_is_continued_verified_and_named_only_then(server, tmp_path):
     server.limit = 1_500_000
     with pytest.raises(RuntimeError, match="run the command again"):
         clip.download("tiny", tmp_path)
-    assert not (tmp_path / "tiny.pt").exists() and (tmp_path / "tiny.pt.part").stat().st_size == 1_500_000
+    assert not (tmp_path / "tiny.pt").exists() and (tmp_path
+                                                    / "tiny.pt.part").stat().st_size == 1_500_000
     server.limit = None
     path = clip.download("tiny", tmp_path)
     assert path.read_bytes() == server.content and server.requests == [None, "bytes=1500000-"]
     clip.download("tiny", tmp_path)
-    assert len(server.requests) == 2                                                 # it is there: not asked again
+    assert len(server.requests) == 2                            # it is there: not asked again
 
 
 def test_a_damaged_download_is_removed(server, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""inject.py, Eq. 1-5 and the target of vdi-staged, against plain loops (values and gradients) and by hand."""
+"""inject.py, Eq. 1-5 and the target of vdi-staged, against plain loops (values and gradients) and
+by hand."""
 import math
 
 import pytest
@@ -30,7 +31,7 @@ def agree(functions, inputs):
     assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*results))
 
 
-# ------------------------------------------------------------------------------------------ Eq. 1, 2
+# ----------------------------------------------------------------------------------------- Eq. 1, 2
 
 def attention(layer, prefix, query, memory):
     """Multi-head attention of one query, head by head. query [D], memory [T, D]."""
@@ -47,7 +48,8 @@ def attention(layer, prefix, query, memory):
 
 
 def test_visual_context_against_loops():
-    """Eq. 1: self-attention over the one query, attention over the frames, perceptron; post-norm as in [52]."""
+    """Eq. 1: self-attention over the one query, attention over the frames, perceptron; post-norm as
+    in [52]."""
     torch.manual_seed(0)
     module = inject.VisualContext(D, 2, 2).double()
 
@@ -62,7 +64,8 @@ def test_visual_context_against_loops():
             rows.append(x)
         return torch.stack(rows)
 
-    agree((lambda static, frames: module(static, frames, VIDEO_OF), loops), (unit(S, D), unit(B, T, D, seed=1)))
+    agree((lambda static, frames: module(static, frames, VIDEO_OF), loops),
+          (unit(S, D), unit(B, T, D, seed=1)))
 
 
 def test_visual_context_does_not_look_at_order_or_other_videos():
@@ -76,10 +79,11 @@ def test_visual_context_does_not_look_at_order_or_other_videos():
 
 def test_visual_context_loss_by_hand():
     """(1, 2, 0) against (0, 0, 2): 1 + 4 + 4 = 9, a sum over D and no mean."""
-    assert inject.visual_context_loss(torch.tensor([[1., 2., 0.]]), torch.tensor([[0., 0., 2.]])).tolist() == [9.0]
+    assert inject.visual_context_loss(torch.tensor([[1., 2., 0.]]),
+                                      torch.tensor([[0., 0., 2.]])).tolist() == [9.0]
 
 
-# ------------------------------------------------------------------------------------------ Eq. 3, 4
+# ----------------------------------------------------------------------------------------- Eq. 3, 4
 
 def spatial(seed=0):
     torch.manual_seed(seed)
@@ -91,15 +95,18 @@ def test_heatmap_against_loops():
 
     def loops(frames, patches):
         rows = torch.stack([torch.stack([torch.stack([torch.stack([
-            module.frame_fc(frames[b, t] * math.sqrt(D)) @ module.patch_fc(patches[b, t, :, h, w] * math.sqrt(D))
-            / math.sqrt(D) for w in range(H)]) for h in range(H)]) for t in range(T)]) for b in range(B)])
+            module.frame_fc(frames[b,
+                                   t] * math.sqrt(D)) @ module.patch_fc(patches[b, t, :, h, w] * math.sqrt(D))
+            / math.sqrt(D) for w in range(H)]) for h in range(H)]) for t in range(T)])
+            for b in range(B)])
         return rows
 
     agree((module.heatmap, loops), (unit(B, T, D), random(B, T, 6, H, H, seed=1)))
 
 
 def test_heatmap_by_hand():
-    """FCs the identity, D = 4, x = (1, 0, 0, 0): inputs are doubled, so a patch along x gives 2 * 2 / 2 = 2."""
+    """FCs the identity, D = 4, x = (1, 0, 0, 0): inputs are doubled, so a patch along x gives 2 * 2
+    / 2 = 2."""
     module = inject.SpatialDynamic(4, 4, 1, 1, 1, 1)
     for fc in (module.frame_fc, module.patch_fc):
         torch.nn.init.eye_(fc.weight), torch.nn.init.zeros_(fc.bias)
@@ -114,18 +121,21 @@ def test_dynamic_is_the_average_of_a_transformer_encoder():
     def loops(heatmaps):
         rows = []
         for b in range(B):
-            x = torch.stack([module.flat_fc(heatmaps[b, t].flatten()) + module.positions[t] for t in range(T)])
+            x = torch.stack([module.flat_fc(heatmaps[b, t].flatten()) + module.positions[t]
+                             for t in range(T)])
             for layer in module.sequence.layers:
-                x = layer.norm1(x + torch.stack([attention(layer, "self_attn", row, x) for row in x]))
+                x = layer.norm1(x
+                                + torch.stack([attention(layer, "self_attn", row, x) for row in x]))
                 x = layer.norm2(x + layer.linear2(F.relu(layer.linear1(x))))
             rows.append(sum(x) / T)
         return torch.stack(rows)
 
     agree((module.dynamic, loops), (heatmaps,))
-    assert not torch.allclose(module.dynamic(heatmaps.flip(1)), module.dynamic(heatmaps))   # order matters
+    assert not torch.allclose(module.dynamic(heatmaps.flip(1)),
+                              module.dynamic(heatmaps))  # order matters
 
 
-# --------------------------------------------------------------------------------------------- Eq. 5
+# -------------------------------------------------------------------------------------------- Eq. 5
 
 def test_spatial_dynamic_loss_against_loops():
     def loops(dynamic, projected):
@@ -133,31 +143,39 @@ def test_spatial_dynamic_loss_against_loops():
         for i in range(S):
             others = [j for j in range(S) if VIDEO_OF[j] != VIDEO_OF[i]]
             rows.append(sum((F.cosine_similarity(dynamic[i], dynamic[j], dim=0)
-                             - F.cosine_similarity(projected[i], projected[j], dim=0)) ** 2 for j in others)
+                             - F.cosine_similarity(projected[i], projected[j], dim=0)) ** 2
+                             for j in others)
                         / len(others))
         return torch.stack(rows)
 
-    agree((lambda m, q: inject.spatial_dynamic_loss(m, q, VIDEO_OF), loops), (random(S, D), random(S, D, seed=1)))
+    agree((lambda m, q: inject.spatial_dynamic_loss(m, q, VIDEO_OF), loops),
+          (random(S, D), random(S, D, seed=1)))
 
 
 def test_spatial_dynamic_loss_by_hand():
-    """Two videos moving at right angles (eps^v = 0), sentences 60 degrees apart (eps^q = 0.5): 0.25 each."""
+    """Two videos moving at right angles (eps^v = 0), sentences 60 degrees apart (eps^q = 0.5): 0.25
+    each."""
     dynamic = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     projected = torch.tensor([[3.0, 0.0], [0.5, math.sqrt(3) / 2]])
-    assert inject.spatial_dynamic_loss(dynamic, projected, torch.tensor([0, 1])).tolist() == pytest.approx([0.25, 0.25])
-    assert inject.spatial_dynamic_loss(dynamic, projected, torch.tensor([0, 0])).tolist() == [0, 0]   # one video
+    assert inject.spatial_dynamic_loss(dynamic, projected,
+                                       torch.tensor([0, 1])).tolist() == pytest.approx([0.25, 0.25])
+    assert inject.spatial_dynamic_loss(dynamic, projected,
+                                       torch.tensor([0, 0])).tolist() == [0, 0]  # one video
 
 
 def test_order_of_the_batch_changes_nothing():
     order = torch.tensor([3, 0, 4, 1, 2])
     dynamic, projected = random(S, D), random(S, D, seed=1)
     whole = inject.spatial_dynamic_loss(dynamic, projected, VIDEO_OF)
-    assert torch.allclose(inject.spatial_dynamic_loss(dynamic[order], projected[order], VIDEO_OF[order]), whole[order])
+    assert torch.allclose(inject.spatial_dynamic_loss(dynamic[order], projected[order],
+                                                      VIDEO_OF[order]), whole[order])
 
 
 def test_batch_variance_by_hand():
-    """Rows (1, 0) and (-1, 0) have mean 0: 1. Equal rows: 0. Rows (2, 0) and (0, 0): variance 1 of a mean square 2."""
-    for rows, expected in (([[1., 0.], [-1., 0.]], 1.0), ([[1., 2.], [1., 2.]], 0.0), ([[2., 0.], [0., 0.]], 0.5)):
+    """Rows (1, 0) and (-1, 0) have mean 0: 1. Equal rows: 0. Rows (2, 0) and (0, 0): variance 1 of
+    a mean square 2."""
+    for rows, expected in (([[1., 0.], [-1., 0.]], 1.0), ([[1., 2.], [1., 2.]], 0.0),
+                           ([[2., 0.], [0., 0.]], 0.5)):
         assert inject.batch_variance(torch.tensor(rows)).item() == pytest.approx(expected)
 
 
@@ -182,7 +200,8 @@ def test_temporal_change_against_loops():
 
 
 def test_temporal_change_by_hand():
-    """Four frames a, a, b, b over [0, 4): the late half is b, the early half a, whatever the query: b - a."""
+    """Four frames a, a, b, b over [0, 4): the late half is b, the early half a, whatever the query:
+    b - a."""
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     change = inject.temporal_change(torch.tensor([[0.6, 0.8]]), torch.stack([a, a, b, b])[None],
                                     torch.tensor([[0.0, 4.0]]), torch.tensor([4.0]))
@@ -200,6 +219,7 @@ def test_frames_outside_the_moment_do_not_matter():
 
 def test_no_gradient_enters_the_target():
     frames = unit(1, 12, D).requires_grad_()
-    target = inject.temporal_change(unit(1, D).requires_grad_(), frames, torch.tensor([[3.0, 9.0]]).double(),
+    target = inject.temporal_change(unit(1, D).requires_grad_(), frames,
+                                    torch.tensor([[3.0, 9.0]]).double(),
                                     torch.tensor([12.0]).double())
     assert not target.requires_grad

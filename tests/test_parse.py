@@ -1,4 +1,5 @@
-"""parse.py: exact on the shapes world, sensible on real sentences, never failing; spaCy's own chunks by the same code."""
+"""parse.py: exact on the shapes world, sensible on real sentences, never failing; spaCy's own
+chunks by the same code."""
 import itertools
 
 import pytest
@@ -29,18 +30,21 @@ def test_real_sentences(sentence, chunks):
     assert [sentence[a:b] for a, b in RULES.chunks(sentence)] == chunks
 
 
-@pytest.mark.parametrize("sentence", ["", "   ", "\n", "😀", "一个人打开门。", "the " * 200, "a" * 5000, "!!!", "\x00",
+@pytest.mark.parametrize("sentence",
+                         ["", "   ", "\n", "😀", "一个人打开门。", "the " * 200, "a" * 5000, "!!!", "\x00",
                                       "opens", "the door", "'", "a person\tthe\u00a0door"])
 def test_any_string_is_read(sentence):
     query = RULES.split(sentence)
     spans = [offset for chunk in RULES.chunks(sentence) for offset in chunk]
-    assert query.full == sentence and spans == sorted(spans) and all(0 <= s <= len(sentence) for s in spans)
+    assert query.full == sentence and spans == sorted(spans) and all(0 <= s <= len(sentence)
+                                                                     for s in spans)
 
 
 def test_masking_by_a_word():
     """Each masked stretch becomes one word; punctuation alone is no stretch of the static query."""
     parser = parse.Parser("rules", mask="something")
-    assert parser.split("a person opens the door.") == ("a person opens the door.", "a person something the door",
+    assert parser.split("a person opens the door.") == ("a person opens the door.",
+                                                        "a person something the door",
                                                         "something opens something .")
 
 

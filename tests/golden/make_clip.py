@@ -4,8 +4,9 @@
     pip install --no-deps open_clip_torch==3.3.0
     python tests/golden/make_clip.py
 
-Vision transformer and text tower: Hugging Face's CLIPModel. ResNet tower and tokenizer: open_clip's. Weights are
-`fill`ed by a frozen random stream, key by key, so that no weight file has to be kept.
+Vision transformer and text tower: Hugging Face's CLIPModel. ResNet tower and tokenizer:
+open_clip's. Weights are `fill`ed by a frozen random stream, key by key, so that no weight file has
+to be kept.
 """
 import importlib.util
 import json
@@ -17,13 +18,20 @@ import zlib
 import numpy as np
 import torch
 
-STRINGS = ["", "a person opens the door", "A PERSON'S  dog isn't\there!", "&lt;b&gt; &amp;amp; caf&eacute;",
-           "âœ” No problems, schÃ¶n", "😀🎉👩‍👩‍👧 fun", "<|startoftext|>a<|endoftext|> b <|endoftext|>",
-           "x" * 300, "supercalifragilistic" * 15, "一个人打开门。", "don't we'll they've I'm you're he'd it's",
-           "3 4567 3.14 1,000", "naïve Åse coöperate", "\u00a0\u200b zero\u200bwidth", "tabs\tand\nnewlines\r\n",
-           "person begins to play on a phone.", "!!! ??? ...", "ﬁ ligature Ⅷ ½", "İstanbul ẞ", "a\x00b", "\ud7ff",
-           "The quick brown fox, jumps over the lazy dog; really?", "ᴀʙᴄ", "l'homme", "&#39;quoted&#39;"]
-VIT = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2, projection_dim=64)
+STRINGS = ["", "a person opens the door", "A PERSON'S  dog isn't\there!",
+           "&lt;b&gt; &amp;amp; caf&eacute;",
+           "âœ” No problems, schÃ¶n", "😀🎉👩‍👩‍👧 fun",
+           "<|startoftext|>a<|endoftext|> b <|endoftext|>",
+           "x" * 300, "supercalifragilistic" * 15, "一个人打开门。",
+           "don't we'll they've I'm you're he'd it's",
+           "3 4567 3.14 1,000", "naïve Åse coöperate", "\u00a0\u200b zero\u200bwidth",
+           "tabs\tand\nnewlines\r\n",
+           "person begins to play on a phone.", "!!! ??? ...", "ﬁ ligature Ⅷ ½", "İstanbul ẞ",
+           "a\x00b", "\ud7ff",
+           "The quick brown fox, jumps over the lazy dog; really?", "ᴀʙᴄ", "l'homme",
+           "&#39;quoted&#39;"]
+VIT = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2,
+           projection_dim=64)
 RESNET = dict(layers=(1, 2, 1, 1), output_dim=32, heads=8, image_size=64, width=16)
 
 
@@ -77,7 +85,8 @@ def main() -> None:
         text_config=VIT | dict(vocab_size=400, max_position_embeddings=77, eos_token_id=2),
         vision_config=VIT | dict(image_size=32, patch_size=8), projection_dim=64)
     model = CLIPModel(config).eval()
-    shapes = {key: list(value.shape) for key, value in model.state_dict().items() if "position_ids" not in key}
+    shapes = {key: list(value.shape) for key,
+              value in model.state_dict().items() if "position_ids" not in key}
     model.load_state_dict(fill(model.state_dict()))
     seen = model.vision_model(images(3, 32))
     patches = model.visual_projection(model.vision_model.post_layernorm(seen.last_hidden_state[:, 1:]))
@@ -98,8 +107,10 @@ def main() -> None:
     result["open_clip_resnet"]["patches"] = x.tolist()
 
     tokenizer = load_open_clip("tokenizer").SimpleTokenizer()
-    # open_clip spells the two special tokens <start_of_text> and <end_of_text>; they are the same ids
-    spelled = [text.replace("startoftext|", "start_of_text").replace("endoftext|", "end_of_text").replace("<|", "<")
+    # open_clip spells the two special tokens <start_of_text> and <end_of_text>; they are the same
+    # ids
+    spelled = [text.replace("startoftext|", "start_of_text").replace("endoftext|",
+                                                                     "end_of_text").replace("<|", "<")
                for text in STRINGS]
     result["tokens"] = [[text, tokenizer.encode(other)] for text, other in zip(STRINGS, spelled)]
     path = pathlib.Path(__file__).parent / "clip.json"
