@@ -37,7 +37,8 @@ from tqdm import tqdm
 
 MERGES = pathlib.Path(__file__).parent / "assets" / "bpe_simple_vocab_16e6.txt.gz"
 START, END = "<|startoftext|>", "<|endoftext|>"
-WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
+WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
+                     r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
                      regex.IGNORECASE)
 
 
@@ -560,7 +561,8 @@ def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a damaged or a hostile file
-        raise ValueError(f"{path} is not a file of weights: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a file of weights: {reason}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

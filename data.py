@@ -225,7 +225,8 @@ def store_folder(dataset: str, clip_name: str, root: str | os.PathLike) -> pathl
     """Features of a dataset made by one CLIP. The compositional splits have the videos of the
     original dataset."""
     name = pathlib.Path(clip_name).stem if clip_name.endswith((".pt", ".bin")) else clip_name
-    return pathlib.Path(root) / dataset.removesuffix("-cg") / "features" / name.replace("/", "-").replace("@", "-")
+    name = name.replace("/", "-").replace("@", "-")
+    return pathlib.Path(root) / dataset.removesuffix("-cg") / "features" / name
 
 
 def open_store(dataset: str, clip_name: str, root: str | os.PathLike) -> video.FeatureStore:
@@ -244,6 +245,7 @@ def open_store(dataset: str, clip_name: str, root: str | os.PathLike) -> video.F
 
 class Batch(NamedTuple):
     """B videos with all their sentences. Every tensor is on one device; see `to`."""
+    # UNSPECIFIED: the paper's batch is of video-text pairs, MMN's of videos with all sentences; MMN's
     videos: list[str]
     frames: Tensor                                                      # [B, T, D] L2-normalised
     patches: Tensor | None                              # [B, T', D', H, W] L2-normalised over D'

@@ -69,14 +69,13 @@ def event_accuracy(predicted: Tensor, samples: list[data.Sample],
     noun = verb = 0
     for sample, answer in zip(samples, predicted[:, 0]):
         found = events[sample.video]
-        spans = torch.tensor([[e.start_sec, e.end_sec] for e in found])
-        named = found[int(mmn.interval_iou(spans,
-                                           torch.tensor([sample.start_sec,
-                                                         sample.end_sec])).argmax())]
-        centre = answer.mean()
-        # an answer between two events belongs to the nearer one
-        distance = (spans.mean(1) - centre).abs() - 1e3 * mmn.interval_iou(spans, answer)
-        chosen = found[int(distance.argmin())]
+        spans = torch.tensor([[float(e.start_sec), float(e.end_sec)] for e in found])
+        label = torch.tensor([sample.start_sec, sample.end_sec])
+        named = found[int(mmn.interval_iou(spans, label).argmax())]
+        overlap = mmn.interval_iou(spans, answer)
+        if not overlap.any():                           # between two events: the nearer one
+            overlap = -(spans.mean(1) - answer.mean()).abs()
+        chosen = found[int(overlap.argmax())]
         noun += chosen.noun == named.noun
         verb += chosen.verb == named.verb
     return {"noun accuracy": 100 * noun / len(samples), "verb accuracy": 100 * verb / len(samples)}
@@ -126,16 +125,15 @@ def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
         raise FileNotFoundError(f"there is no checkpoint {path}; python train.py makes one")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        config, sizes, weights, text = saved["config"], saved["mmn_sizes"], saved["mmn"], saved["text"]
+        config, metrics = saved["config"], saved["metrics"]
+        sizes, weights, text = saved["mmn_sizes"], saved["mmn"], saved["text"]
     except Exception as error:  # torch raises a dozen kinds for a damaged or a hostile file
         raise ValueError(f"{path} is not a checkpoint of train.py: {type(error).__name__} "
                          f"{str(error).splitlines()[0] if str(error) else ''}") from error
     retriever = mmn.MMN(**sizes)
     retriever.load_state_dict(weights)
-    return Run(config, clip.build_text(text).to(device), retriever.to(device).eval(),
-               saved["metrics"],
-               {key: value for key,
-                value in saved.items() if key not in ("mmn", "text", "inject", "optimiser")})
+    rest = {key: value for key, value in saved.items() if key not in ("mmn", "text")}
+    return Run(config, clip.build_text(text).to(device), retriever.to(device).eval(), metrics, rest)
 
 
 def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
@@ -206,10 +204,10 @@ def table(results: dict[str, dict]) -> str:
 
 def pick_device(name: str) -> torch.device:
     """auto, cpu, cuda, cuda:N or mps. Asking for what is not there is an error, not a fallback."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    there = {"cpu": True, "cuda": torch.cuda.is_available(),
-             "mps": torch.backends.mps.is_available()}
+        name = next(kind for kind, found in there.items() if found)
     if not there.get(name.split(":")[0], False):
         raise ValueError(f"there is no device {name!r} here; use --device cpu")
     return torch.device(name)

@@ -157,8 +157,8 @@ def temporal_change(static: Tensor, frames: Tensor, moments_sec: Tensor,
     # DEVIATION: only the frames of the labelled moment, not the whole video; its late half minus
     # its early half
     T = frames.shape[1]
-    centre = (torch.arange(T,
-                           device=frames.device) + 0.5) / T * durations_sec[:, None]  # [S, T] seconds
+    centre = (torch.arange(T, device=frames.device) + 0.5) / T          # [T] share of the video
+    centre = centre * durations_sec[:, None]                            # [S, T] seconds
     start, end = moments_sec[:, :1], moments_sec[:, 1:]
     middle = (start + end) / 2
     attention = 10 * torch.einsum("sd,std->st", static, frames)         # [S, T]

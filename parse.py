@@ -56,7 +56,8 @@ class Parser:
                 raise ValueError(f"spaCy cannot load the pipeline {model!r}: {error}. Install it, "
                                  f"or use the "
                                  f"built-in rules with 'rules'") from error
-        self.pipeline, self.name = model, f"{model.meta['lang']}_{model.meta['name']} {model.meta['version']}"
+        self.pipeline = model
+        self.name = "{lang}_{name} {version}".format(**model.meta)
 
     def chunks(self, sentence: str) -> list[tuple[int, int]]:
         """Noun chunks as (start, end) character offsets: ordered, not overlapping. Any string is
@@ -99,7 +100,8 @@ class Parser:
 # Closed classes, whole; open classes are in assets/words.txt.
 DETERMINERS = set("a an the this that these those some any each every no another all both either "
                   "neither "
-                  "my your his her its our their one's many several few more most much other such".split())
+                  "my your his her its our their one's many several few more most much other such"
+                  .split())
 PRONOUNS = set("i you he she it we they me him us them himself herself itself themselves myself "
                "yourself "
                "someone somebody anyone anybody everyone everybody something anything everything "
@@ -158,7 +160,8 @@ def tag(words: list[str]) -> list[str]:
             tags.append("O")
         elif word in DETERMINERS or word.isdigit() or word in lists["number"]:
             tags.append("D")
-        elif word in PREPOSITIONS or word in VERBAL or word in lists["adverb"] or word.endswith("ly"):
+        elif (word in PREPOSITIONS or word in VERBAL or word in lists["adverb"]
+              or word.endswith("ly")):
             tags.append("-")
         elif word in lists["verb"] and word not in lists["noun"] and before not in ("D", "A"):
             tags.append("V")

@@ -44,9 +44,12 @@ SCENES = {"sand": (52, 44, 20), "grass": (10, 44, 14), "night": (12, 10, 34), "s
           "water": (8, 32, 56), "road": (34, 34, 34)}
 COLOURS = {"red": (230, 40, 40), "green": (50, 200, 60), "blue": (60, 90, 250),
            "yellow": (240, 230, 60), "white": (250, 250, 250), "pink": (250, 140, 190),
-           "brown": (140, 85, 40), "orange": (250, 140, 20), "purple": (150, 50, 210),
+           "brown": (140, 85, 40), "grey": (140, 140, 140), "beige": (235, 210, 170),
+           "maroon": (140, 20, 50), "olive": (140, 140, 30), "teal": (20, 140, 125),
+           "orange": (250, 140, 20), "purple": (150, 50, 210),
            "cyan": (60, 225, 230)}
-SHAPES = ("circle", "square", "triangle", "cross", "bar", "ring", "diamond", "pillar")
+SHAPES = ("circle", "square", "triangle", "cross", "bar", "star", "heart", "moon",
+          "ring", "diamond", "pillar")
 NOVEL_COLOURS = ("orange", "purple", "cyan")
 NOVEL_SHAPES = ("ring", "diamond", "pillar")
 VERBS = (("rises", "climbs"), ("falls", "drops"), ("advances", "proceeds"),
@@ -61,11 +64,16 @@ def distance(shape: str, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndar
     """Signed distance (roughly, in pixels; negative inside) of points to a shape of radius r at the
     origin."""
     box = lambda w, h: np.maximum(abs(x) - w, abs(y) - h)
+    spike = 2 * (np.arctan2(x, -y) * 5 / (2 * math.pi) % 1) - 1         # -1 and 1 at five points
     return {"circle": lambda: np.hypot(x, y) - r,
             "square": lambda: box(0.85 * r, 0.85 * r),
             "triangle": lambda: np.maximum(y - 0.8 * r, (2 * abs(x) - y - 1.1 * r) / math.sqrt(5)),
             "cross": lambda: np.minimum(box(r, 0.3 * r), box(0.3 * r, r)),
             "bar": lambda: box(1.2 * r, 0.4 * r),
+            "star": lambda: np.hypot(x, y) - r * (0.55 + 0.65 * abs(spike)),
+            "heart": lambda: np.minimum(np.hypot(abs(x) - 0.5 * r, y + 0.4 * r) - 0.55 * r,
+                                        np.maximum(-y - 0.4 * r, (1.2 * abs(x) + y - r) / 1.6)),
+            "moon": lambda: np.maximum(np.hypot(x, y) - r, 0.85 * r - np.hypot(x - 0.55 * r, y)),
             "ring": lambda: abs(np.hypot(x, y) - 0.8 * r) - 0.25 * r,
             "diamond": lambda: (abs(x) / 0.8 + abs(y) / 1.2 - r) / 1.5,
             "pillar": lambda: box(0.4 * r, 1.2 * r)}[shape]()
@@ -102,7 +110,7 @@ def still(rng: np.random.Generator,
     guess."""
     scene = rng.choice(list(SCENES))
     image, phrases, things = ground(scene, 1, rng), [], []
-    for _ in range(objects or rng.choice((1, 2, 3), p=(0.4, 0.3, 0.3))):
+    for _ in range(objects or rng.choice((1, 2), p=(0.7, 0.3))):
         for _ in range(20):                                     # objects keep apart if they can
             x, y = rng.uniform(5, SIZE - 5, 2)
             if all(math.hypot(x - t["x"], y - t["y"]) > 10 for t in things):
@@ -121,7 +129,8 @@ def still(rng: np.random.Generator,
         if rng.random() < 0.8:
             across = "on the left" if x < SIZE / 2 else "on the right"
             upright = "at the top" if y < SIZE / 2 else "at the bottom"
-            words.append(across if rng.random() < 0.5 else upright)
+            both = f"{upright} {across.split()[-1]}"                    # "at the top left"
+            words.append((across, upright, both)[rng.integers(3)])
         phrases.append(" ".join(words))
         things.append(thing)
     caption = " and ".join(phrases) + (f" on the {scene}" if rng.random() < 0.3 else "")
@@ -174,7 +183,8 @@ def pretrain(seed: int, steps: int = 3000, count: int = 24_000, batch: int = 128
     whole = model.token_embedding.weight.data
     generator = torch.Generator().manual_seed(seed)
     for _ in range(rounds):
-        model.train().token_embedding = torch.nn.Embedding.from_pretrained(whole[used], freeze=False)
+        model.train()
+        model.token_embedding = torch.nn.Embedding.from_pretrained(whole[used], freeze=False)
         optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98),
                                       weight_decay=0.02, fused=True)
         for step in (bar := trange(steps, desc="small CLIP", disable=None)):
@@ -190,7 +200,8 @@ def pretrain(seed: int, steps: int = 3000, count: int = 24_000, batch: int = 128
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{loss.item():.2f}")
         whole[used] = model.token_embedding.weight.data
-        model.eval().token_embedding = torch.nn.Embedding.from_pretrained(whole, freeze=False)
+        model.eval()
+        model.token_embedding = torch.nn.Embedding.from_pretrained(whole, freeze=False)
         if not missed_gates(zero_shot(model, seed)):
             break
     return model
@@ -253,8 +264,8 @@ def held_out(verb: int, shape: str) -> bool:
 
 
 def script(split: str, rng: np.random.Generator) -> dict:
-    """One video, before it is drawn: two actors, two verbs, four events in random order, one
-    distractor.
+    """One video, before it is drawn: two actors, two verbs, four events in random order. A
+    bystander fills the gaps between them and does nothing.
 
     Places in pixels. Times are in frame lengths, of which there are 32; "frame_sec" is the length
     of one."""
@@ -268,8 +279,8 @@ def script(split: str, rng: np.random.Generator) -> dict:
         unseen = sum(held_out(v, s) for v in verbs for s in shapes)
         if novel or (unseen >= 2 if split == "novel-composition" else unseen == 0):
             break
-    others = [(c, s) for c in old_colours for s in old_shapes if c not in colours
-              and s not in shapes]
+    others = [(c, s) for c in old_colours for s in old_shapes
+              if c not in colours and s not in shapes]
     bystander = dict(zip(("colour", "shape"), others[rng.integers(len(others))]),
                      x=rng.uniform(6, SIZE - 6), y=rng.uniform(6, SIZE - 6), r=rng.uniform(3.5, 5))
     while True:
@@ -288,35 +299,29 @@ def script(split: str, rng: np.random.Generator) -> dict:
         clock = end + int(linger[k, 1])
         events.append({"colour": str(colours[actor]), "shape": str(shapes[actor]), "verb": verb,
                        "word": VERBS[verb][rng.integers(2)], "enter": enter, "start": start,
-                       "end": end,
-                       "leave": clock, **course(verb, bystander, rng)})
+                       "end": end, "leave": clock, **course(verb, rng)})
     return {"scene": str(rng.choice(list(SCENES))), "speckle": int(rng.integers(2 ** 31)),
-            "events": events,
-            "bystander": bystander, "frame_sec": rng.uniform(0.75, 1.25)}
+            "events": events, "bystander": bystander, "frame_sec": rng.uniform(0.75, 1.25)}
 
 
-def course(verb: int, bystander: dict, rng: np.random.Generator) -> dict:
-    """Where an event begins and ends, {"from": (x, y, r), "to": (x, y, r)}, clear of the bystander
-    if it can be."""
-    for _ in range(50):
+def course(verb: int, rng: np.random.Generator) -> dict:
+    """Where an event begins and where it ends, {"from": (x, y, r), "to": (x, y, r)}: in the frame."""
+    while True:
         x, y = rng.uniform(5.5, SIZE - 5.5, 2)
         r, way = rng.uniform(3.5, 5), rng.uniform(9, 15)
-        a = [x, y, r]
-        b = [[x, y - way, r], [x, y + way, r], [x + way, y, r], [x - way, y, r], [x, y, 6.5],
-             [x, y, 2.5], a][verb]
-        a[2] = {4: 2.5, 5: 6.5}.get(verb, r)
-        inside = all(5 <= v <= SIZE - 5 for v in b[:2])
-        if inside and all(math.hypot(p[0] - bystander["x"], p[1] - bystander["y"]) > 9
-                          for p in (a, b)):
-            break
-    return {"from": a, "to": [min(max(v, 5), SIZE - 5) for v in b[:2]] + b[2:]}
+        a = [x, y, {4: 2.5, 5: 6.5}.get(verb, r)]
+        b = [[x, y - way, r], [x, y + way, r], [x + way, y, r], [x - way, y, r],
+             [x, y, 6.5], [x, y, 2.5], a][verb]
+        if all(5 <= v <= SIZE - 5 for v in b[:2]):
+            return {"from": a, "to": b}
 
 
 def render(plan: dict, times: np.ndarray) -> np.ndarray:
     """The video of a script at the given instants (in frame lengths, [n]) -> uint8 [n, 32, 32,
     3]."""
     frames = ground(plan["scene"], len(times), np.random.default_rng(plan["speckle"]))
-    draw(frames, **plan["bystander"])
+    on_stage = [(times >= e["enter"]) & (times < e["leave"]) for e in plan["events"]]
+    draw(frames, **plan["bystander"], visible=~np.any(on_stage, 0))
     for event in plan["events"]:
         progress = np.clip((times - event["start"]) / (event["end"] - event["start"]), 0,
                            1)[:, None]
@@ -417,11 +422,11 @@ def show(path: str, seed: int) -> None:
         raise ValueError("drawing needs matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure = plt.figure(figsize=(16, 8.4))
+    figure = plt.figure(figsize=(16, 8))
     splits = ("train", "novel-word", "novel-composition")
     for row, split in enumerate(splits):
         plan = script(split, np.random.default_rng([seed, list(SPLITS).index(split) + 1, 0]))
-        axes = figure.add_axes((0.01, 0.75 - 0.215 * row, 0.98, 0.16))
+        axes = figure.add_axes((0.01, 0.78 - 0.22 * row, 0.98, 0.16))
         frames = render(plan, np.arange(0, FRAMES, 2) + 0.5)
         frames = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
         axes.imshow(np.concatenate(frames, 1), extent=(0, FRAMES, 0, 2), interpolation="nearest")
@@ -435,10 +440,10 @@ def show(path: str, seed: int) -> None:
     rng = np.random.default_rng([seed, 0])
     for i in range(8):
         image, caption, _ = still(rng)
-        axes = figure.add_axes((0.01 + 0.1235 * i, 0.06, 0.11, 0.18))
+        axes = figure.add_axes((0.01 + 0.1235 * i, 0.09, 0.11, 0.17))
         axes.imshow(image, interpolation="nearest")
         axes.axis("off")
-        axes.set_title(textwrap.fill(caption, 24), fontsize=8, y=-0.02, va="top")
+        axes.set_title(textwrap.fill(caption, 24), fontsize=8, y=-0.08, va="top")
     figure.savefig(path, dpi=80)
     plt.close(figure)
 

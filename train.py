@@ -97,6 +97,7 @@ class Config:
                                          "none: cosine")
     clip_norm: float = option(5.0, "largest norm of the gradient")
     patience: int = option(5, "epochs without a better validation result before the run stops")
+    limit_videos: int = option(0, "train on the first so many videos only (0: all)")
     select_on: str = option("val",
                             "split that chooses the epoch ('test' is the field's habit)")
     bf16: bool = option(False,
@@ -106,6 +107,7 @@ class Config:
     # vdi-staged, stage 1
     stage_steps: int = option(400, "steps of stage 1")
     stage_lr: float = option(1e-3, "learning rate of the text tower in stage 1")
+    stage_keep: float = option(1.0, "weight of keeping the static queries in stage 1")
     stage_batch: int = option(64, "sentences in a batch of stage 1")
     stage_target: str = option("change",
                                "change: late minus early half of the moment; random: a random "
@@ -204,8 +206,9 @@ def terms(model: Model, batch: data.Batch, config: Config) -> tuple[dict[str, Te
     motion = model.dynamic(batch.frames[:, which], batch.patches)[batch.video_of]  # m~ [S, D]
     projected_motion = model.dynamic.project(dynamic)
     has_dynamic = batch.spoken[2]                                       # UNSPECIFIED: nor in Eq. 5
-    result["L_sd"] = inject.spatial_dynamic_loss(motion[has_dynamic], projected_motion[has_dynamic],
-                                                 batch.video_of[has_dynamic]).sum() / has_dynamic.sum().clamp(min=1)
+    loss = inject.spatial_dynamic_loss(motion[has_dynamic], projected_motion[has_dynamic],
+                                       batch.video_of[has_dynamic])
+    result["L_sd"] = loss.sum() / has_dynamic.sum().clamp(min=1)
     spread = {"var FC(x^qd), Eq. 2": projected, "var x~^qs": context,
               "var FC(x^qd), Eq. 5": projected_motion,
               "var m~": motion}
@@ -237,9 +240,9 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config,
     Eq. (2) with another target: || f^q(Q^d) - target ||^2, where the target is
     inject.temporal_change, less its mean over the training sentences, over its root mean square."""
     with torch.no_grad():
-        static = torch.cat([F.normalize(text.encode_text(part.to(device)),
-                                        dim=1)  # of the original tower
-                            for part in videos.tokens[1].split(1024)])
+        original = torch.cat([text.encode_text(part.to(device))         # x^qs of the original tower
+                              for part in videos.tokens[1].split(1024)])
+        static = F.normalize(original, dim=1)                           # [S, D]
         target = []
         for batch in videos.batches(64):
             batch = batch.to(device)
@@ -271,6 +274,10 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config,
         # the tower
         x = text.encode_text(videos.tokens[2, chosen].to(device))       # x^qd [S, D]
         loss = inject.visual_context_loss(x, target[chosen]).mean()
+        if config.stage_keep:
+            # DEVIATION: static queries stay where pre-training put them, so that the nouns are kept
+            y = text.encode_text(videos.tokens[1, chosen].to(device))   # x^qs [S, D]
+            loss = loss + config.stage_keep * inject.visual_context_loss(y, original[chosen]).mean()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"L_vc is {loss.item()} in step {step} of stage 1")
         optimiser.zero_grad()
@@ -315,6 +322,10 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
     if config.select_on in samples:
         chosen = {sample.video for sample in samples[config.select_on]}
         samples["train"] = [sample for sample in samples["train"] if sample.video not in chosen]
+    if config.limit_videos:
+        first = list(dict.fromkeys(sample.video for sample in samples["train"]))
+        first = set(first[:config.limit_videos])
+        samples["train"] = [sample for sample in samples["train"] if sample.video in first]
     videos = {split: data.Videos(rows, store, config.num_clips, parser,
                                  split == "train" and config.method == "vdi")
               for split, rows in samples.items()}
@@ -351,6 +362,7 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
         if len(history) - best_epoch(history) > config.patience:
             break
         model.train()
+        # UNSPECIFIED: whether the text tower waits; MMN freezes it for the first epochs
         model.text.requires_grad_(epoch >= config.text_from_epoch)
         shuffle = torch.Generator().manual_seed(1_000_003 * config.seed + epoch)
         loader, sums = videos["train"].batches(config.batch, shuffle, config.workers), {}

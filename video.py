@@ -90,7 +90,7 @@ def probe_duration(path: str | os.PathLike) -> float:
         return times[-1] + (times[-1] / (len(times) - 1) if len(times) > 1 else 0.04)
 
 
-TOLERATED = 0.9  # share of a video that has to decode; the last readable frame stands for a damaged end
+TOLERATED = 0.9     # share of a video that has to decode; its last frame stands for a damaged end
 
 
 def frames_at(path: str | os.PathLike, times_sec: np.ndarray) -> Iterator[Tensor]:

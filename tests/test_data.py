@@ -85,8 +85,8 @@ def test_unknown_split_and_missing_features_say_what_to_do(tmp_path):
 def test_frames_are_taken_at_the_centres_of_equal_parts():
     """Ten seconds in four parts: 1.25, 3.75, 6.25, 8.75."""
     assert video.frame_centres(10, 4).tolist() == [1.25, 3.75, 6.25, 8.75]
-    assert video.patch_frames(8, 4).tolist() == [1, 3, 5,
-                                                 7] and video.patch_frames(3, 32).tolist() == [0, 1, 2]
+    assert video.patch_frames(8, 4).tolist() == [1, 3, 5, 7]
+    assert video.patch_frames(3, 32).tolist() == [0, 1, 2]
 
 
 def make_video(path, colours, rate=10, size=(32, 48)):
@@ -183,7 +183,8 @@ def test_shuffling_is_seeded_and_complete(videos):
     orders = [[name for batch in videos.batches(5, torch.Generator().manual_seed(seed))
                for name in batch.videos]
               for seed in (0, 0, 1)]
-    assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2]) == sorted(videos.videos)
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2]) == sorted(videos.videos)
 
 
 # -------------------------------------------------------------------------------------- real videos

@@ -1,5 +1,6 @@
 """inject.py, Eq. 1-5 and the target of vdi-staged, against plain loops (values and gradients) and
 by hand."""
+import itertools
 import math
 
 import pytest
@@ -94,12 +95,12 @@ def test_heatmap_against_loops():
     module = spatial()
 
     def loops(frames, patches):
-        rows = torch.stack([torch.stack([torch.stack([torch.stack([
-            module.frame_fc(frames[b,
-                                   t] * math.sqrt(D)) @ module.patch_fc(patches[b, t, :, h, w] * math.sqrt(D))
-            / math.sqrt(D) for w in range(H)]) for h in range(H)]) for t in range(T)])
-            for b in range(B)])
-        return rows
+        heat = torch.zeros(B, T, H, H).double()
+        for b, t, h, w in itertools.product(range(B), range(T), range(H), range(H)):
+            frame = module.frame_fc(frames[b, t] * math.sqrt(D))
+            patch = module.patch_fc(patches[b, t, :, h, w] * math.sqrt(D))
+            heat[b, t, h, w] = frame @ patch / math.sqrt(D)
+        return heat
 
     agree((module.heatmap, loops), (unit(B, T, D), random(B, T, 6, H, H, seed=1)))
 

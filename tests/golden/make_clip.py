@@ -53,7 +53,8 @@ def fill(state: dict) -> dict:
 
 
 def images(count: int, size: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.RandomState(size).standard_normal((count, 3, size, size))).float()
+    noise = np.random.RandomState(size).standard_normal((count, 3, size, size))
+    return torch.from_numpy(noise).float()
 
 
 def tokens(vocabulary: int) -> torch.Tensor:
@@ -89,7 +90,8 @@ def main() -> None:
               value in model.state_dict().items() if "position_ids" not in key}
     model.load_state_dict(fill(model.state_dict()))
     seen = model.vision_model(images(3, 32))
-    patches = model.visual_projection(model.vision_model.post_layernorm(seen.last_hidden_state[:, 1:]))
+    patches = model.vision_model.post_layernorm(seen.last_hidden_state[:, 1:])
+    patches = model.visual_projection(patches)
     result = {"hugging_face": {
         "shapes": shapes,
         "image": model.visual_projection(seen.pooler_output).tolist(), "patches": patches.tolist(),
@@ -107,12 +109,12 @@ def main() -> None:
     result["open_clip_resnet"]["patches"] = x.tolist()
 
     tokenizer = load_open_clip("tokenizer").SimpleTokenizer()
-    # open_clip spells the two special tokens <start_of_text> and <end_of_text>; they are the same
-    # ids
-    spelled = [text.replace("startoftext|", "start_of_text").replace("endoftext|",
-                                                                     "end_of_text").replace("<|", "<")
-               for text in STRINGS]
-    result["tokens"] = [[text, tokenizer.encode(other)] for text, other in zip(STRINGS, spelled)]
+    # open_clip spells the two special tokens <start_of_text> and <end_of_text>; the ids are the same
+    result["tokens"] = []
+    for text in STRINGS:
+        spelled = text.replace("<|startoftext|>", "<start_of_text>")
+        spelled = spelled.replace("<|endoftext|>", "<end_of_text>")
+        result["tokens"].append([text, tokenizer.encode(spelled)])
     path = pathlib.Path(__file__).parent / "clip.json"
     path.write_text(json.dumps(result, separators=(",", ":")) + "\n")
     print(f"{path}: {path.stat().st_size} bytes")

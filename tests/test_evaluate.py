@@ -1,0 +1,71 @@
+"""evaluate.py: the metrics by hand and against loops, and their limits."""
+import pytest
+import torch
+
+import data
+import evaluate
+
+
+def test_recall_by_hand():
+    """Truth [0, 10). First answers [0, 5): 0.5 exactly, a hit at 0.5; [0, 8): 0.8; [20, 30): 0. Of
+    the last the second answer is perfect. R@1: 2/3 at 0.5, 1/3 at 0.7; R@5: 1 and 2/3; mIoU (0.5 +
+    0.8 + 0) / 3."""
+    predicted = torch.tensor([[[0., 5.], [20., 30.]], [[0., 8.], [0., 1.]],
+                              [[20., 30.], [0., 10.]]])
+    result = evaluate.recall(predicted, torch.tensor([[0., 10.]] * 3))
+    assert result == pytest.approx({"R@1,IoU=0.5": 200 / 3, "R@1,IoU=0.7": 100 / 3,
+                                    "R@5,IoU=0.5": 100,
+                                    "R@5,IoU=0.7": 200 / 3, "mIoU": 130 / 3})
+
+
+def test_recall_against_loops():
+    generator = torch.Generator().manual_seed(0)
+    predicted = (torch.rand(50, 5, 2, generator=generator) * 30).sort(2)[0]
+    truth = (torch.rand(50, 2, generator=generator) * 30).sort(1)[0]
+    result = evaluate.recall(predicted, truth, (1, 3, 5), (0.1, 0.3))
+    for k in (1, 3, 5):
+        for mu in (0.1, 0.3):
+            hits = 0
+            for s in range(50):
+                ious = []
+                for a, b in predicted[s, :k].tolist():
+                    c, d = truth[s].tolist()
+                    overlap = max(0, min(b, d) - max(a, c))
+                    ious.append(overlap / (b - a + d - c - overlap))
+                hits += max(ious) >= mu
+            assert result[f"R@{k},IoU={mu}"] == pytest.approx(100 * hits / 50)
+
+
+def test_limits_of_recall():
+    truth = torch.tensor([[1., 4.], [0., 2.]])
+    perfect = evaluate.recall(truth[:, None], truth)
+    assert set(perfect.values()) == {100.0}                     # one moment each, though k = 5
+    nothing = evaluate.recall(torch.zeros(2, 5, 2), truth)
+    assert set(nothing.values()) == {0.0}                               # empty moments hit nothing
+
+
+def test_prior_and_random_moment_by_hand():
+    """Two sentences, three cells. Cell 1 hits both at 0.5, cells 0 and 2 one each. A random cell
+    hits 4 of 6."""
+    iou = torch.tensor([[0.9, 0.6, 0.1], [0.2, 0.5, 0.8]])
+    assert evaluate.best_prior(iou) == 1
+    assert evaluate.cell_recall(iou)["R@1,IoU=0.5"] == pytest.approx(400 / 6)
+    assert evaluate.cell_recall(iou[:, 1])["mIoU"] == pytest.approx(55)
+
+
+def test_event_accuracy_by_hand():
+    """Events 0-4 A up, 4-8 A down, 10-14 B up. Asked for A up. Answers: right; A down; in the gap
+    nearest to B up."""
+    events = {"v": [data.Event(0, 4, "A", "up"), data.Event(4, 8, "A", "down"),
+                    data.Event(10, 14, "B", "up")]}
+    samples = [data.Sample("v", "A up", 0.0, 4.0, 20.0)] * 3
+    result = evaluate.event_accuracy(torch.tensor([[[0., 3.]], [[4.5, 9.]], [[15., 16.]]]), samples,
+                                     events)
+    assert result == pytest.approx({"noun accuracy": 200 / 3, "verb accuracy": 200 / 3})
+
+
+def test_a_device_that_is_not_there_is_an_error():
+    assert evaluate.pick_device("cpu") == torch.device("cpu")
+    for name in ("nonsense", *(() if torch.cuda.is_available() else ("cuda", "cuda:1"))):
+        with pytest.raises(ValueError, match="use --device cpu"):
+            evaluate.pick_device(name)
