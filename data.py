@@ -66,7 +66,8 @@ FILES = {
                        "novel-composition": "activitynet-cg/novel_composition.json",
                        "trivial": "activitynet-cg/test_trivial.json"},
 }
-OWN_SPLITS = ("train", "val", "test", "novel-word", "novel-composition")  # <dataset>/<split>.jsonl
+OWN_SPLITS = ("train", "val", "val-novel-word", "test", "novel-word",
+              "novel-composition")  # <dataset>/<split>.jsonl
 
 
 def annotation_file(dataset: str, split: str, root: str | os.PathLike) -> pathlib.Path:
@@ -245,7 +246,8 @@ def open_store(dataset: str, clip_name: str, root: str | os.PathLike) -> video.F
 
 class Batch(NamedTuple):
     """B videos with all their sentences. Every tensor is on one device; see `to`."""
-    # UNSPECIFIED: the paper's batch is of video-text pairs, MMN's of videos with all sentences; MMN's
+    # UNSPECIFIED: the paper's batch is of video-text pairs, MMN's of videos with all sentences;
+    # MMN's
     videos: list[str]
     frames: Tensor                                                      # [B, T, D] L2-normalised
     patches: Tensor | None                              # [B, T', D', H, W] L2-normalised over D'

@@ -2,6 +2,7 @@
 
     python evaluate.py runs/shapes-vdi-staged/ckpt.pt
     python evaluate.py ckpt.pt --split test --query dynamic --json
+    python evaluate.py runs/*/ckpt.pt                    # mean and standard deviation over runs
 
 Beside each result stand what a random moment would score, and the best moment that does not look at
 the sentence (fitted on the training split), so that a number means something; and, where the world
@@ -213,34 +214,52 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def over_runs(runs: list[dict[str, dict]]) -> str:
+    """Mean and standard deviation of several runs' results as text, a line a split."""
+    names = [name for name, value in next(iter(runs[0].values())).items() if isinstance(value, float)]
+    width = max(map(len, runs[0]))
+    lines = [" " * width + "".join(f"  {name.replace('IoU=', ''):>13}" for name in names)]
+    for split in runs[0]:
+        values = torch.tensor([[run[split][name] for name in names] for run in runs])
+        cells = (f"{mean:6.1f} +- {std:3.1f}" for mean, std in zip(values.mean(0), values.std(0)))
+        lines.append(split.ljust(width) + "".join(f"  {cell:>13}" for cell in cells))
+    return "\n".join(lines)
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    arguments.add_argument("checkpoint", help="ckpt.pt of a run")
+    arguments.add_argument("checkpoint", nargs="+",
+                           help="ckpt.pt of a run; of several the mean and standard deviation")
     arguments.add_argument("--split", action="append",
                            help="a split, may be given again (default: all but train)")
     arguments.add_argument("--query", choices=QUERIES, default="full",
                            help="what to retrieve by (Fig. 3)")
-    arguments.add_argument("--root", help="folder of datasets (default: the one used in training)")
+    arguments.add_argument("--root",
+                           help="folder of datasets (default: the one used in training)")
     arguments.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     arguments.add_argument("--allow-missing", action="store_true",
                            help="leave out videos without features")
-    arguments.add_argument("--json", action="store_true", help="print one json object")
+    arguments.add_argument("--json", action="store_true", help="print one json object a checkpoint")
     options = arguments.parse_args()
     try:
-        device = pick_device(options.device)
-        run = load(options.checkpoint, device)
-        results = evaluate(run, options.split, options.query, options.root, device,
-                           options.allow_missing)
+        device, results = pick_device(options.device), []
+        for path in options.checkpoint:
+            run = load(path, device)
+            results.append(evaluate(run, options.split, options.query, options.root, device,
+                                    options.allow_missing))
+            title = {name: run.config[name] for name in ("dataset", "method", "seed")}
+            title |= {"query": options.query, "epoch": run.checkpoint["epoch"]}
+            if options.json:
+                print(json.dumps(title | {"splits": results[-1]}))
+            elif len(options.checkpoint) == 1:
+                print(", ".join(f"{name} {value}" for name, value in title.items()))
+                print(table(results[-1]))
+        if len(results) > 1 and not options.json:
+            print(f"{len(results)} runs of {run.config['method']}, query {options.query}: mean and "
+                  f"standard deviation\n{over_runs(results)}")
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    if options.json:
-        print(json.dumps({"dataset": run.config["dataset"], "method": run.config["method"],
-                          "query": options.query,
-                          "splits": results}))
-    else:
-        print(f"{run.config['dataset']}, {run.config['method']}, seed {run.config['seed']}, epoch "
-              f"{run.checkpoint['epoch']}, query {options.query}\n{table(results)}")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ NOVEL_SHAPES = ("ring", "diamond", "pillar")
 VERBS = (("rises", "climbs"), ("falls", "drops"), ("advances", "proceeds"),
          ("retreats", "withdraws"),
          ("grows", "expands"), ("shrinks", "contracts"), ("blinks", "flashes"))
-SPLITS = {"train": 600, "val": 150, "test": 150, "novel-word": 150, "novel-composition": 300}
+SPLITS = {"train": 400, "val": 150, "test": 150, "novel-word": 150, "novel-composition": 300,
+          "val-novel-word": 150}        # choices are made on the two val splits only
 
 
 # ------------------------------------------------------------------------------------------ drawing
@@ -271,7 +272,7 @@ def script(split: str, rng: np.random.Generator) -> dict:
     of one."""
     old_colours = [c for c in COLOURS if c not in NOVEL_COLOURS]
     old_shapes = [s for s in SHAPES if s not in NOVEL_SHAPES]
-    novel = split == "novel-word"
+    novel = split.endswith("novel-word")
     while True:
         colours = rng.choice(NOVEL_COLOURS if novel else old_colours, 2, replace=False)
         shapes = rng.choice(NOVEL_SHAPES if novel else old_shapes, 2, replace=False)

@@ -69,3 +69,9 @@ def test_a_device_that_is_not_there_is_an_error():
     for name in ("nonsense", *(() if torch.cuda.is_available() else ("cuda", "cuda:1"))):
         with pytest.raises(ValueError, match="use --device cpu"):
             evaluate.pick_device(name)
+
+
+def test_over_runs_by_hand():
+    """60 and 70: mean 65, standard deviation sqrt(50) = 7.1."""
+    runs = [{"test": {"queries": 5, "mIoU": value, "best prior": {}}} for value in (60.0, 70.0)]
+    assert "65.0 +- 7.1" in evaluate.over_runs(runs)
