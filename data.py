@@ -246,8 +246,7 @@ def open_store(dataset: str, clip_name: str, root: str | os.PathLike) -> video.F
 
 class Batch(NamedTuple):
     """B videos with all their sentences. Every tensor is on one device; see `to`."""
-    # UNSPECIFIED: the paper's batch is of video-text pairs, MMN's of videos with all sentences;
-    # MMN's
+    # UNSPECIFIED: the paper's batch is of video-text pairs; MMN's is of videos with all sentences
     videos: list[str]
     frames: Tensor                                                      # [B, T, D] L2-normalised
     patches: Tensor | None                              # [B, T', D', H, W] L2-normalised over D'

@@ -216,7 +216,8 @@ def pick_device(name: str) -> torch.device:
 
 def over_runs(runs: list[dict[str, dict]]) -> str:
     """Mean and standard deviation of several runs' results as text, a line a split."""
-    names = [name for name, value in next(iter(runs[0].values())).items() if isinstance(value, float)]
+    first = next(iter(runs[0].values()))
+    names = [name for name, value in first.items() if isinstance(value, float)]
     width = max(map(len, runs[0]))
     lines = [" " * width + "".join(f"  {name.replace('IoU=', ''):>13}" for name in names)]
     for split in runs[0]:

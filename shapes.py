@@ -306,7 +306,7 @@ def script(split: str, rng: np.random.Generator) -> dict:
 
 
 def course(verb: int, rng: np.random.Generator) -> dict:
-    """Where an event begins and where it ends, {"from": (x, y, r), "to": (x, y, r)}: in the frame."""
+    """Where an event begins and ends, {"from": (x, y, r), "to": (x, y, r)}, within the frame."""
     while True:
         x, y = rng.uniform(5.5, SIZE - 5.5, 2)
         r, way = rng.uniform(3.5, 5), rng.uniform(9, 15)
