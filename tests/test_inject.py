@@ -69,6 +69,17 @@ def test_visual_context_against_loops():
           (unit(S, D), unit(B, T, D, seed=1)))
 
 
+def test_visual_context_by_hand():
+    """Attention and perceptron silenced, each of the three steps is x -> LayerNorm(x + 0): (3, 1)
+    has mean 2 and deviation 1, hence (1, -1), which stays."""
+    module = inject.VisualContext(2, 1, 1)
+    for name, parameter in module.decoder.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.zeros_(parameter)
+    context = module(torch.tensor([[3.0, 1.0]]), torch.rand(1, 4, 2), torch.tensor([0]))
+    assert context[0].tolist() == pytest.approx([1.0, -1.0], abs=1e-4)
+
+
 def test_visual_context_does_not_look_at_order_or_other_videos():
     torch.manual_seed(0)
     module = inject.VisualContext(D, 1, 2).double()
@@ -134,6 +145,20 @@ def test_dynamic_is_the_average_of_a_transformer_encoder():
     agree((module.dynamic, loops), (heatmaps,))
     assert not torch.allclose(module.dynamic(heatmaps.flip(1)),
                               module.dynamic(heatmaps))  # order matters
+
+
+def test_dynamic_by_hand():
+    """1 x 1 heatmaps 3 and -1, FC to (h, -h), SeqModel silenced to LayerNorm: (1, -1) and (-1, 1),
+    whose average is 0; with heatmaps 3 and 2 both are (1, -1), and so is the average."""
+    module = inject.SpatialDynamic(2, 2, 1, 2, 1, 1)
+    for name, parameter in module.sequence.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.zeros_(parameter)
+    torch.nn.init.zeros_(module.positions), torch.nn.init.zeros_(module.flat_fc.bias)
+    module.flat_fc.weight.data = torch.tensor([[1.0], [-1.0]])
+    for heat, expected in (([3.0, -1.0], [0, 0]), ([3.0, 2.0], [1, -1])):
+        dynamic = module.dynamic(torch.tensor(heat).view(1, 2, 1, 1))[0]
+        assert dynamic.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 # -------------------------------------------------------------------------------------------- Eq. 5

@@ -168,6 +168,16 @@ def test_batch_order_and_batch_mates_change_nothing():
 
 # ------------------------------------------------------------------------------------------- losses
 
+def test_scores_by_hand():
+    """Eq. 9: cosine of (0.6, 0.8) with (1, 0) and (0, 1): 0.6 and 0.8. Eq. 6: sigmoid(6),
+    sigmoid(8)."""
+    moments, text = torch.eye(2)[None], torch.tensor([[0.6, 0.8]])
+    cosine = mmn.cosine_scores(moments, text, torch.tensor([0]))[0].tolist()
+    assert cosine == pytest.approx([0.6, 0.8])
+    predicted = mmn.overlap_scores(moments, text, torch.tensor([0]))[0].tolist()
+    assert predicted == pytest.approx([1 / (1 + math.exp(-6)), 1 / (1 + math.exp(-8))])
+
+
 def test_iou_loss_by_hand():
     """IoU 1, 0.75, 0.4 become targets 1, 0.5, 0. With scores 0.5 everywhere every term is log 2."""
     assert mmn.iou_loss(torch.full((1, 3), 0.5),
