@@ -98,84 +98,199 @@ class Parser:
 # ------------------------------------------------------------------------------- the built-in rules
 
 # Closed classes, whole; open classes are in assets/words.txt.
-DETERMINERS = set("a an the this that these those some any each every no another all both either "
-                  "neither "
-                  "my your his her its our their one's many several few more most much other such"
-                  .split())
-PRONOUNS = set("i you he she it we they me him us them himself herself itself themselves myself "
-               "yourself "
-               "someone somebody anyone anybody everyone everybody something anything everything "
-               "nothing "
-               "nobody one another each".split())
-PREPOSITIONS = set("in on at by with from into onto out of off over under up down to for through "
-                   "across "
-                   "around about behind before after against along among between beside besides "
-                   "beneath below "
-                   "above near toward towards inside outside without within during until till as "
-                   "like than "
-                   "past upon via per next atop while because if since when where how why whether "
-                   "so "
-                   "although though once and or but nor then".split())
-VERBAL = set("is are was were be been being am has have had having do does did done doing can "
-             "could will "
-             "would shall should may might must not n't 's 're 've 'm 'll 'd who which what whom "
-             "whose "
-             "there here".split())
+ARTICLES = set("a an the my your his its our their every no one's".split())
+QUANTIFIERS = set("this that these those some any each another all both either neither many "
+                  "several "
+                  "few more most much such her one enough".split())     # determiners before a noun
+PRONOUNS = set("i you he she it we they me him us them himself herself itself themselves themself "
+               "myself yourself ourselves oneself someone somebody anyone anybody everyone "
+               "everybody "
+               "something anything everything nothing nobody mine yours hers theirs".split())
+ALONE = set("this these those one some another her all both each others".split())   # chunks alone
+PREPOSITIONS = set("in on at by with from into onto of for to through across around about behind "
+                   "before after against along among between beside besides beneath below above "
+                   "near "
+                   "toward towards inside outside without within during until till like than past "
+                   "upon via per atop under underneath alongside throughout amongst over down up "
+                   "off "
+                   "out opposite".split())
+JOINING = set("and or but nor so while because if since when where how why whether although though "
+              "once as then there here who which what whom whose not n't please".split())
+BE = set("is are was were be been being am 's 're get gets getting got".split())
+AUXILIARY = BE | set("has have had having do does did can could will would shall should may might "
+                     "must "
+                     "'ve 'll 'd 'm wo ca".split())
+SUBJECTS = set("i you he she it we they who which that someone somebody everyone people there".split())
+SPANS = set("time times day days moment moments while bit way minute minutes second seconds hour "
+            "hours "
+            "night morning inch inches".split())                # heads of adverbial noun phrases
 
 
 @functools.cache
 def word_lists() -> dict[str, set[str]]:
-    """assets/words.txt: lines "class: word word ...". Verbs are listed in their base form and get
-    their endings."""
+    """assets/words.txt: lines "class: word word ..."."""
     lists: dict[str, set[str]] = {}
     for line in WORDS.read_text(encoding="utf-8").splitlines():
         if ":" in line and not line.startswith("#"):
             name, words = line.split(":", 1)
-            lists.setdefault(name.strip(), set()).update(words.split())
-    lists["verb"] |= {form for verb in lists["verb"] for form in inflected(verb)}
+            lists.setdefault(name, set()).update(words.split())
     return lists
 
 
-def inflected(verb: str) -> list[str]:
-    """Regular forms of a verb: opens, opened, opening; tries, tried; stopped, stopping; closes,
-    closing."""
-    stem = verb[:-1] if verb.endswith("e") and not verb.endswith("ee") else verb
-    vowels = [c in "aeiou" for c in verb]
-    double = verb[-1] if vowels[-3:] == [False, True, False] and verb[-1] not in "wxy" else ""
-    if verb.endswith("y") and not vowels[-2]:
-        return [verb[:-1] + "ies", verb[:-1] + "ied", verb + "ing"]
-    s = "es" if verb.endswith(("s", "x", "z", "ch", "sh", "o")) else "s"
-    return [verb + s, stem + double + "ed", stem + double + "ing", stem + "ed", stem + "ing"]
+def kind_of(word: str) -> str:
+    """The open class of a word out of context: V verb, E verb or noun, A adjective, R adverb, N
+    noun."""
+    lists = word_lists()
+    for kind, name in (("N", "noun"), ("V", "verb"), ("E", "either"), ("A", "adjective"),
+                       ("R", "adverb")):
+        if word in lists[name]:
+            return kind
+    if word.endswith("ly"):
+        return "R"
+    return "V" if word.endswith(("ing", "ed")) and len(word) > 5 else "N"
 
 
 def tag(words: list[str]) -> list[str]:
-    """One tag a word: D determiner, O pronoun, A adjective, N noun, V verb, "-" everything else."""
-    lists, tags = word_lists(), []
+    """One tag a word: D determiner or number, O pronoun, A adjective, N noun, V verb, P
+    preposition, + a joint inside a chunk (possessive 's, hyphen), "-" everything else."""
+    kinds, tags = [kind_of(word) for word in words], []
+    numbers, finite = word_lists()["number"], False     # finite: this clause has its verb already
+
+    def nominal(i: int) -> bool:
+        """Could a noun phrase go on with word i?"""
+        if i >= len(words) or not any(c.isalnum() for c in words[i]):
+            return False
+        word = words[i]
+        if word in PREPOSITIONS or word in JOINING or word in AUXILIARY or word in PRONOUNS or word in ARTICLES:
+            return False
+        if word in QUANTIFIERS:
+            return word in ("few", "many", "more", "such") and nominal(i + 1)
+        return kinds[i] in "NAE" or word in numbers or (
+            kinds[i] == "V" and word.endswith(("ing", "ed")) and i + 1 < len(words)
+            and kinds[i + 1] in "NAE"
+            and nominal(i + 1)) or (kinds[i] == "R" and word.endswith("ly") and nominal(i + 1))
+
     for i, word in enumerate(words):
-        before = tags[-1] if tags else ""
-        after = words[i + 1] if i + 1 < len(words) else ""
-        if not any(c.isalnum() for c in word):
+        before, after = (words[i - 1] if i else ""), (words[i + 1] if i + 1 < len(words) else "")
+        last = tags[-1] if tags else ""
+        inside = last in ("D", "A", "+")                                # a noun is still to come
+        kind = kinds[i]
+        if word == "'s" or word == "'":
+            tags.append("+" if last == "N" and nominal(i + 1) and not after.endswith("ing")
+                        else "-")
+        elif word in ("-", "/") and last in ("N", "A", "D") and after.isalnum():
+            tags.append("+")
+        elif not any(c.isalnum() for c in word):
             tags.append("-")
-        elif word in PRONOUNS and word not in DETERMINERS:
-            tags.append("O")
-        elif word in DETERMINERS or word.isdigit() or word in lists["number"]:
+            if word in ".;!?":
+                finite = False
+        elif (before, word) in (("each", "other"), ("one", "another")):
+            tags.append("N")
+        elif (word, after) in (("each", "other"), ("one", "another")):
             tags.append("D")
-        elif (word in PREPOSITIONS or word in VERBAL or word in lists["adverb"]
-              or word.endswith("ly")):
-            tags.append("-")
-        elif word in lists["verb"] and word not in lists["noun"] and before not in ("D", "A"):
+        elif word in PRONOUNS:
+            tags.append("O")
+        elif word in ARTICLES:
+            tags.append("D")
+        elif word == "that":
+            relative = last in ("N",
+                                "O") or not nominal(i + 1) or last == "V" and kinds[i + 1] != "N"
+            tags.append("-" if relative else "D")
+            finite = finite and not relative
+        elif word in QUANTIFIERS or word in numbers or word.isdigit():
+            if nominal(i + 1) or after in ("of",
+                                           "-") and word not in ("more", "most", "much", "such"):
+                tags.append("D" if nominal(i + 1) else "N" if word in numbers or word in ALONE
+                            or word.isdigit() or word in ("many", "several", "few") else "-")
+            else:
+                tags.append("O" if word in ALONE and not (word in ("all", "both", "each") and
+                                                          last in ("N", "O")) else
+                            "N" if last in ("D", "A") or word.isdigit() else "-")
+        elif word in AUXILIARY:
             tags.append("V")
-        elif word in lists["adjective"]:
-            tags.append("A")
-        elif word in lists["verb"] and before in ("N", "O") and after not in lists["noun"]:
-            tags.append("V")                            # "the person drinks", against "the drinks"
+            finite = True
+        elif word in JOINING:
+            tags.append("-")
+            if word in ("and", "or") and last in ("A",
+                                                  "N") and i + 2 < len(words) and kinds[i + 1] == "A" \
+                    and kind_of(before) == "A" and nominal(i + 2):
+                tags[-1] = "+"                                          # "a red and white shirt"
+            elif word in ("who", "which", "while", "when", "where", "as", "then", "and", "but",
+                          "because"):
+                finite = False
+        elif word in PREPOSITIONS and not (inside and kind in "NA"
+                                           and word in ("inside", "outside")):
+            tags.append("P")
+        elif word in ("next", "same", "last", "first", "second", "front", "back", "right", "left",
+                      "top",
+                      "other", "own", "middle",
+                      "bottom") and last == "D" or inside and kind in "NAE":
+            tags.append("A" if (kind == "A" or word in ("next", "last", "other"))
+                        and nominal(i + 1) or
+                        kind == "A" and last == "A" and nominal(i + 1) else
+                        "N" if kind != "A" or word not in ("able", "ready") else "A")
+        elif inside and kind == "V":
+            tags.append("A" if nominal(i + 1) else "N")
+        elif inside and kind == "R":
+            tags.append("A" if nominal(i + 1) else "-")
+        elif kind == "R":
+            tags.append("A" if word.endswith("ly") and last in ("P", "V") and nominal(i + 1)
+                        and kinds[i + 1] in "VA" and nominal(i + 2) else "-")
+        elif kind == "A":
+            tags.append("A" if nominal(i + 1)
+                        and not (last == "V" and before in BE and kinds[i + 1] == "E")
+                        else "N" if last == "P" and before in ("in", "of") else "-")
+        elif kind in "VE":
+            tags.append(verb_or_noun(words, kinds, tags, i, finite, nominal))
+            finite = finite or tags[-1] == "V" and not (word.endswith("ing")
+                                                        and not (last in ("N", "O")))
         else:
             tags.append("N")
     return tags
 
 
+def verb_or_noun(words, kinds, tags, i, finite, nominal) -> str:
+    """The tag of a word that may be a verb, outside of a begun noun phrase."""
+    word, before = words[i], words[i - 1] if i else ""
+    after, last = (words[i + 1] if i + 1 < len(words) else ""), tags[-1] if tags else ""
+    participle = word.endswith(("ing", "ed"))
+    object_follows = after in ARTICLES or after in PRONOUNS or after in QUANTIFIERS
+    if kinds[i] == "V":
+        if participle and last == "P" and before != "to" and nominal(i + 1) and word.endswith("ed"):
+            return "A"                                                  # "with painted nails"
+        if word.endswith("ed") and not last and nominal(i + 1):
+            return "A"
+        return "V"
+    if before == "to" or before in SUBJECTS or last == "O":
+        return "V" if not (before == "to" and nominal(i + 1) and kinds[i + 1] == "N" and i + 2
+                           == len(words)
+                           and False) else "N"
+    if before in AUXILIARY:
+        return "V" if participle or before not in BE else ("-" if word in word_lists()["adjective"]
+                                                           else "V")
+    if last == "N":
+        if finite and not object_follows:
+            return "N" if not participle else "V"
+        if object_follows or after in PREPOSITIONS or not after.isalnum():
+            return "V" if not finite or participle or object_follows else "N"
+        return "V" if not finite else "N"
+    if last == "P":
+        return "V" if word.endswith("ing") and (object_follows or after in PREPOSITIONS
+                                                and after != "of") else "N"
+    if last == "V":
+        return "V" if word.endswith("ing") else "V" if object_follows and not finite else "N"
+    if last == "-" and before in ("and", "or", "then", "but"):
+        earlier = next((t for t in reversed(tags[:-1]) if t in "NV"), "")
+        if object_follows or after in PREPOSITIONS and earlier == "V":
+            return "V"
+        return "V" if earlier == "V" and before == "then" else "N"
+    if not last:
+        return "V" if participle or object_follows else "N"
+    return "V" if participle or object_follows or after in PREPOSITIONS and after != "of" else "N"
+
+
 def rule_chunks(doc) -> list[tuple[int, int]]:
-    """Noun chunks of a tokenised sentence: pronouns, and the longest runs of  D? (A | N)* N."""
+    """Noun chunks of a tokenised sentence: pronouns, and the longest runs of  D* (A | N | +)* N."""
     words = [token.lower_ for token in doc]
     tags, chunks, i = tag(words), [], 0
     while i < len(tags):
@@ -183,16 +298,23 @@ def rule_chunks(doc) -> list[tuple[int, int]]:
             chunks.append((i, i + 1))
         elif tags[i] in "DAN":
             end = i + 1
-            while end < len(tags) and tags[end] in ("A",
-                                                    "N") + (("D",) if tags[end - 1] == "D" else ()):
+            while end < len(tags) and (tags[end] in "AN+" or tags[end] == "D" and (
+                    tags[end - 1] == "D" or words[end].isdigit())):
                 end += 1
             last = max((k for k in range(i, end) if tags[k] == "N"), default=None)
-            if last is not None:
+            if last is not None and not adverbial(words, tags, i, last):
                 chunks.append((i, last + 1))
             i = end
             continue
         i += 1
     return [(doc[a].idx, doc[b - 1].idx + len(doc[b - 1])) for a, b in chunks]
+
+
+def adverbial(words: list[str], tags: list[str], first: int, last: int) -> bool:
+    """Is the noun phrase first..last a measure of time or extent ("several times", "each day")?"""
+    if words[last] not in SPANS or first and tags[first - 1] == "P":
+        return False
+    return words[first] not in ("his", "her", "their", "its", "my", "our", "your")
 
 
 def main() -> None:

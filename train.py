@@ -60,7 +60,7 @@ class Config:
                        "has one")
     text_clip: str = option("",
                             "CLIP whose text tower is taken instead: separated pre-training "
-                            "(suppl. Table 5)")
+                            "(suppl. Table 5); shuffled: its own, each weight matrix permuted")
     parser: str = option("",
                          "spaCy pipeline or 'rules' (empty: en_core_web_sm if installed, else "
                          "rules)")
@@ -310,8 +310,10 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
 
     parser = parse.Parser(config.parser or None, config.mask)
     store = data.open_store(config.dataset, config.clip, config.root)
+    there = [*data.splits(config.dataset, config.root),
+             *(["val"] if config.dataset in data.FILES else [])]
     samples = {split: data.read_annotations(config.dataset, split, config.root)
-               for split in ("train", config.select_on) if split in selectable(config)}
+               for split in ("train", config.select_on) if split in there}
     if config.select_on in samples:
         chosen = {sample.video for sample in samples[config.select_on]}
         samples["train"] = [sample for sample in samples["train"] if sample.video not in chosen]
@@ -328,23 +330,31 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
                else ""))
 
     torch.manual_seed(config.seed)
-    state = clip.read_state(data.clip_file(config.text_clip or config.clip, config.root))
-    model = Model(config, clip.build_text(state), store.manifest).to(device)
+    source = config.clip if config.text_clip in ("", "shuffled") else config.text_clip
+    text = clip.build_text(clip.read_state(data.clip_file(source, config.root)))
+    if config.text_clip == "shuffled":
+        for p in text.parameters():                             # the same numbers, and no knowledge
+            p.data = p.data.flatten()[torch.randperm(p.numel())].view_as(p)
+    model = Model(config, text, store.manifest).to(device)
     groups = [{"params": list(model.text.parameters()), "base": config.lr * config.text_lr},
               {"params": [p for n, p in model.named_parameters() if not n.startswith("text.")],
                "base": config.lr}]
     optimiser = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99),
                                   weight_decay=config.weight_decay,
                                   fused=True)
-    history, best, first = [], -1.0, 0
+    history, first = [], 0
     if resume and (folder / "last.pt").exists():
         saved = torch.load(folder / "last.pt", map_location=device, weights_only=True)
-        if saved["config"] != dataclasses.asdict(config):
-            raise ValueError(f"{folder} holds a run with other settings; choose another --out")
+        theirs, ours = saved["config"], dataclasses.asdict(config)
+        other = [name for name in ours if theirs.get(name) != ours[name]
+                 and name not in ("device", "root", "out", "workers")]
+        if other:
+            raise ValueError(f"{folder} holds a run with another {', '.join(other)}; resume it "
+                             f"with its own settings, or choose another --out")
         model.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
         torch.set_rng_state(saved["rng"].cpu())
-        history, best, first = saved["history"], saved["best"], saved["epoch"]
+        history, first = saved["history"], saved["epoch"]
         print(f"continuing after epoch {first}")
     elif config.method == "vdi-staged":
         for row in adapt_text_tower(model.text, videos["train"], config, device):
@@ -393,7 +403,7 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
                 "clip_name": store.manifest["clip"],
                 "features": {k: v for k, v in store.manifest.items() if k != "videos"},
                 "parser": parser.name, "versions": versions()})
-        save(folder / "last.pt", {**common, "best": best, "model": model.state_dict(),
+        save(folder / "last.pt", {**common, "model": model.state_dict(),
                                   "optimiser": optimiser.state_dict(),
                                   "rng": torch.get_rng_state()})
 
@@ -406,11 +416,6 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
         else "the last: there is no validation split"))
     print(evaluate.table(results))
     return results
-
-
-def selectable(config: Config) -> list[str]:
-    return [*data.splits(config.dataset, config.root),
-            *(["val"] if config.dataset in data.FILES else [])]
 
 
 def best_epoch(history: list[dict]) -> int:
