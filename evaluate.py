@@ -219,11 +219,11 @@ def over_runs(runs: list[dict[str, dict]]) -> str:
     first = next(iter(runs[0].values()))
     names = [name for name, value in first.items() if isinstance(value, float)]
     width = max(map(len, runs[0]))
-    lines = [" " * width + "".join(f"  {name.replace('IoU=', ''):>13}" for name in names)]
+    lines = [" " * width + "".join(f"  {name.replace('IoU=', ''):>14}" for name in names)]
     for split in runs[0]:
         values = torch.tensor([[run[split][name] for name in names] for run in runs])
         cells = (f"{mean:6.1f} +- {std:3.1f}" for mean, std in zip(values.mean(0), values.std(0)))
-        lines.append(split.ljust(width) + "".join(f"  {cell:>13}" for cell in cells))
+        lines.append(split.ljust(width) + "".join(f"  {cell:>14}" for cell in cells))
     return "\n".join(lines)
 
 
