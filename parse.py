@@ -117,13 +117,18 @@ PREPOSITIONS = set("in on at by with from into onto of for to through across aro
 JOINING = set("and or but nor so while because if since when where how why whether although though "
               "once as then there here who which what whom whose not n't please".split())
 BE = set("is are was were be been being am 's 're get gets getting got".split())
-AUXILIARY = BE | set("has have had having do does did can could will would shall should may might "
-                     "must "
-                     "'ve 'll 'd 'm wo ca".split())
-SUBJECTS = set("i you he she it we they who which that someone somebody everyone people there".split())
+AUXILIARY = BE | set("has have had having do does did done doing can could will would shall should "
+                     "may might must 've 'll 'd 'm wo ca".split())
+SUBJECTS = set("i you he she it we they who which that someone somebody everyone people there"
+               .split())
 SPANS = set("time times day days moment moments while bit way minute minutes second seconds hour "
-            "hours "
-            "night morning inch inches".split())                # heads of adverbial noun phrases
+            "hours night morning inch inches".split())          # heads of adverbial noun phrases
+PLACES = set("next same last first second front back right left top other own middle bottom"
+             .split())
+PARTICLES = set("up down off out back away around over".split())
+RECIPROCAL = (("each", "other"), ("one", "another"))
+CLAUSE = set("who which while when where as then and but because".split())      # begin a clause
+NEVER_NOMINAL = PREPOSITIONS | JOINING | AUXILIARY | PRONOUNS | ARTICLES
 
 
 @functools.cache
@@ -150,149 +155,157 @@ def kind_of(word: str) -> str:
     return "V" if word.endswith(("ing", "ed")) and len(word) > 5 else "N"
 
 
-def tag(words: list[str]) -> list[str]:
-    """One tag a word: D determiner or number, O pronoun, A adjective, N noun, V verb, P
-    preposition, + a joint inside a chunk (possessive 's, hyphen), "-" everything else."""
-    kinds, tags = [kind_of(word) for word in words], []
-    numbers, finite = word_lists()["number"], False     # finite: this clause has its verb already
+class Tagger:
+    """Tags one sentence from left to right, each word by its list and its neighbours.
 
-    def nominal(i: int) -> bool:
-        """Could a noun phrase go on with word i?"""
-        if i >= len(words) or not any(c.isalnum() for c in words[i]):
-            return False
-        word = words[i]
-        if word in PREPOSITIONS or word in JOINING or word in AUXILIARY or word in PRONOUNS or word in ARTICLES:
+    D determiner or number, O pronoun, A adjective, N noun, V verb, P preposition, + a joint inside
+    a chunk (possessive 's, a hyphen, "red and white"), - everything else."""
+
+    def __init__(self, words: list[str]):
+        self.words, self.kinds, self.tags = words, [kind_of(word) for word in words], []
+        self.finite = False                     # has this clause its verb already?
+        for i in range(len(words)):
+            self.tags.append(self.closed(i) or self.open(i))
+
+    def word(self, i: int) -> str:
+        return self.words[i] if 0 <= i < len(self.words) else ""
+
+    def last(self) -> str:
+        return self.tags[-1] if self.tags else ""
+
+    def inside(self) -> bool:
+        """Has a noun phrase begun whose noun is still to come?"""
+        return self.last() in ("D", "A", "+")
+
+    def nominal(self, i: int) -> bool:
+        """Could word i go on with a noun phrase?"""
+        word = self.word(i)
+        if not any(c.isalnum() for c in word) or word in NEVER_NOMINAL:
             return False
         if word in QUANTIFIERS:
-            return word in ("few", "many", "more", "such") and nominal(i + 1)
-        return kinds[i] in "NAE" or word in numbers or (
-            kinds[i] == "V" and word.endswith(("ing", "ed")) and i + 1 < len(words)
-            and kinds[i + 1] in "NAE"
-            and nominal(i + 1)) or (kinds[i] == "R" and word.endswith("ly") and nominal(i + 1))
+            return word in ("few", "many", "more", "such") and self.nominal(i + 1)
+        kind, after = self.kinds[i], self.kinds[i + 1] if i + 1 < len(self.kinds) else "-"
+        return (kind in "NAE" or word in word_lists()["number"]
+                or kind == "V" and participle(word) and after in "NAE" and self.nominal(i + 1)
+                or kind == "R" and word.endswith("ly") and self.nominal(i + 1))
 
-    for i, word in enumerate(words):
-        before, after = (words[i - 1] if i else ""), (words[i + 1] if i + 1 < len(words) else "")
-        last = tags[-1] if tags else ""
-        inside = last in ("D", "A", "+")                                # a noun is still to come
-        kind = kinds[i]
-        if word == "'s" or word == "'":
-            tags.append("+" if last == "N" and nominal(i + 1) and not after.endswith("ing")
-                        else "-")
-        elif word in ("-", "/") and last in ("N", "A", "D") and after.isalnum():
-            tags.append("+")
-        elif not any(c.isalnum() for c in word):
-            tags.append("-")
-            if word in ".;!?":
-                finite = False
-        elif (before, word) in (("each", "other"), ("one", "another")):
-            tags.append("N")
-        elif (word, after) in (("each", "other"), ("one", "another")):
-            tags.append("D")
-        elif word in PRONOUNS:
-            tags.append("O")
-        elif word in ARTICLES:
-            tags.append("D")
-        elif word == "that":
-            relative = last in ("N",
-                                "O") or not nominal(i + 1) or last == "V" and kinds[i + 1] != "N"
-            tags.append("-" if relative else "D")
-            finite = finite and not relative
-        elif word in QUANTIFIERS or word in numbers or word.isdigit():
-            if nominal(i + 1) or after in ("of",
-                                           "-") and word not in ("more", "most", "much", "such"):
-                tags.append("D" if nominal(i + 1) else "N" if word in numbers or word in ALONE
-                            or word.isdigit() or word in ("many", "several", "few") else "-")
-            else:
-                tags.append("O" if word in ALONE and not (word in ("all", "both", "each") and
-                                                          last in ("N", "O")) else
-                            "N" if last in ("D", "A") or word.isdigit() else "-")
-        elif word in AUXILIARY:
-            tags.append("V")
-            finite = True
-        elif word in JOINING:
-            tags.append("-")
-            if word in ("and", "or") and last in ("A",
-                                                  "N") and i + 2 < len(words) and kinds[i + 1] == "A" \
-                    and kind_of(before) == "A" and nominal(i + 2):
-                tags[-1] = "+"                                          # "a red and white shirt"
-            elif word in ("who", "which", "while", "when", "where", "as", "then", "and", "but",
-                          "because"):
-                finite = False
-        elif word in PREPOSITIONS and not (inside and kind in "NA"
-                                           and word in ("inside", "outside")):
-            tags.append("P")
-        elif word in ("next", "same", "last", "first", "second", "front", "back", "right", "left",
-                      "top",
-                      "other", "own", "middle",
-                      "bottom") and last == "D" or inside and kind in "NAE":
-            tags.append("A" if (kind == "A" or word in ("next", "last", "other"))
-                        and nominal(i + 1) or
-                        kind == "A" and last == "A" and nominal(i + 1) else
-                        "N" if kind != "A" or word not in ("able", "ready") else "A")
-        elif inside and kind == "V":
-            tags.append("A" if nominal(i + 1) else "N")
-        elif inside and kind == "R":
-            tags.append("A" if nominal(i + 1) else "-")
-        elif kind == "R":
-            tags.append("A" if word.endswith("ly") and last in ("P", "V") and nominal(i + 1)
-                        and kinds[i + 1] in "VA" and nominal(i + 2) else "-")
-        elif kind == "A":
-            tags.append("A" if nominal(i + 1)
-                        and not (last == "V" and before in BE and kinds[i + 1] == "E")
-                        else "N" if last == "P" and before in ("in", "of") else "-")
-        elif kind in "VE":
-            tags.append(verb_or_noun(words, kinds, tags, i, finite, nominal))
-            finite = finite or tags[-1] == "V" and not (word.endswith("ing")
-                                                        and not (last in ("N", "O")))
-        else:
-            tags.append("N")
-    return tags
+    def takes_object(self, i: int) -> bool:
+        """Does word i stand before a determiner or a pronoun, as a verb with its object does?"""
+        after = self.word(i + 1)
+        return after in ARTICLES or after in PRONOUNS or after in QUANTIFIERS
 
-
-def verb_or_noun(words, kinds, tags, i, finite, nominal) -> str:
-    """The tag of a word that may be a verb, outside of a begun noun phrase."""
-    word, before = words[i], words[i - 1] if i else ""
-    after, last = (words[i + 1] if i + 1 < len(words) else ""), tags[-1] if tags else ""
-    participle = word.endswith(("ing", "ed"))
-    object_follows = after in ARTICLES or after in PRONOUNS or after in QUANTIFIERS
-    if kinds[i] == "V":
-        if participle and last == "P" and before != "to" and nominal(i + 1) and word.endswith("ed"):
-            return "A"                                                  # "with painted nails"
-        if word.endswith("ed") and not last and nominal(i + 1):
-            return "A"
-        return "V"
-    if before == "to" or before in SUBJECTS or last == "O":
-        return "V" if not (before == "to" and nominal(i + 1) and kinds[i + 1] == "N" and i + 2
-                           == len(words)
-                           and False) else "N"
-    if before in AUXILIARY:
-        return "V" if participle or before not in BE else ("-" if word in word_lists()["adjective"]
-                                                           else "V")
-    if last == "N":
-        if finite and not object_follows:
-            return "N" if not participle else "V"
-        if object_follows or after in PREPOSITIONS or not after.isalnum():
-            return "V" if not finite or participle or object_follows else "N"
-        return "V" if not finite else "N"
-    if last == "P":
-        return "V" if word.endswith("ing") and (object_follows or after in PREPOSITIONS
-                                                and after != "of") else "N"
-    if last == "V":
-        return "V" if word.endswith("ing") else "V" if object_follows and not finite else "N"
-    if last == "-" and before in ("and", "or", "then", "but"):
-        earlier = next((t for t in reversed(tags[:-1]) if t in "NV"), "")
-        if object_follows or after in PREPOSITIONS and earlier == "V":
+    def closed(self, i: int) -> str:
+        """The tag of a word of a closed class; "" for all others."""
+        word, before, after, last = self.words[i], self.word(i - 1), self.word(i + 1), self.last()
+        if word in ("'s", "'"):
+            possessive = last == "N" and self.nominal(i + 1) and not after.endswith("ing")
+            return "+" if possessive else "-"
+        if word in ("-", "/") and last in ("N", "A", "D") and after.isalnum():
+            return "+"
+        if not any(c.isalnum() for c in word):
+            self.finite = self.finite and word not in ".;!?"
+            return "-"
+        if (word, after) in RECIPROCAL:
+            return "D"
+        if (before, word) in RECIPROCAL:
+            return "N"
+        if word in PRONOUNS:
+            return "O"
+        if word in ARTICLES:
+            return "D"
+        if word == "that":
+            relative = (last in ("N", "O") or not self.nominal(i + 1)
+                        or last == "V" and self.kinds[i + 1] != "N")
+            self.finite = self.finite and not relative
+            return "-" if relative else "D"
+        if word in QUANTIFIERS or word.isdigit() or word in word_lists()["number"]:
+            return self.quantifier(i)
+        if word in AUXILIARY:
+            self.finite = True
             return "V"
-        return "V" if earlier == "V" and before == "then" else "N"
-    if not last:
-        return "V" if participle or object_follows else "N"
-    return "V" if participle or object_follows or after in PREPOSITIONS and after != "of" else "N"
+        if word in JOINING:
+            if word in ("and", "or") and last in ("A", "N") and kind_of(before) == "A" \
+                    and self.nominal(i + 2) and self.kinds[i + 1] == "A":
+                return "+"                      # "a red and white shirt"
+            self.finite = self.finite and word not in CLAUSE
+            return "-"
+        if word in PREPOSITIONS and not (self.inside() and word in ("inside", "outside")):
+            return "P"
+        return ""
+
+    def quantifier(self, i: int) -> str:
+        """ "two men", "one of the men", "another", "both of them". """
+        word, after, last = self.words[i], self.word(i + 1), self.last()
+        counts = word.isdigit() or word in word_lists()["number"]
+        if self.nominal(i + 1):
+            return "D"
+        if after in ("of", "-") and word not in ("more", "most", "much", "such"):
+            return "N" if counts or word in ALONE or word in ("many", "several", "few") else "-"
+        if word in ALONE and not (word in ("all", "both", "each") and last in ("N", "O")):
+            return "O"
+        return "N" if last in ("D", "A") or word.isdigit() else "-"
+
+    def open(self, i: int) -> str:
+        """The tag of a word of an open class."""
+        word, before, kind, last = self.words[i], self.word(i - 1), self.kinds[i], self.last()
+        if last == "D" and word in PLACES or self.inside() and kind in "NAE":
+            modifies = kind == "A" or word in ("next", "last", "other")
+            return "A" if modifies and self.nominal(i + 1) else "N"
+        if self.inside():                       # "a smiling man", "his painting"
+            return "A" if self.nominal(i + 1) else "N" if kind == "V" else "-"
+        if kind == "R":
+            modifies = last in ("P", "V") and word.endswith("ly") and self.nominal(i + 1)
+            return "A" if modifies and self.kinds[i + 1] in "VA" and self.nominal(i + 2) else "-"
+        if kind == "A":
+            predicate = before in BE and self.word(i + 1) and self.kinds[i + 1] == "E"
+            if self.nominal(i + 1) and not predicate:
+                return "A"
+            return "N" if before in ("in", "of") else "-"       # "a man in black"
+        if kind == "N":                         # an unlisted verb: "the man rejoins the woman"
+            verbal = word.endswith("s") and last in ("N", "O") and self.takes_object(i)
+            result = "V" if verbal and not self.finite else "N"
+        else:
+            result = self.verb_or_noun(i)
+        self.finite |= result == "V" and (last in ("N", "O") or not word.endswith("ing"))
+        return result
+
+    def verb_or_noun(self, i: int) -> str:
+        """The tag of a word that may be a verb, outside of a begun noun phrase."""
+        word, before, after, last = self.words[i], self.word(i - 1), self.word(i + 1), self.last()
+        has_object = self.takes_object(i)
+        if self.kinds[i] == "V":                # "with painted nails" has no verb
+            modifies = word.endswith("ed") and (last == "P" and before != "to" or not last)
+            return "A" if modifies and self.nominal(i + 1) else "V"
+        if before == "to" or before in SUBJECTS or last == "O" or before in AUXILIARY:
+            predicate = before in BE and not participle(word) and word in word_lists()["adjective"]
+            return "-" if predicate else "V"
+        if last == "N":
+            if self.finite:
+                return "V" if has_object or participle(word) else "N"
+            return "V"
+        if last == "P":
+            gerund = has_object or after in PREPOSITIONS and after != "of"
+            return "V" if word.endswith("ing") and gerund else "N"
+        if last == "V":
+            return "V" if word.endswith("ing") or has_object and not self.finite else "N"
+        if before in ("and", "or", "then", "but"):
+            earlier = next((tag for tag in reversed(self.tags[:-1]) if tag in "NV"), "")
+            goes_on = before == "then" or after in PARTICLES or word.endswith("ing")
+            follows = earlier == "V" and after in PREPOSITIONS
+            return "V" if has_object or follows or goes_on and "V" in self.tags else "N"
+        if participle(word) or has_object:
+            return "V"
+        return "V" if last and after in PREPOSITIONS and after != "of" else "N"
+
+
+def participle(word: str) -> bool:
+    return word.endswith(("ing", "ed"))
 
 
 def rule_chunks(doc) -> list[tuple[int, int]]:
     """Noun chunks of a tokenised sentence: pronouns, and the longest runs of  D* (A | N | +)* N."""
     words = [token.lower_ for token in doc]
-    tags, chunks, i = tag(words), [], 0
+    tags, chunks, i = Tagger(words).tags, [], 0
     while i < len(tags):
         if tags[i] == "O":
             chunks.append((i, i + 1))
