@@ -364,11 +364,14 @@ class CLIP(TextTower):
 
 # ------------------------------------------------------------------------------------------ weights
 
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # in some files
+
+
 def build_text(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> TextTower:
     """The text tower alone, from a state dict with or without an image tower. float32, evaluation
     mode."""
-    state = {key: value for key,
-             value in state.items() if not key.startswith("visual.") and key != "logit_scale"}
+    state = {key: value for key, value in state.items()
+             if not key.startswith("visual.") and key not in ("logit_scale", *NOT_WEIGHTS)}
     return _fill(TextTower(*_text_sizes(state, activation)), state)
 
 
@@ -378,8 +381,7 @@ def build(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> 
 
     Raises ValueError, naming the key, where the weights are not a CLIP's. The activation cannot be
     read off the weights: pass nn.GELU for models trained with it (LAION's)."""
-    known = {key: value for key, value in state.items()
-             if key not in ("input_resolution", "context_length", "vocab_size", "attn_mask")}
+    known = {key: value for key, value in state.items() if key not in NOT_WEIGHTS}
     sizes = _text_sizes(known, activation)
     output = sizes[5]
     if "visual.layer1.0.conv1.weight" in known:
@@ -543,10 +545,10 @@ def download(name: str, folder: str | os.PathLike | None = None) -> pathlib.Path
 
 
 def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The state dict in a weight file, under OpenAI's names. Nothing in the file is executed: plain
-    pickles are read with weights_only=True, and a TorchScript archive only after its SHA-256 proved
-    it to be one of OpenAI's."""
-    path = pathlib.Path(path)
+    """The state dict of a weight file or a published model, under OpenAI's names. Nothing in the
+    file is executed: plain pickles are read with weights_only=True, and a TorchScript archive only
+    after its SHA-256 proved it to be one of OpenAI's."""
+    path = download(path) if path in PUBLISHED else pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is neither a weight file nor the name of a published "
                                 f"CLIP: "
@@ -579,5 +581,4 @@ def load(name_or_path: str | os.PathLike, device: str | torch.device = "cpu",
     """A CLIP in float32 and evaluation mode: a published model by name (fetched once), or a file of
     weights (OpenAI's archive, a plain or open_clip state dict, Hugging Face's
     pytorch_model.bin)."""
-    path = download(name_or_path) if name_or_path in PUBLISHED else name_or_path
-    return build(read_state(path), activation).to(device)
+    return build(read_state(name_or_path), activation).to(device)

@@ -1,6 +1,6 @@
 """Annotations, splits, one's own videos, batches (paper Sec. 4.1.1).
 
-    python data.py charades --annotations DIR --videos DIR              # features of Charades-STA
+    python data.py charades --videos DIR                        # features of Charades-STA
     python data.py mine --annotations my.jsonl --videos DIR     # one's own videos and sentences
 
 A dataset is a folder below the root (`data/`): annotations in their published form, and features
@@ -327,6 +327,16 @@ class Videos(torch.utils.data.Dataset):
 
 # --------------------------------------------------------------------------------- the command line
 
+def pick_device(name: str) -> torch.device:
+    """auto, cpu, cuda, cuda:N or mps. Asking for what is not there is an error, not a fallback."""
+    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    wanted = {"auto": there[0], "cuda": "cuda:0"}.get(name, name)
+    if wanted not in there:
+        raise ValueError(f"there is no device {name!r} here, there is {', '.join(there)}")
+    return torch.device(wanted)
+
+
 def find_videos(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
     """File name without its ending -> file, for all files below the folder that may be videos."""
     endings = {".mp4", ".mkv", ".avi", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv",
@@ -335,25 +345,22 @@ def find_videos(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
             if path.suffix.lower() in endings}
 
 
-def extract(samples: dict[str, list[Sample]], videos: dict[str, pathlib.Path],
-            store: video.FeatureStore,
-            model: clip.CLIP) -> dict[str, str]:
-    """Makes the features of all annotated videos that have none yet; patches of training videos
-    only.
+def extract(names: set[str], training: set[str], videos: dict[str, pathlib.Path],
+            store: video.FeatureStore, model: clip.CLIP) -> dict[str, str]:
+    """Makes the features that are missing of the videos `names`; patches of those in `training`.
 
     Returns video -> reason for those that failed; the list is kept in failed.txt."""
     failed, T = {}, store.manifest["frames"]
-    train = {sample.video for sample in samples.get("train", [])}
     kept = video.patch_frames(T, store.manifest["patch_frames"])
-    todo = sorted({sample.video for split in samples.values() for sample in split})
-    for i, name in enumerate(bar := tqdm(todo, desc="features", unit="video", disable=None)):
-        if name in store:
+    bar = tqdm(sorted(names), desc="features", unit="video", disable=None)
+    for i, name in enumerate(bar):
+        if name in store and (name not in training or store.path(name, "patches").exists()):
             continue
         try:
             if name not in videos:
                 raise video.VideoError(f"there is no video file named {name}")
             frames, patches, duration_sec = video.encode_video(model, videos[name], T)
-            store.write(name, frames, patches[kept] if name in train else None, duration_sec)
+            store.write(name, frames, patches[kept] if name in training else None, duration_sec)
         except video.VideoError as error:
             failed[name] = str(error)
             bar.write(f"failed: {name}: {error}", file=sys.stderr)
@@ -401,7 +408,7 @@ def main() -> None:
     arguments.add_argument("--frames", type=int,
                            help="features a video (default 32; activitynet 256)")
     arguments.add_argument("--root", default="data", help="folder of datasets")
-    arguments.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or mps")
+    arguments.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     options = arguments.parse_args()
     try:
         run(options)
@@ -416,19 +423,26 @@ def run(options: argparse.Namespace) -> None:
     if dataset.startswith("shapes") or not all(c.isalnum() or c in "-_."
                                                for c in dataset) or dataset[0] == ".":
         raise ValueError(f"{dataset!r} cannot be the name of a dataset of one's own")
-    videos = find_videos(options.videos)
-    if dataset not in FILES and options.annotations:
+    if dataset in FILES and options.annotations:
+        raise ValueError(f"{dataset} has published annotations, which are read from {root}; "
+                         f"--annotations is for one's own dataset")
+    device, videos = pick_device(options.device), find_videos(options.videos)
+    if options.annotations:
         adopt(dataset, options.split, options.annotations, videos, root)
-    samples = {split: read_annotations(dataset, split, root) for split in splits(dataset, root)}
+    # the compositional splits are other sentences on the same videos: one store for both
+    family = (dataset.removesuffix("-cg"), dataset.removesuffix("-cg") + "-cg")
+    samples = {(name, split): read_annotations(name, split, root) for name in family
+               for split in splits(name, root) if annotation_file(name, split, root).exists()}
     if not samples:
-        raise FileNotFoundError(f"{dataset} has no annotations yet; name them with --annotations "
-                                f"FILE")
+        how = "" if dataset in FILES else "; name your own with --annotations FILE"
+        raise FileNotFoundError(f"{dataset} has no annotations: there is no "
+                                f"{annotation_file(dataset, 'train', root)}{how}")
     path = clip_file(options.clip, root)
     if options.clip.startswith("shapes") and path == options.clip:
         raise FileNotFoundError(f"the small CLIP of {options.clip} has not been made; make it "
                                 f"with: python shapes.py")
-    model = clip.load(path, options.device)
-    T = options.frames or (256 if dataset == "activitynet" else 32)
+    model = clip.load(path, device)
+    T = options.frames or (256 if family[0] == "activitynet" else 32)
     visual = model.visual
     width = model.text_projection.shape[1]
     patch_width = visual.layer4[-1].conv3.out_channels if isinstance(visual,
@@ -438,7 +452,10 @@ def run(options: argparse.Namespace) -> None:
         "clip": options.clip, "sha256": digest, "resolution": visual.resolution, "frames": T,
         "patch_frames": min(T, 32), "width": width, "patch_width": patch_width,
         "grid": visual.grid})
-    failed = extract(samples, videos, store, model)
+    names = {sample.video for rows in samples.values() for sample in rows}
+    training = {sample.video for (_, split), rows in samples.items() if split == "train"
+                for sample in rows}
+    failed = extract(names, training, videos, store, model)
     print(f"{len(store.manifest['videos'])} videos have features in {store.folder}")
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}")

@@ -2,7 +2,7 @@
 
     python evaluate.py runs/shapes-vdi-staged/ckpt.pt
     python evaluate.py ckpt.pt --split test --query dynamic --json
-    python evaluate.py runs/*/ckpt.pt                    # mean and standard deviation over runs
+    python evaluate.py runs/table/mmn-?/ckpt.pt          # mean and standard deviation over runs
 
 Beside each result stand what a random moment would score, and the best moment that does not look at
 the sentence (fitted on the training split), so that a number means something; and, where the world
@@ -149,33 +149,33 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
     store = data.open_store(dataset, config["clip"], root)
     if store.manifest["sha256"] != run.checkpoint["clip_sha256"]:
         raise ValueError(f"the features in {store.folder} come from another CLIP than this "
-                         f"checkpoint was trained "
-                         f"with: sha256 {store.manifest['sha256'][:12]}, not "
-                         f"{run.checkpoint['clip_sha256'][:12]}")
+                         f"checkpoint was trained with: sha256 {store.manifest['sha256'][:12]}, "
+                         f"not {run.checkpoint['clip_sha256'][:12]}")
     parser = parse.Parser(config["parser"] or None, config["mask"])
     if parser.name != run.checkpoint["parser"]:
         print(f"note: this checkpoint was trained with the parser {run.checkpoint['parser']}, and "
-              f"this is "
-              f"{parser.name}", file=sys.stderr)
+              f"this is {parser.name}", file=sys.stderr)
     N = run.retriever.num_clips
     train = data.read_annotations(dataset, "train", root)
-    train_iou = run.retriever.at_candidates(mmn.iou_map(
-        torch.tensor([[s.start_sec, s.end_sec] for s in train]),
-        torch.tensor([s.duration_sec for s in train]), N
-    ).to(device))
-    prior = best_prior(train_iou)
+    moments_sec = torch.tensor([[s.start_sec, s.end_sec] for s in train])
+    durations_sec = torch.tensor([s.duration_sec for s in train])
+    candidates = run.retriever.cells.cpu()
+    prior = best_prior(mmn.iou_map(moments_sec, durations_sec, N).flatten(1)[:, candidates])
     events = data.read_events(dataset, root)
     results = {}
     for split in splits:
-        videos = data.Videos(data.read_annotations(dataset, split, root), store, N, parser)
+        rows = data.read_annotations(dataset, split, root)
+        if allow_missing and not any(row.video in store for row in rows):
+            print(f"note: no video of {split} has features, so it is left out", file=sys.stderr)
+            continue
+        videos = data.Videos(rows, store, N, parser)
         if videos.missing and not allow_missing:
-            raise FileNotFoundError(f"{len(videos.missing)} of "
-                                    f"{len(videos.missing) + len(videos)} videos of {split} have "
-                                    f"no features (see {store.folder / 'failed.txt'}); "
-                                    f"--allow-missing leaves their "
+            raise FileNotFoundError(f"{len(videos.missing)} of {len(videos.missing) + len(videos)} "
+                                    f"videos of {split} have no features (see "
+                                    f"{store.folder / 'failed.txt'}); --allow-missing leaves their "
                                     f"sentences out")
         predicted = predict(run.text, run.retriever, videos, config["batch"], device, query)
-        iou = run.retriever.at_candidates(videos.iou.to(device))        # [S, P]
+        iou = videos.iou.flatten(1)[:, candidates]                      # [S, P]
         results[split] = {
             "queries": len(videos.samples),
             **({"videos missing": len(videos.missing)} if videos.missing else {}),
@@ -187,8 +187,8 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
 
 def table(results: dict[str, dict]) -> str:
     """Results as text, a line for each split and for each of its two yardsticks."""
-    columns = [name for name,
-               value in next(iter(results.values())).items() if isinstance(value, (int, float))]
+    columns = list(dict.fromkeys(name for metrics in results.values() for name, value
+                                 in metrics.items() if isinstance(value, (int, float))))
     width = max(map(len, [*results, "  random moment"]))
     lines = [" " * width + "".join(f"  {name.replace('IoU=', '')}" for name in columns)]
     for split, metrics in results.items():
@@ -203,24 +203,13 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def pick_device(name: str) -> torch.device:
-    """auto, cpu, cuda, cuda:N or mps. Asking for what is not there is an error, not a fallback."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, found in there.items() if found)
-    if not there.get(name.split(":")[0], False):
-        raise ValueError(f"there is no device {name!r} here; use --device cpu")
-    return torch.device(name)
-
-
 def over_runs(runs: list[dict[str, dict]]) -> str:
     """Mean and standard deviation of several runs' results as text, a line a split."""
-    first = next(iter(runs[0].values()))
-    names = [name for name, value in first.items() if isinstance(value, float)]
+    splits = [split for split in runs[0] if all(split in run for run in runs)]
+    names = [name for name, value in runs[0][splits[0]].items() if isinstance(value, float)]
     width = max(map(len, runs[0]))
     lines = [" " * width + "".join(f"  {name.replace('IoU=', ''):>14}" for name in names)]
-    for split in runs[0]:
+    for split in splits:
         values = torch.tensor([[run[split][name] for name in names] for run in runs])
         cells = (f"{mean:6.1f} +- {std:3.1f}" for mean, std in zip(values.mean(0), values.std(0)))
         lines.append(split.ljust(width) + "".join(f"  {cell:>14}" for cell in cells))
@@ -244,12 +233,16 @@ def main() -> None:
     arguments.add_argument("--json", action="store_true", help="print one json object a checkpoint")
     options = arguments.parse_args()
     try:
-        device, results = pick_device(options.device), []
+        device, results, methods = data.pick_device(options.device), [], set()
         for path in options.checkpoint:
             run = load(path, device)
             results.append(evaluate(run, options.split, options.query, options.root, device,
                                     options.allow_missing))
             title = {name: run.config[name] for name in ("dataset", "method", "seed")}
+            methods.add(run.config["method"])
+            if len(methods) > 1:
+                raise ValueError("the mean is over runs of one method, not of "
+                                 + " and ".join(sorted(methods)))
             title |= {"query": options.query, "epoch": run.checkpoint["epoch"]}
             if options.json:
                 print(json.dumps(title | {"splits": results[-1]}))
@@ -259,7 +252,7 @@ def main() -> None:
         if len(results) > 1 and not options.json:
             print(f"{len(results)} runs of {run.config['method']}, query {options.query}: mean and "
                   f"standard deviation\n{over_runs(results)}")
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 

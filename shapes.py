@@ -56,7 +56,7 @@ VERBS = (("rises", "climbs"), ("falls", "drops"), ("advances", "proceeds"),
          ("retreats", "withdraws"),
          ("grows", "expands"), ("shrinks", "contracts"), ("blinks", "flashes"))
 SPLITS = {"train": 400, "val": 150, "test": 150, "novel-word": 150, "novel-composition": 300,
-          "val-novel-word": 150}        # choices are made on the two val splits only
+          "val-novel-word": 150}  # choices are made on the two val splits only
 
 
 # ------------------------------------------------------------------------------------------ drawing
@@ -177,8 +177,8 @@ def pretrain(seed: int, steps: int = 3000, count: int = 24_000, batch: int = 128
     made = [still(rng)[:2] for _ in trange(count, desc="stills", disable=None)]
     images = torch.from_numpy(np.stack([image for image, _ in made])).permute(0, 3, 1, 2)
     tokens = clip.tokenize([caption for _, caption in made])
-    # Of 49,408 tokens 50 occur: they are trained as a table of their own. It keeps their order, so
-    # the end token is still the one with the largest id.
+    # Of 49,408 tokens some 60 occur: they are trained as a table of their own. It keeps their
+    # order, so the end token is still the one with the largest id.
     used, tokens = tokens.unique(return_inverse=True)
     model = small_clip(seed).train()
     whole = model.token_embedding.weight.data
@@ -216,8 +216,8 @@ def zero_shot(model: clip.CLIP, seed: int, count: int = 1000) -> dict[str, float
     """What the small CLIP knows without further training: accuracy on new stills of one object
     each.
 
-    colour: of the ten "a <colour> <shape>" with the true shape; shape: of the eight with the true
-    colour; left or right: of the two places. "verb cosine" is the mean cosine of "a red circle
+    colour: of the fifteen "a <colour> <shape>" with the true shape; shape: of the eleven with the
+    true colour; left or right: of the two places. "verb cosine" is the mean cosine of "a red circle
     <verb>" between verbs: near 1, the text tower ignores them."""
     rng = np.random.default_rng([seed, 99])
     images, things = [], []

@@ -9,7 +9,7 @@ Methods: `mmn` is the retriever alone; `vdi` adds Eq. 1-5 to the letter, all in 
 collapse, and then trains the retriever.
 
 A run is a folder: ckpt.pt (the best epoch on the validation split; all that evaluate.py needs),
-last.pt (for --resume), log.jsonl (a line an epoch), results.json.
+last.pt (for --resume), log.jsonl (a line an epoch, and of stage 1), results.json.
 """
 import argparse
 import dataclasses
@@ -17,6 +17,8 @@ import json
 import math
 import pathlib
 import platform
+import shutil
+import subprocess
 import sys
 import time
 
@@ -64,7 +66,8 @@ class Config:
     parser: str = option("",
                          "spaCy pipeline or 'rules' (empty: en_core_web_sm if installed, else "
                          "rules)")
-    mask: str = option("", "word that stands for masked words (empty: they are dropped)")
+    mask: str = option("", "word that stands for masked words (empty: they are dropped; "
+                           "vdi-staged: something)")
     # the retriever (MMN's published settings)
     num_clips: int = option(16, "N, side of the 2D map")
     frames: int = option(32, "T, features of a video; T / N are averaged to a clip")
@@ -116,6 +119,8 @@ class Config:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"there is no method {self.method!r}; there are {', '.join(METHODS)}")
+        if self.stage_target not in ("change", "random"):
+            raise ValueError(f"--stage-target is change or random, not {self.stage_target!r}")
         if self.frames % self.num_clips:
             raise ValueError(f"--frames {self.frames} has to be a multiple of --num-clips "
                              f"{self.num_clips}")
@@ -132,12 +137,15 @@ PRESETS = {
     "activitynet": dict(num_clips=64, frames=256, pool_counts=(15, 8, 8), kernel=9, layers=4,
                         lambda_cl=0.1, margin=0.3, lr=8e-4, milestones=(7, 15),
                         cl_decay_epoch=6),
-    # python train.py     two cores, five minutes with the building of the world
-    "shapes": dict(method="vdi-staged", mask="something", kernel=3, layers=2, hidden=192,
+    # python train.py     two cores, four minutes with the building of the world
+    "shapes": dict(method="vdi-staged", kernel=3, layers=2, hidden=192,
                    joint=128, inject_heads=4, lambda_cl=0.5, lr=3e-3, text_lr=0.3,
                    text_from_epoch=0, batch=16,
                    epochs=30, milestones=(), cl_decay_epoch=1000, patience=1000),
 }
+
+
+MASKS = {"vdi-staged": "something"}      # with the other methods masked words are dropped
 
 
 def preset(dataset: str) -> dict:
@@ -253,9 +261,12 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config,
         table = torch.randn(len(codes), target.shape[1], generator=generator)
         target = table[[codes[q.dynamic] for q in videos.queries]].to(device)
     usable = (videos.spoken[1] & videos.spoken[2]).nonzero()[:, 0]
+    if len(usable) < 2:
+        raise ValueError("fewer than two training sentences have both a noun chunk and other "
+                         "words, so there is nothing to inject; use --method mmn")
     target = target - target[usable].mean(0)
     # DEVIATION: standardised, so that no constant fits it
-    target = target / target[usable].square().mean().sqrt()
+    target = target / target[usable].square().mean().sqrt().clamp(min=1e-6)
 
     # DEVIATION: an optimiser of its own; in one sum with Eq. 7 the size of this term starves the
     # others
@@ -298,7 +309,7 @@ def learning_rate(config: Config, progress: float) -> float:
 def train(config: Config, resume: bool = False) -> dict[str, dict]:
     """The whole of Algorithm 1. Returns evaluate.evaluate of the kept epoch and leaves the run in
     config.folder."""
-    device = evaluate.pick_device(config.device)
+    device = data.pick_device(config.device)
     folder = config.folder
     if folder.exists() and any(folder.iterdir()) and not resume:
         raise FileExistsError(f"{folder} holds a run already; continue it with --resume, or "
@@ -312,6 +323,9 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
     store = data.open_store(config.dataset, config.clip, config.root)
     there = [*data.splits(config.dataset, config.root),
              *(["val"] if config.dataset in data.FILES else [])]
+    if config.select_on == "train" or config.select_on not in (*there, "val"):
+        raise ValueError(f"--select-on {config.select_on} cannot choose the epoch; the splits of "
+                         f"{config.dataset} are {', '.join(there)}")
     samples = {split: data.read_annotations(config.dataset, split, config.root)
                for split in ("train", config.select_on) if split in there}
     if config.select_on in samples:
@@ -362,7 +376,7 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
 
     started = time.time()
     for epoch in range(first, config.epochs):
-        if len(history) - best_epoch(history) > config.patience:
+        if len(history) - best_epoch(history) >= config.patience:
             break
         model.train()
         # UNSPECIFIED: whether the text tower waits; MMN freezes it for the first epochs
@@ -440,18 +454,27 @@ def write_log(folder: pathlib.Path, row: dict) -> None:
 
 
 def versions() -> dict[str, str]:
+    here = pathlib.Path(__file__).parent
+    asked = ["git", "rev-parse", "HEAD"] if shutil.which("git") else ["true"]
+    commit = subprocess.run(asked, cwd=here, capture_output=True, text=True)
     return {"python": platform.python_version(), "torch": str(torch.__version__),
-            "numpy": np.__version__,
-            "platform": platform.platform(), "command": " ".join(sys.argv)}
+            "numpy": np.__version__, "platform": platform.platform(),
+            "commit": commit.stdout.strip(), "command": " ".join(sys.argv)}
 
 
 # --------------------------------------------------------------------------------- the command line
+
+def yes_or_no(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[Config, bool]:
     """Options from the fields of Config. What is not given comes from the dataset's preset."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for field in dataclasses.fields(Config):
-        kind = {bool: lambda text: {"true": True, "false": False}[text.lower()],
+        kind = {bool: yes_or_no,
                 tuple[int, ...]: lambda text: tuple(int(part) for part in text.split(",")
                                                     if part)}.get(field.type, field.type)
         presets = "; ".join(f"{name} {values[field.name]!r}"
@@ -465,7 +488,9 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Config, bool]:
     given = vars(parser.parse_args(argv))
     resume = given.pop("resume")
     dataset = given.get("dataset", "shapes")
-    return Config(**{"dataset": dataset, **preset(dataset), **given}), resume
+    fields = {"dataset": dataset, **preset(dataset), **given}
+    fields.setdefault("mask", MASKS.get(fields.get("method"), ""))
+    return Config(**fields), resume
 
 
 def main() -> None:

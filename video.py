@@ -43,11 +43,17 @@ def frame_centres(duration_sec: float, count: int) -> np.ndarray:
     return (np.arange(count) + 0.5) * duration_sec / count
 
 
-def open_video(path: str | os.PathLike):
+def pyav():
+    """The package PyAV; RuntimeError where it is not installed."""
     try:
         import av
     except ImportError as error:
-        raise VideoError("reading videos needs PyAV: pip install av") from error
+        raise RuntimeError("reading videos needs PyAV: pip install av") from error
+    return av
+
+
+def open_video(path: str | os.PathLike):
+    av = pyav()
     try:
         container = av.open(str(path))
     except (av.FFmpegError, OSError) as error:
@@ -75,7 +81,7 @@ def decoded(container) -> Iterator[tuple[float, object]]:
 def probe_duration(path: str | os.PathLike) -> float:
     """Duration in seconds: the video stream's, else the container's, else by decoding the whole
     file."""
-    import av
+    av = pyav()
     with open_video(path) as container:
         stream = container.streams.video[0]
         if stream.duration and stream.time_base:
@@ -99,7 +105,7 @@ def frames_at(path: str | os.PathLike, times_sec: np.ndarray) -> Iterator[Tensor
 
     Decodes in one pass. VideoError where the file is damaged before `TOLERATED` of the last
     instant."""
-    import av
+    av = pyav()
     wanted, last, time_sec = 0, None, 0.0
     with open_video(path) as container:
         try:
@@ -171,8 +177,7 @@ def save_atomically(path: pathlib.Path, write) -> None:
 
 
 class FeatureStore:
-    """The folder of features described at the top. Reading is by memory map; what was opened stays
-    open.
+    """The folder of features described at the top. Reading is by memory map.
 
     `made` says how the features were made: clip, sha256, resolution, frames (T), patch_frames (T'),
     width (D), patch_width (D'), grid (H = W). It is required to create a store, and must agree with
@@ -180,7 +185,6 @@ class FeatureStore:
 
     def __init__(self, folder: str | os.PathLike, made: dict | None = None):
         self.folder = pathlib.Path(folder)
-        self.opened: dict[pathlib.Path, np.ndarray] = {}
         manifest = self.folder / "manifest.json"
         if manifest.exists():
             self.manifest = json.loads(manifest.read_text())
@@ -224,9 +228,8 @@ class FeatureStore:
     def read(self, video: str, kind: str) -> np.ndarray:
         """`kind` is "frames" or "patches"; float16, memory-mapped."""
         path = self.path(video, kind)
-        if path not in self.opened:
-            if not path.exists():
-                raise FileNotFoundError(f"{path} is missing: the features of {video!r} have not "
-                                        f"been made")
-            self.opened[path] = np.load(path, mmap_mode="r", allow_pickle=False)
-        return self.opened[path]
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing: the features of {video!r} have not been "
+                                    f"made")
+        # subtle: a map that is kept keeps a file descriptor; there are more videos than descriptors
+        return np.load(path, mmap_mode="r", allow_pickle=False)

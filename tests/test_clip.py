@@ -199,6 +199,20 @@ def test_text_tower_alone_is_the_same(model, state):
                            model.encode_text(make_clip.tokens(400)))
 
 
+def test_what_archives_hold_beside_weights_is_passed_over(state):
+    extra = {name: torch.tensor(32) for name in clip.NOT_WEIGHTS}
+    for build in (clip.build, clip.build_text):
+        build({**state, **extra})
+
+
+def test_a_published_name_is_fetched(tmp_path, state, monkeypatch):
+    """By every command: `read_state` takes names as `load` does."""
+    torch.save(state, tmp_path / "tiny.pt")
+    monkeypatch.setitem(clip.PUBLISHED, "tiny", (clip.sha256(tmp_path / "tiny.pt"), "tiny.pt"))
+    monkeypatch.setattr(clip, "download", lambda name: tmp_path / clip.PUBLISHED[name][1])
+    assert clip.read_state("tiny").keys() == state.keys() == clip.load("tiny").state_dict().keys()
+
+
 def test_file_forms(tmp_path, state, model):
     """A plain state dict, open_clip's wrapping, half precision, and Hugging Face's names give the
     same model."""

@@ -1,5 +1,6 @@
 """video.py and data.py: annotations in every form, cleaning, features, batches, and real videos."""
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -144,6 +145,32 @@ def test_store_round_trip_and_mismatch(tmp_path):
         store.write("w", frames * float("nan"), None, 8.0)
     with pytest.raises(FileNotFoundError, match="'w' have not been made"):
         store.read("w", "frames")
+
+
+def test_reading_keeps_no_file_open(world):
+    """There are more videos than file descriptors."""
+    store = data.open_store("shapes", "shapes", world)
+    folder = pathlib.Path("/proc/self/fd")
+    before = len(list(folder.iterdir())) if folder.exists() else 0
+    features = [np.array(store.read(name, "frames")) for name in store.manifest["videos"]]
+    assert len(features) == 46 and (not before or len(list(folder.iterdir())) <= before + 1)
+
+
+def test_extraction_resumes_and_adds_missing_patches(tmp_path, world):
+    """A video first seen in a test split gets its patches when it becomes a training video."""
+    model = clip.load(world / "shapes" / "clip.pt")
+    (tmp_path / "v").mkdir()
+    for name in ("a", "b"):
+        make_video(tmp_path / "v" / f"{name}.mp4", range(0, 200, 10))
+    store = video.FeatureStore(tmp_path / "f", {"frames": 4, "patch_frames": 2})
+    found = data.find_videos(tmp_path / "v")
+    failed = data.extract({"a", "b", "c"}, set(), found, store, model)
+    assert failed == {"c": "there is no video file named c"}
+    assert not store.path("a", "patches").exists()
+    before = store.path("b", "frames").stat().st_mtime_ns
+    data.extract({"a", "b"}, {"a"}, found, video.FeatureStore(tmp_path / "f"), model)
+    assert store.read("a", "patches").shape == (2, 64, 4, 4)
+    assert store.path("b", "frames").stat().st_mtime_ns == before
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):

@@ -194,7 +194,7 @@ def test_injection_is_not_needed_at_inference(run, world):
     model = train.Model(train.Config(**one.config), clip.build_text(saved["text"]), store.manifest)
     model.load_state_dict(whole["model"])
     videos = data.Videos(data.read_annotations("shapes", "test", world), store, 16,
-                         parse.Parser(None, "something"))
+                         parse.Parser(None, one.config["mask"]))
     assert torch.equal(evaluate.predict(model.text, model.retriever, videos, 16, "cpu"),
                        evaluate.predict(one.text, one.retriever, videos, 16, "cpu"))
 
@@ -237,6 +237,8 @@ def test_mistakes_are_one_sentence(run, world, tmp_path):
         assert "there is no device 'cuda'" in command("train.py", "--root", world, "--device",
                                                       "cuda", "--out",
                                                       tmp_path / "r", status=1)
+    assert "cannot choose the epoch" in command("train.py", "--root", world, "--select-on", "train",
+                                                "--out", tmp_path / "r", status=1)
     assert "multiple of" in command("train.py", "--frames", 33, status=1)
 
 
@@ -259,6 +261,8 @@ def test_the_papers_presets():
     assert activitynet.pool_counts == (15, 8,
                                        8) and activitynet.kernel == 9 and activitynet.layers == 4
     assert train.parse_arguments([])[0].method == "vdi-staged"
+    masks = [train.parse_arguments(["--method", method])[0].mask for method in train.METHODS]
+    assert masks == ["", "", "something"]
     assert train.parse_arguments(["--dataset", "shapes-3"])[0].clip == "shapes-3"
 
 
