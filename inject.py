@@ -4,9 +4,8 @@ Eq. 1-5).
 CLIP's text tower reads nouns and is blind to verbs. Two losses adapt it through the dynamic query
 Q^d, the sentence without its noun chunks:
 
-    visual context   (Eq. 1, 2)  what the static query Q^s finds in the frames is what FC(x^qd) must
-    be spatial dynamic  (Eq. 3-5)   two sentences are as similar as the motions of their videos'
-    heatmaps
+    visual context   (Eq. 1, 2)  FC(x^qd) is to be what the static query Q^s finds in the frames
+    spatial dynamic  (Eq. 3-5)   two sentences are to be as similar as their videos' motions are
 
 `temporal_change`, at the end, is the target of the method `vdi-staged`; everything before it is the
 paper's letter. Nothing in this file is needed, or loaded, at inference.
@@ -166,9 +165,8 @@ def temporal_change(static: Tensor, frames: Tensor, moments_sec: Tensor,
     def weighted(a: Tensor, b: Tensor) -> Tensor:
         inside = (centre >= a) & (centre < b)                           # True = frame counts
         nearest = (centre - (a + b) / 2).abs().argmin(1, keepdim=True)
-        inside = inside.scatter(1, nearest,
-                                True)  # a half shorter than a frame still has its nearest one
-        return torch.einsum("st,std->sd", attention.masked_fill(~inside, float("-inf")).softmax(1),
-                            frames)
+        inside = inside.scatter(1, nearest, True)       # a half between two frames has the nearer
+        weight = attention.masked_fill(~inside, float("-inf")).softmax(1)       # [S, T]
+        return torch.einsum("st,std->sd", weight, frames)               # [S, D]
 
     return (weighted(middle, end) - weighted(start, middle)).detach()  # no gradient into the target

@@ -228,20 +228,19 @@ def contrastive_loss(moments: Tensor, text: Tensor, iou: Tensor, video_of: Tenso
     allowed[sentence, video_of] = iou < negative_iou
     allowed[sentence, video_of, positive] = True
     shift = torch.zeros_like(similarity)
-    shift[sentence, video_of,
-          positive] = margin  # UNSPECIFIED: margin on the positive, as MMN publishes it
+    # UNSPECIFIED: the margin is taken off the positive, as in MMN's published code
+    shift[sentence, video_of, positive] = margin
     # DEVIATION: excluded pairs leave by -inf; MMN's code multiplies one half's mask in before exp,
     # adding exp(0)
-    logits = ((similarity - shift) / tau).masked_fill(~allowed,
-                                                      float("-inf")).flatten(1)  # [S, B * P]
-    loss = F.cross_entropy(logits, video_of * P + positive, reduction="none")
+    logits = ((similarity - shift) / tau).masked_fill(~allowed, float("-inf"))  # [S, B, P]
+    loss = F.cross_entropy(logits.flatten(1), video_of * P + positive, reduction="none")
 
     # p^q: the moment among sentences
     chosen = moments[video_of, :, positive]                             # [S, J]
     similarity = chosen @ text.T - margin * torch.eye(S, device=iou.device)     # [S, S]
     overlap = interval_iou(moments_sec[:, None], moments_sec[None, :])  # [S, S]
-    allowed = ~same_video | (overlap < negative_iou) | torch.eye(S, dtype=torch.bool,
-                                                                 device=iou.device)
+    itself = sentence[:, None] == sentence[None, :]
+    allowed = ~same_video | (overlap < negative_iou) | itself           # [S, S]
     logits = (similarity / tau).masked_fill(~allowed, float("-inf"))
     return loss + F.cross_entropy(logits, sentence, reduction="none")
 

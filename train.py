@@ -1,8 +1,8 @@
 """Training: Eq. 11 and Algorithm 1 of the paper (Sec. 3.2), as one loop.
 
-    python train.py  # builds the shapes world, trains vdi-staged, evaluates
+    python train.py                                     # builds the shapes world, trains on it
     python train.py --method mmn --seed 1 --out runs/x  # every field of Config is an option
-    python train.py --dataset charades --device cuda  # the paper's run, once its features are there
+    python train.py --dataset charades --device cuda    # the paper's run, once features are there
 
 Methods: `mmn` is the retriever alone; `vdi` adds Eq. 1-5 to the letter, all in one sum (Eq. 11);
 `vdi-staged` adapts the text tower first, as Algorithm 1 orders it, to a target that cannot
@@ -48,10 +48,8 @@ def option(default, text: str):
 class Config:
     """All there is to choose. Defaults are the paper's settings for Charades-STA; see PRESETS for
     the others."""
-    dataset: str = option("shapes",
-                          "charades, charades-cg, activitynet, activitynet-cg, shapes, shapes-1, "
-                          "..., or "
-                                    "one's own below the root")
+    dataset: str = option("shapes", "charades, charades-cg, activitynet, activitynet-cg, shapes, "
+                                    "shapes-1, ..., or one's own below the root")
     method: str = option("vdi", "mmn, vdi or vdi-staged")
     seed: int = option(0, "of weights, data order and targets")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
@@ -111,10 +109,9 @@ class Config:
     stage_steps: int = option(800, "steps of stage 1")
     stage_lr: float = option(1e-3, "learning rate of the text tower in stage 1")
     stage_batch: int = option(64, "sentences in a batch of stage 1")
-    stage_target: str = option("change",
-                               "change: late minus early half of the moment; random: a random "
-                               "code for "
-                                         "each dynamic query, the control that sees no video")
+    stage_target: str = option("change", "change: late minus early half of the moment; random: a "
+                                         "random code for each dynamic query, the control that "
+                                         "sees no video")
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -138,13 +135,10 @@ PRESETS = {
                         lambda_cl=0.1, margin=0.3, lr=8e-4, milestones=(7, 15),
                         cl_decay_epoch=6),
     # python train.py     two cores, four minutes with the building of the world
-    "shapes": dict(method="vdi-staged", kernel=3, layers=2, hidden=192,
-                   joint=128, inject_heads=4, lambda_cl=0.5, lr=3e-3, text_lr=0.3,
-                   text_from_epoch=0, batch=16,
-                   epochs=30, milestones=(), cl_decay_epoch=1000, patience=1000),
+    "shapes": dict(method="vdi-staged", kernel=3, layers=2, hidden=192, joint=128, inject_heads=4,
+                   lambda_cl=0.5, lr=3e-3, text_lr=0.3, text_from_epoch=0, batch=16, epochs=30,
+                   milestones=(), cl_decay_epoch=1000, patience=1000),
 }
-
-
 MASKS = {"vdi-staged": "something"}      # with the other methods masked words are dropped
 
 
@@ -181,8 +175,8 @@ class Model(nn.Module):
                                                  config.inject_heads)
 
 
-def terms(model: Model, batch: data.Batch, config: Config) -> tuple[dict[str, Tensor],
-                                                                    dict[str, Tensor]]:
+def terms(model: Model, batch: data.Batch,
+          config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The terms of Eq. (11), each a mean over the batch, under the names of their equations; and
     the variances of both sides of Eq. (2) and Eq. (5), which show whether they have collapsed."""
     S = len(batch.video_of)
