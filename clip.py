@@ -135,22 +135,31 @@ PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)        # of CLIP's training ima
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def preprocess(frames: Tensor, resolution: int) -> Tensor:
-    """uint8 [T, 3, h, w] RGB -> float [T, 3, R, R]: short side to R (bicubic, antialiased), centre
-    crop, normalise."""
+def crop(frames: Tensor, resolution: int) -> Tensor:
+    """uint8 [T, 3, h, w] RGB -> uint8 [T, 3, R, R]: short side to R (bicubic, antialiased), then the
+    centre. Within 2/255 of Pillow's."""
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
         raise ValueError(f"frames must be uint8 [T, 3, h, w], not {frames.dtype} "
                          f"{list(frames.shape)}")
     h, w = frames.shape[2:]
     size = [max(resolution, int(resolution * side / min(h, w))) for side in (h, w)]
-    x = frames.float()                                                  # [T, 3, h, w]
     if size != [h, w]:
-        x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False)
-        x = x.round().clamp(0, 255)                     # as an 8-bit image library stores it
+        frames = F.interpolate(frames.float(), size, mode="bicubic", antialias=True,
+                               align_corners=False).round().clamp(0, 255).byte()
     top, left = (round((side - resolution) / 2) for side in size)
-    x = x[:, :, top:top + resolution, left:left + resolution] / 255     # [T, 3, R, R]
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
-    return (x - mean) / std
+    return frames[:, :, top:top + resolution, left:left + resolution]
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 [T, 3, R, R] -> float of the same shape, as CLIP was trained: mean 0, deviation 1."""
+    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1)
+                 for v in (PIXEL_MEAN, PIXEL_STD))
+    return (pixels / 255 - mean) / std
+
+
+def preprocess(frames: Tensor, resolution: int) -> Tensor:
+    """uint8 [T, 3, h, w] RGB -> float [T, 3, R, R]: `crop`, then `normalise`."""
+    return normalise(crop(frames, resolution))
 
 
 # ------------------------------------------------------------------------------------------- towers
@@ -498,18 +507,22 @@ def sha256(path: str | os.PathLike) -> str:
 
 def download(name: str, folder: str | os.PathLike | None = None) -> pathlib.Path:
     """The file of a published model, fetched into `folder` (~/.cache/clip) unless it is there and
-    verified.
+    verified."""
+    digest, file_name = PUBLISHED[name]
+    folder = pathlib.Path(folder or "~/.cache/clip").expanduser()
+    return fetch(f"{ADDRESS}/{digest}/{file_name}", digest, folder / file_name)
+
+
+def fetch(address: str, digest: str, path: pathlib.Path) -> pathlib.Path:
+    """The file `path`, fetched from `address` unless it is there with this SHA-256.
 
     A broken download is continued by the next call. The file gets its name only when its SHA-256 is
     right. Raises RuntimeError with the address and the place to put the file by hand when it cannot
     be fetched."""
-    digest, file_name = PUBLISHED[name]
-    address = f"{ADDRESS}/{digest}/{file_name}"
-    folder = pathlib.Path(folder or "~/.cache/clip").expanduser()
-    path, part = folder / file_name, folder / (file_name + ".part")
+    part = path.with_name(path.name + ".part")
     if path.exists() and sha256(path) == digest:
         return path
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         done = part.stat().st_size if part.exists() else 0
         if not done or sha256(part) != digest:
@@ -520,7 +533,7 @@ def download(name: str, folder: str | os.PathLike | None = None) -> pathlib.Path
                     done = 0
                 total = done + int(reply.headers.get("Content-Length", 0))
                 with open(part, "ab" if done else "wb") as file, \
-                        tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=file_name,
+                        tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=path.name,
                              disable=None) as bar:
                     while chunk := reply.read(1 << 20):
                         file.write(chunk)

@@ -10,6 +10,8 @@ sentence with its noun chunks masked:
 
     python parse.py "a person opens the door"
 
+Q^h (supplement, Table 5) is the control: a random half of the words in place of the noun chunks.
+
 Chunks come from a spaCy pipeline with a dependency parse where there is one (`doc.noun_chunks`),
 else from the rules below on spaCy's own tokenizer. The rules tag each token by word lists and
 endings, let its neighbours correct the tag, and then take every maximal run  determiner? modifier*
@@ -17,7 +19,10 @@ noun.
 """
 import argparse
 import functools
+import hashlib
 import pathlib
+import random
+import re
 import sys
 from typing import NamedTuple
 
@@ -54,8 +59,7 @@ class Parser:
                 model = spacy.load(model)
             except (OSError, ImportError) as error:
                 raise ValueError(f"spaCy cannot load the pipeline {model!r}: {error}. Install it, "
-                                 f"or use the "
-                                 f"built-in rules with 'rules'") from error
+                                 f"or use the built-in rules with 'rules'") from error
         self.pipeline = model
         self.name = "{lang}_{name} {version}".format(**model.meta)
 
@@ -64,24 +68,38 @@ class Parser:
         read."""
         if not sentence.strip():
             return []
-        doc = self.pipeline(sentence)
+        doc = self.pipeline(sentence.encode("utf-8", "replace").decode())   # half a surrogate: "?"
         if self.name == "rules":
             return rule_chunks(doc)
         if not doc.has_annotation("DEP"):
             raise ValueError(f"the spaCy pipeline {self.name!r} does no dependency parse, so it "
-                             f"knows no noun "
-                             f"chunks; use another pipeline or 'rules'")
+                             f"knows no noun chunks; use another pipeline or 'rules'")
         return [(chunk.start_char, chunk.end_char) for chunk in doc.noun_chunks]
 
     def split(self, sentence: str) -> Query:
-        """Q -> (Q, Q^s, Q^d)."""
-        chunks = self.chunks(sentence)
-        ends = [0, *(offset for chunk in chunks for offset in chunk), len(sentence)]
+        """Q -> (Q, Q^s, Q^d): what is in a noun chunk, and the rest."""
+        return self.divide(sentence, self.chunks(sentence))
+
+    def halve(self, sentence: str) -> Query:
+        """Q -> (Q, Q^h, the rest): a random half of the words, for a sentence always the same."""
+        words = [word.span() for word in re.finditer(r"\S+", sentence)]
+        seed = hashlib.sha256(sentence.encode("utf-8", "replace")).hexdigest()
+        chosen = sorted(random.Random(seed).sample(range(len(words)), (len(words) + 1) // 2))
+        spans = []
+        for i in chosen:
+            if i - 1 in chosen:                         # neighbours are one stretch
+                spans[-1] = (spans[-1][0], words[i][1])
+            else:
+                spans.append(words[i])
+        return self.divide(sentence, spans)
+
+    def divide(self, sentence: str, spans: list[tuple[int, int]]) -> Query:
+        """The sentence with all but the spans masked, and with the spans masked."""
+        ends = [0, *(offset for span in spans for offset in span), len(sentence)]
         pieces = [sentence[a:b].strip() for a, b in zip(ends, ends[1:])]
         rest, nouns = pieces[0::2], pieces[1::2]        # they alternate, beginning with the rest
-        # UNSPECIFIED: how a word is masked (CLIP has no mask token): dropped, or one word for the
-        # stretch
         static, dynamic = [], []
+        # UNSPECIFIED: how words are masked (CLIP has no mask token): dropped, or one word for them
         for i, words in enumerate(rest):
             spoken = any(c.isalnum() for c in words)
             static.append(self.mask if spoken else "")
@@ -99,32 +117,27 @@ class Parser:
 
 # Closed classes, whole; open classes are in assets/words.txt.
 ARTICLES = set("a an the my your his its our their every no one's".split())
-QUANTIFIERS = set("this that these those some any each another all both either neither many "
-                  "several "
-                  "few more most much such her one enough".split())     # determiners before a noun
-PRONOUNS = set("i you he she it we they me him us them himself herself itself themselves themself "
-               "myself yourself ourselves oneself someone somebody anyone anybody everyone "
-               "everybody "
-               "something anything everything nothing nobody mine yours hers theirs".split())
+QUANTIFIERS = set("""this that these those some any each another all both either neither many
+    several few more most much such her one enough""".split())  # determiners before a noun
+PRONOUNS = set("""i you he she it we they me him us them himself herself itself themselves themself
+    myself yourself ourselves oneself someone somebody anyone anybody everyone everybody something
+    anything everything nothing nobody mine yours hers theirs""".split())
 ALONE = set("this these those one some another her all both each others".split())   # chunks alone
-PREPOSITIONS = set("in on at by with from into onto of for to through across around about behind "
-                   "before after against along among between beside besides beneath below above "
-                   "near "
-                   "toward towards inside outside without within during until till like than past "
-                   "upon via per atop under underneath alongside throughout amongst over down up "
-                   "off "
-                   "out opposite".split())
-JOINING = set("and or but nor so while because if since when where how why whether although though "
-              "once as then there here who which what whom whose not n't please".split())
+PREPOSITIONS = set("""in on at by with from into onto of for to through across around about behind
+    before after against along among between beside besides beneath below above near toward towards
+    inside outside within without during until till like than past upon via per atop under
+    underneath alongside throughout amongst over down up off out opposite""".split())
+JOINING = set("""and or but nor so while because if since when where how why whether although though
+    once as then there here who which what whom whose not n't please""".split())
 BE = set("is are was were be been being am 's 're get gets getting got".split())
-AUXILIARY = BE | set("has have had having do does did done doing can could will would shall should "
-                     "may might must 've 'll 'd 'm wo ca".split())
-SUBJECTS = set("i you he she it we they who which that someone somebody everyone people there"
-               .split())
-SPANS = set("time times day days moment moments while bit way minute minutes second seconds hour "
-            "hours night morning inch inches".split())          # heads of adverbial noun phrases
-PLACES = set("next same last first second front back right left top other own middle bottom"
-             .split())
+AUXILIARY = BE | set("""has have had having do does did done doing can could will would shall should
+    may might must 've 'll 'd 'm wo ca""".split())
+SUBJECTS = set("""i you he she it we they who which that someone somebody everyone people
+    there""".split())
+SPANS = set("""time times day days moment moments while bit way minute minutes second seconds hour
+    hours night morning inch inches""".split())                 # heads of adverbial noun phrases
+PLACES = set("""next same last first second front back right left top other own middle
+    bottom""".split())
 PARTICLES = set("up down off out back away around over".split())
 RECIPROCAL = (("each", "other"), ("one", "another"))
 CLAUSE = set("who which while when where as then and but because".split())      # begin a clause
@@ -331,14 +344,12 @@ def adverbial(words: list[str], tags: list[str], first: int, last: int) -> bool:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description="split sentences into static and dynamic "
-                                                    "queries")
+    arguments = argparse.ArgumentParser(
+        description="split sentences into static and dynamic queries")
     arguments.add_argument("sentences", nargs="*",
                            help="sentences (default: one a line from standard input)")
-    arguments.add_argument("--parser",
-                           help="spaCy pipeline by name or path, or 'rules' (default: "
-                                "en_core_web_sm "
-                                            "if installed, else rules)")
+    arguments.add_argument("--parser", help="spaCy pipeline by name or path, or 'rules' (default: "
+                                            "en_core_web_sm if installed, else rules)")
     arguments.add_argument("--mask", default="",
                            help="word that stands for what is masked (default: none)")
     options = arguments.parse_args()
@@ -349,7 +360,8 @@ def main() -> None:
     print(f"parser: {parser.name}")
     for sentence in options.sentences or (line.rstrip("\n") for line in sys.stdin):
         query = parser.split(sentence)
-        print(f"Q    {query.full}\nQ^s  {query.static}\nQ^d  {query.dynamic}")
+        print(f"Q    {query.full}\nQ^s  {query.static}\nQ^d  {query.dynamic}\n"
+              f"Q^h  {parser.halve(sentence).static}")
 
 
 if __name__ == "__main__":
