@@ -136,16 +136,17 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def crop(frames: Tensor, resolution: int) -> Tensor:
-    """uint8 [T, 3, h, w] RGB -> uint8 [T, 3, R, R]: short side to R (bicubic, antialiased), then the
-    centre. Within 2/255 of Pillow's."""
+    """uint8 [T, 3, h, w] RGB -> uint8 [T, 3, R, R]: short side to R (bicubic, antialiased), then
+    the centre."""
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
         raise ValueError(f"frames must be uint8 [T, 3, h, w], not {frames.dtype} "
                          f"{list(frames.shape)}")
     h, w = frames.shape[2:]
     size = [max(resolution, int(resolution * side / min(h, w))) for side in (h, w)]
-    if size != [h, w]:
-        frames = F.interpolate(frames.float(), size, mode="bicubic", antialias=True,
-                               align_corners=False).round().clamp(0, 255).byte()
+    for shape in ([h, size[1]], size):  # subtle: like Pillow, which rounds after either direction
+        if list(frames.shape[2:]) != shape:
+            frames = F.interpolate(frames.float(), shape, mode="bicubic", antialias=True,
+                                   align_corners=False).round().clamp(0, 255).byte()
     top, left = (round((side - resolution) / 2) for side in size)
     return frames[:, :, top:top + resolution, left:left + resolution]
 

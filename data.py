@@ -1,7 +1,9 @@
 """Annotations, splits, one's own videos, batches (paper Sec. 4.1.1).
 
-    python data.py charades --videos DIR                        # features of Charades-STA
+    python data.py charades                                     # annotations: fetched and counted
+    python data.py charades --videos DIR                        # and features of the videos
     python data.py mine --annotations my.jsonl --videos DIR     # one's own videos and sentences
+    python data.py check                                        # are the features in order?
 
 A dataset is a folder below the root (`data/`): annotations in their published form, and features
 made by video.py. Every annotation becomes a Sample. Times are seconds, a moment is [start_sec,
@@ -26,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 import clip
 import mmn
@@ -52,33 +53,94 @@ class Cleaned(NamedTuple):
 
 # -------------------------------------------------------------------------------------- annotations
 
-# dataset -> split -> the names of its file, below the root; the first that exists is read
+# dataset -> split -> the names its file goes by; the first that exists is read
 FILES = {
-    "charades": {"train": "charades/charades_sta_train.txt",
-                 "test": "charades/charades_sta_test.txt"},
-    "charades-cg": {"train": "charades-cg/train.json", "novel-word": "charades-cg/novel_word.json",
-                    "novel-composition": "charades-cg/novel_composition.json",
-                    "trivial": "charades-cg/test_trivial.json"},
-    "activitynet": {"train": "activitynet/train.json", "val": "activitynet/val_1.json",
-                    "test": "activitynet/val_2.json"},
-    "activitynet-cg": {"train": "activitynet-cg/train.json",
-                       "novel-word": "activitynet-cg/novel_word.json",
-                       "novel-composition": "activitynet-cg/novel_composition.json",
-                       "trivial": "activitynet-cg/test_trivial.json"},
+    "charades": {"train": ("charades_sta_train.txt", "charades_train.json",
+                           "charades_sta_train_tvr_format.jsonl"),
+                 "test": ("charades_sta_test.txt", "charades_test.json",
+                          "charades_sta_test_tvr_format.jsonl")},
+    "charades-cg": {"train": ("train.json",), "novel-word": ("novel_word.json",),
+                    "novel-composition": ("novel_composition.json",),
+                    "trivial": ("test_trivial.json",)},
+    "activitynet": {"train": ("train.json",), "val": ("val_1.json", "val.json"),
+                    "test": ("val_2.json", "test.json")},
+    "activitynet-cg": {"train": ("train.json",), "novel-word": ("novel_word.json",),
+                       "novel-composition": ("novel_composition.json",),
+                       "trivial": ("test_trivial.json",)},
 }
-OWN_SPLITS = ("train", "val", "val-novel-word", "test", "novel-word",
-              "novel-composition")  # <dataset>/<split>.jsonl
+FOLDERS = {"charades": ("Charades-STA", "Charades_STA"), "charades-cg": ("Charades-CG",),
+           "activitynet": ("ActivityNet",), "activitynet-cg": ("ActivityNet_CG", "ActivityNet-CG")}
+CSV = ("Charades_v1_train.csv", "Charades_v1_test.csv")                 # durations of Charades
+COUNTS = {                          # videos and sentences of each split, after cleaning
+    "charades": {"train": (5336, 12404), "test": (1334, 3720)},
+    "charades-cg": {"train": (3555, 8281), "novel-word": (580, 695),
+                    "novel-composition": (2480, 3442), "trivial": (1689, 3096)},
+    "activitynet": {"train": (10009, 37417), "val": (4917, 17505), "test": (4885, 17031)},
+    "activitynet-cg": {"train": (9659, 36720), "novel-word": (1991, 3920),
+                       "novel-composition": (4202, 12028), "trivial": (4775, 15712)},
+}
+RAW = "https://raw.githubusercontent.com"
+SOURCES = {                         # file below the root: address below RAW, SHA-256
+    "charades/Charades_v1_test.csv":
+        ("microsoft/VideoX/HEAD/2D-TAN/data/Charades-STA/Charades_v1_test.csv",
+         "8b8b207b55fb95b949018027f69d83bd46cd844d15834f8f592ee8e7446173eb"),
+    "charades/Charades_v1_train.csv":
+        ("microsoft/VideoX/HEAD/2D-TAN/data/Charades-STA/Charades_v1_train.csv",
+         "59273c6dc2139ec7eb95b980fd26bc8529774b1ede0602f6ca90b546ed12f0fc"),
+    "charades/charades_sta_test.txt":
+        ("microsoft/VideoX/HEAD/2D-TAN/data/Charades-STA/charades_sta_test.txt",
+         "fab341679c20b0917173dcffffde367a71113fe63f3a645558cef2ebfbfefb55"),
+    "charades/charades_sta_train.txt":
+        ("microsoft/VideoX/HEAD/2D-TAN/data/Charades-STA/charades_sta_train.txt",
+         "47ec9b6b488fca753373d9cc29b07a959f7237a922cb29463cd088cd6198e805"),
+    "charades-cg/novel_composition.json":
+        ("YYJMJC/Compositional-Temporal-Grounding/HEAD/Charades-CG/novel_composition.json",
+         "c92beda2c861bb0da356d94bba131d49e20a59d893d6e182bda1ee68a852514d"),
+    "charades-cg/novel_word.json":
+        ("YYJMJC/Compositional-Temporal-Grounding/HEAD/Charades-CG/novel_word.json",
+         "f3ccd59c9f18e221028138faaf9bdddb5215e2550215ca62c8f24659168eb7f3"),
+    "charades-cg/test_trivial.json":
+        ("YYJMJC/Compositional-Temporal-Grounding/HEAD/Charades-CG/test_trivial.json",
+         "45eec9d3c46187235309344ab937a065b409cbdc3f3f9d926da6fd05302d822d"),
+    "charades-cg/train.json":
+        ("YYJMJC/Compositional-Temporal-Grounding/HEAD/Charades-CG/train.json",
+         "c66556077d8b6a1fd7ee91641f994cd1341c11adfa4fc078434c9fe7a4b93d8d"),
+    "activitynet/train.json":
+        ("microsoft/VideoX/HEAD/2D-TAN/data/ActivityNet/train.json",
+         "704536b2779011c1a729c927ae30e39ea9c90c38557836bbe969499917243d69"),
+    "activitynet/val_1.json":
+        ("microsoft/VideoX/HEAD/2D-TAN/data/ActivityNet/val.json",
+         "466aaccb9ebe45c6db4c98488a4ddbeb5b22faffe62e1bbce81222c14fc29e1c"),
+    "activitynet/val_2.json":
+        ("microsoft/VideoX/HEAD/2D-TAN/data/ActivityNet/test.json",
+         "08fe56568bc92dd02a6150fe1094457a5f2ac72975b8778a922bc9a65aa7f0e9"),
+    "activitynet-cg/novel_composition.json":
+        ("YYJMJC/Compositional-Temporal-Grounding/HEAD/ActivityNet_CG/novel_composition.json",
+         "d44d2c456974a4661bf14008d6316926e3b04d7ab9d48ed694861dc28602fe1b"),
+    "activitynet-cg/novel_word.json":
+        ("YYJMJC/Compositional-Temporal-Grounding/HEAD/ActivityNet_CG/novel_word.json",
+         "74e071738ece6d75ab1237c04a9a8cdebc939d3d65b015181596a84ae14f782c"),
+    "activitynet-cg/test_trivial.json":
+        ("YYJMJC/Compositional-Temporal-Grounding/HEAD/ActivityNet_CG/test_trivial.json",
+         "32c4d12ff1cdf35f4b48cf4d93bbb2c71beb802d693f57e0afc90347aaa937a4"),
+    "activitynet-cg/train.json":
+        ("YYJMJC/Compositional-Temporal-Grounding/HEAD/ActivityNet_CG/train.json",
+         "31a6e0aa938f1f0d469bcb8d5492de7f9e9f77f74ba5676772db052057e26102"),
+}
+OWN_SPLITS = ("train", "val", "val-novel-word", "test", "novel-word", "novel-composition")
 
 
 def annotation_file(dataset: str, split: str, root: str | os.PathLike) -> pathlib.Path:
-    """Where the annotations of a split are, or would be. ValueError for a split that the dataset
-    does not have."""
+    """Where the annotations of a split are, or would be: <root>/<dataset>/<split>.jsonl for one's
+    own. ValueError for a split that the dataset does not have."""
+    folder = pathlib.Path(root) / dataset
     if dataset not in FILES:
-        return pathlib.Path(root) / dataset / f"{split}.jsonl"
+        return folder / f"{split}.jsonl"
     if split not in FILES[dataset]:
         raise ValueError(f"{dataset} has no split {split!r}; it has "
                          f"{', '.join(splits(dataset, root))}")
-    return pathlib.Path(root) / FILES[dataset][split]
+    names = FILES[dataset][split]
+    return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
 
 
 def splits(dataset: str, root: str | os.PathLike) -> list[str]:
@@ -117,60 +179,90 @@ def read_file(path: str | os.PathLike) -> list[Sample]:
     path = pathlib.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no annotation file {path}")
-    if path.suffix == ".txt":
-        return read_charades(path)
-    if path.suffix == ".jsonl":
-        return read_jsonl(path)
+    read = {".txt": read_charades, ".jsonl": read_jsonl}.get(path.suffix, read_json)
     try:
-        videos = json.loads(path.read_text())
-        return [Sample(name, " ".join(sentence.split()), float(start), float(end),
-                       float(entry["duration"]))
-                for name, entry in videos.items()
-                for (start, end),
-                sentence in zip(entry["timestamps"], entry["sentences"], strict=True)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not in the form {{video: {{duration, timestamps, "
-                         f"sentences}}}}: "
-                         f"{type(error).__name__} {error}") from error
+        return read(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8") from error
 
 
 def read_charades(path: pathlib.Path) -> list[Sample]:
     """Lines "VIDEO START END##sentence."; durations from the column `length` of
     Charades_v1_{train,test}.csv beside it."""
-    durations = {}
-    for table in ("Charades_v1_train.csv", "Charades_v1_test.csv"):
-        if not (path.parent / table).exists():
-            raise FileNotFoundError(f"{path.parent / table} is missing: the durations of "
-                                    f"Charades-STA's videos are "
-                                    f"in it (from the annotations of the Charades dataset)")
-        with open(path.parent / table, newline="") as file:
-            durations |= {row["id"]: float(row["length"]) for row in csv.DictReader(file)}
-    samples = []
-    for line in path.read_text().splitlines():
+    durations_sec = {}
+    for table in (path.parent / name for name in CSV):
+        if not table.exists():
+            raise FileNotFoundError(f"{table} is missing: the durations of Charades-STA's videos "
+                                    f"are in it (from the annotations of the Charades dataset)")
+        with open(table, newline="", encoding="utf-8") as file:
+            try:
+                durations_sec |= {row["id"]: float(row["length"]) for row in csv.DictReader(file)}
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{table} has no columns id and length: {error}") from error
+
+    def sample(line: str) -> list[Sample]:
         place, sentence = line.split("##", 1)
         name, start, end = place.split()
-        samples.append(Sample(name, sentence.strip(), float(start), float(end), durations[name]))
-    return samples
+        return [to_sample(name, sentence, (start, end), durations_sec[name])]
+
+    return read_lines(path, enumerate(path.read_text(encoding="utf-8").splitlines(), 1), sample)
 
 
 def read_jsonl(path: pathlib.Path) -> list[Sample]:
-    """QVHighlights lines; {"vid", "query", "relevant_windows"} is enough. One sample a window. All
-    bad lines are named."""
+    """QVHighlights lines; {"vid", "query", "relevant_windows"} is enough. One sample a window."""
+    def samples(line: str) -> list[Sample]:
+        row = json.loads(line)
+        found = [to_sample(str(row["vid"]), row["query"], window, row.get("duration", math.nan))
+                 for window in row["relevant_windows"]]
+        for sample in found:
+            if sample.end_sec <= sample.start_sec:
+                raise ValueError(f"[{sample.start_sec}, {sample.end_sec}] ends before it begins")
+        return found
+
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    return read_lines(path, ((i, line) for i, line in lines if line.strip()), samples)
+
+
+def read_json(path: pathlib.Path) -> list[Sample]:
+    """2D-TAN's and MMN's form, {video: {"duration", "timestamps", "sentences"}}, as ActivityNet and
+    the compositional splits are published."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        videos = json.loads(text).items()
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not in the form {{video: {{duration, timestamps, "
+                         f"sentences}}}}: {type(error).__name__} {error}") from error
+
+    def samples(item: tuple[str, dict]) -> list[Sample]:
+        name, entry = item
+        return [to_sample(name, sentence, window, entry["duration"]) for window, sentence
+                in zip(entry["timestamps"], entry["sentences"], strict=True)]
+
+    return read_lines(path, ((name, (name, entry)) for name, entry in videos), samples)
+
+
+def to_sample(name: str, sentence: str, window, duration_sec) -> Sample:
+    """A Sample of what a file says. ValueError for what cannot be meant."""
+    start, end = (float(instant) for instant in window)
+    duration = float(duration_sec)
+    if not isinstance(sentence, str) or not sentence.strip():
+        raise ValueError("the sentence is empty")
+    if not math.isfinite(start) or not math.isfinite(end) or math.isinf(duration) or duration <= 0:
+        raise ValueError(f"[{start}, {end}] of {duration} s is no stretch of time")
+    return Sample(name, " ".join(sentence.split()), start, end, duration)
+
+
+def read_lines(path: pathlib.Path, lines, read) -> list[Sample]:
+    """The samples of all (number or name, line); a ValueError that lists every bad one."""
     samples, bad = [], []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         try:
-            row = json.loads(line)
-            if not str(row["query"]).strip():
-                raise ValueError("the query is empty")
-            for start, end in row["relevant_windows"]:
-                samples.append(Sample(str(row["vid"]), str(row["query"]), float(start), float(end),
-                                      float(row.get("duration", "nan"))))
+            samples += read(line)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            bad.append(f"line {number}: {type(error).__name__} {error}")
+            what = f"no {error}" if isinstance(error, KeyError) else error
+            bad.append(f"\n  {'line ' * isinstance(number, int)}{number}: {what}")
     if bad:
-        raise ValueError(f"{path} has {len(bad)} bad lines: " + "; ".join(bad[:20]))
+        raise ValueError(f"{path} has {len(bad)} entries that cannot be read:{''.join(bad)}")
     return samples
 
 
@@ -190,10 +282,82 @@ def clean(samples: list[Sample]) -> tuple[list[Sample], Cleaned]:
 def write_jsonl(path: pathlib.Path, samples: list[Sample]) -> None:
     """Samples as QVHighlights lines, atomically."""
     lines = [json.dumps({"qid": i, "query": s.sentence, "vid": s.video, "duration": s.duration_sec,
-                         "relevant_windows": [[s.start_sec, s.end_sec]]}) + "\n" for i,
-                         s in enumerate(samples)]
+                         "relevant_windows": [[s.start_sec, s.end_sec]]}) + "\n"
+             for i, s in enumerate(samples)]
     path.parent.mkdir(parents=True, exist_ok=True)
     video.save_atomically(path, lambda file: file.write("".join(lines).encode()))
+
+
+def install(dataset: str, root: str | os.PathLike, folder: str | os.PathLike | None) -> None:
+    """Puts the published annotations of a dataset below the root: a copy of what lies in `folder`,
+    under any published name; without a folder, what is missing is fetched. Nothing is installed
+    whose counts are not the published ones."""
+    target = pathlib.Path(root) / dataset
+    if folder is None:
+        for split, names in FILES[dataset].items():
+            if not annotation_file(dataset, split, root).exists():
+                for name in (names[0], *(CSV if dataset == "charades" else ())):
+                    address, digest = SOURCES[f"{dataset}/{name}"]
+                    clip.fetch(f"{RAW}/{address}", digest, target / name)
+        return
+    source = pathlib.Path(folder)
+    if not source.is_dir():
+        raise NotADirectoryError(f"{folder} is no folder; the annotations of {dataset} are several "
+                                 f"files, and --annotations names their folder")
+    places = [source / name for name in (dataset, *FOLDERS[dataset])]
+    place = next((place for place in places if place.is_dir()), source)
+    found = {split: next((place / name for name in names if (place / name).exists()), None)
+             for split, names in FILES[dataset].items()}
+    if not any(found.values()):
+        raise FileNotFoundError(f"{folder} holds no annotations of {dataset}: none of "
+                                f"{', '.join(name for n in FILES[dataset].values() for name in n)}")
+    for split, path in found.items():
+        if path:
+            check_counts(dataset, split, clean(read_file(path))[0], path)
+    target.mkdir(parents=True, exist_ok=True)
+    for path in [*filter(None, found.values()), *(place / name for name in CSV)]:
+        if path.exists():
+            content = path.read_bytes()
+            video.save_atomically(target / path.name, lambda file: file.write(content))
+
+
+def check_counts(dataset: str, split: str, samples: list[Sample], path: pathlib.Path) -> None:
+    """ValueError unless a split has as many videos and sentences as were published."""
+    counts = len({sample.video for sample in samples}), len(samples)
+    if counts != COUNTS[dataset][split]:
+        raise ValueError(f"{path} is not {dataset}'s {split} as published: it has {counts[1]} "
+                         f"sentences of {counts[0]} videos after cleaning, and should have "
+                         f"{COUNTS[dataset][split][1]} of {COUNTS[dataset][split][0]}")
+
+
+def describe(dataset: str, root: str | os.PathLike) -> str:
+    """The counts of Sec. 4.1.1 as a table, a line a split; ValueError where a published count is
+    missed. A video that two splits hold counts twice, as in the paper."""
+    lines = ["dataset         split              videos  queries   video  moment    moments  "
+             "moments  moments\n" + " " * 53 + "sec     sec  per video  clamped  dropped"]
+    total = np.zeros(6)
+    for split in splits(dataset, root):
+        path = annotation_file(dataset, split, root)
+        if not path.exists():
+            continue
+        samples, cleaned = clean(read_file(path))
+        if dataset in COUNTS:
+            check_counts(dataset, split, samples, path)
+        durations_sec = {sample.video: sample.duration_sec for sample in samples}
+        row = np.array([len(durations_sec), len(samples), sum(durations_sec.values()),
+                        sum(s.end_sec - s.start_sec for s in samples), *cleaned])
+        total += row
+        lines.append(statistics_line(dataset, split, row))
+    if len(lines) > 2:
+        lines.append(statistics_line(dataset, "all", total))
+    return "\n".join(lines) if len(lines) > 1 else ""
+
+
+def statistics_line(dataset: str, split: str, row: np.ndarray) -> str:
+    videos, queries, seconds, moments_sec, clamped, dropped = row
+    return (f"{dataset:14s}  {split:17s}  {videos:6.0f}  {queries:7.0f}  {seconds / videos:6.2f}  "
+            f"{moments_sec / queries:6.2f}  {queries / videos:9.2f}  {clamped:7.0f}  "
+            f"{dropped:7.0f}")
 
 
 class Event(NamedTuple):
@@ -209,8 +373,8 @@ def read_events(dataset: str, root: str | os.PathLike) -> dict[str, list[Event]]
     path = pathlib.Path(root) / dataset / "events.json"
     if not path.exists():
         return None
-    return {name: [Event(*event) for event in events] for name,
-            events in json.loads(path.read_text()).items()}
+    return {name: [Event(*event) for event in events]
+            for name, events in json.loads(path.read_text()).items()}
 
 
 # ---------------------------------------------------------------------------- CLIP and its features
@@ -233,12 +397,11 @@ def store_folder(dataset: str, clip_name: str, root: str | os.PathLike) -> pathl
 def open_store(dataset: str, clip_name: str, root: str | os.PathLike) -> video.FeatureStore:
     """The features of a dataset; where there are none the error says which command makes them."""
     folder = store_folder(dataset, clip_name, root)
-    if not (folder / "manifest.json").exists():
+    if not list(folder.glob("manifest*.json")):
         published = "" if dataset in FILES else " --annotations FILE"
         raise FileNotFoundError(f"there are no features in {folder}; make them with: python "
-                                f"data.py "
-                                f"{dataset.removesuffix('-cg')}{published} --videos DIR --clip "
-                                f"{clip_name}")
+                                f"data.py {dataset.removesuffix('-cg')}{published} --videos DIR "
+                                f"--clip {clip_name}")
     return video.FeatureStore(folder)
 
 
@@ -255,8 +418,8 @@ class Batch(NamedTuple):
     video_of: Tensor                                                    # [S]
     moments_sec: Tensor                                                 # [S, 2]
     durations_sec: Tensor                                               # [S]
-    iou: Tensor  # [S, N, N] overlap of every cell with the label
-    index: Tensor  # [S] place of the sentence among the dataset's samples
+    iou: Tensor                                         # [S, N, N] of every cell with the label
+    index: Tensor                                       # [S] place among the dataset's samples
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(*(value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
@@ -270,16 +433,20 @@ class Videos(torch.utils.data.Dataset):
     `samples` (attribute) are the sentences in order of video; `queries` their (Q, Q^s, Q^d)."""
 
     def __init__(self, samples: list[Sample], store: video.FeatureStore, num_clips: int,
-                 parser: parse.Parser,
-                 patches: bool = False):
+                 parser: parse.Parser, patches: bool = False):
         by_video: dict[str, list[Sample]] = {}
         for sample in samples:
             by_video.setdefault(sample.video, []).append(sample)
         self.missing = [name for name in by_video if name not in store]
         self.videos = [name for name in by_video if name in store]
+        if patches and not store.manifest["patch_frames"]:
+            raise ValueError(f"the features in {store.folder} have no patches, which spatial "
+                             f"dynamics (Eq. 3) looks at; use --method mmn or vdi-staged, or make "
+                             f"them from the videos")
         if not self.videos:
             raise FileNotFoundError(f"none of the {len(by_video)} videos has features in "
                                     f"{store.folder}")
+        self.lost = sum(len(by_video[name]) for name in self.missing)   # sentences
         self.samples = [sample for name in self.videos for sample in by_video[name]]
         counts = [len(by_video[name]) for name in self.videos]
         self.first = np.cumsum([0, *counts])  # sentences of video i: first[i] .. first[i + 1]
@@ -302,8 +469,7 @@ class Videos(torch.utils.data.Dataset):
         frames = torch.from_numpy(self.store.read(name, "frames").astype(np.float32))  # [T, D]
         if not self.patches:
             return i, F.normalize(frames, dim=1), None
-        patches = torch.from_numpy(self.store.read(name,
-                                                   "patches").astype(np.float32))  # [T', D', H, W]
+        patches = torch.from_numpy(self.store.read(name, "patches").astype(np.float32))
         return i, F.normalize(frames, dim=1), F.normalize(patches, dim=1)
 
     def collate(self, items: list[tuple[int, Tensor, Tensor | None]]) -> Batch:
@@ -314,15 +480,13 @@ class Videos(torch.utils.data.Dataset):
                      torch.stack([frames for _, frames, _ in items]),
                      torch.stack([patches for _, _, patches in items]) if self.patches else None,
                      self.tokens[:, index], self.spoken[:, index], video_of,
-                     self.moments_sec[index],
-                     self.durations_sec[index], self.iou[index], index)
+                     self.moments_sec[index], self.durations_sec[index], self.iou[index], index)
 
     def batches(self, size: int, generator: torch.Generator | None = None, workers: int = 0):
         """Batches of `size` videos: shuffled by `generator` for training, in order without one."""
-        return torch.utils.data.DataLoader(self, size, shuffle=generator is not None,
-                                           generator=generator,
-                                           collate_fn=self.collate, num_workers=workers,
-                                           persistent_workers=workers > 0)
+        return torch.utils.data.DataLoader(
+            self, size, shuffle=generator is not None, generator=generator,
+            collate_fn=self.collate, num_workers=workers, persistent_workers=workers > 0)
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -337,128 +501,194 @@ def pick_device(name: str) -> torch.device:
     return torch.device(wanted)
 
 
-def find_videos(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
-    """File name without its ending -> file, for all files below the folder that may be videos."""
-    endings = {".mp4", ".mkv", ".avi", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv",
-               ".3gp"}
-    return {path.stem: path for path in sorted(pathlib.Path(folder).rglob("*"))
-            if path.suffix.lower() in endings}
+VIDEOS = {".mp4", ".mkv", ".avi", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp"}
+FEATURES = {".npy", ".npz", ".pt"}
 
 
-def extract(names: set[str], training: set[str], videos: dict[str, pathlib.Path],
-            store: video.FeatureStore, model: clip.CLIP) -> dict[str, str]:
-    """Makes the features that are missing of the videos `names`; patches of those in `training`.
-
-    Returns video -> reason for those that failed; the list is kept in failed.txt."""
-    failed, T = {}, store.manifest["frames"]
-    kept = video.patch_frames(T, store.manifest["patch_frames"])
-    bar = tqdm(sorted(names), desc="features", unit="video", disable=None)
-    for i, name in enumerate(bar):
-        if name in store and (name not in training or store.path(name, "patches").exists()):
-            continue
-        try:
-            if name not in videos:
-                raise video.VideoError(f"there is no video file named {name}")
-            frames, patches, duration_sec = video.encode_video(model, videos[name], T)
-            store.write(name, frames, patches[kept] if name in training else None, duration_sec)
-        except video.VideoError as error:
-            failed[name] = str(error)
-            bar.write(f"failed: {name}: {error}", file=sys.stderr)
-        if i % 100 == 99:
-            store.save_manifest()
-    store.save_manifest()
-    text = "".join(f"{name}\t{reason}\n" for name, reason in failed.items())
-    video.save_atomically(store.folder / "failed.txt", lambda file: file.write(text.encode()))
-    return failed
+def find_files(folder: str | os.PathLike, endings: set[str]) -> dict[str, pathlib.Path]:
+    """File name without its ending -> file, for all files with such an ending below the folder.
+    ValueError if two have one name."""
+    if not pathlib.Path(folder).is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    found: dict[str, pathlib.Path] = {}
+    for path in sorted(pathlib.Path(folder).rglob("*")):
+        if path.suffix.lower() in endings:
+            if path.stem in found:
+                raise ValueError(f"{found[path.stem]} and {path} have one name, {path.stem}: which "
+                                 f"is meant? Remove one of them from {folder}")
+            found[path.stem] = path
+    return found
 
 
 def adopt(dataset: str, split: str, path: str, videos: dict[str, pathlib.Path], root: str) -> None:
     """One's own annotation file becomes <root>/<dataset>/<split>.jsonl: durations probed where it
     does not tell them, cleaned, and what was clamped or dropped is printed. A video that cannot be
     read keeps the last end it has."""
-    rows, durations = read_file(path), {}
+    rows, durations_sec = read_file(path), {}
     for name in {row.video for row in rows if math.isnan(row.duration_sec)}:
         try:
-            durations[name] = video.probe_duration(videos[name])
-        except (KeyError, video.VideoError):                            # `extract` will report it
-            durations[name] = max(row.end_sec for row in rows if row.video == name)
-    rows = [row._replace(duration_sec=durations.get(row.video, row.duration_sec)) for row in rows]
+            durations_sec[name] = video.probe_duration(videos[name])
+        except (KeyError, video.VideoError):                    # `video.extract` will report it
+            durations_sec[name] = max(row.end_sec for row in rows if row.video == name)
+    rows = [row._replace(duration_sec=durations_sec.get(row.video, row.duration_sec))
+            for row in rows]
     kept, counts = clean(rows)
     if not kept:
         raise ValueError(f"{path} holds no moment")
     write_jsonl(annotation_file(dataset, split, root), kept)
     print(f"{split}: {len(kept)} sentences of {len({row.video for row in kept})} videos; "
-          f"{counts.clamped} moments "
-          f"clamped to their video, {counts.dropped} empty ones dropped")
+          f"{counts.clamped} moments clamped to their video, {counts.dropped} empty ones dropped")
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser(description="make the features of a dataset, or a dataset "
-                                                    "of one's own videos",
-                                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    arguments.add_argument("dataset",
-                           help="charades, activitynet (annotations below the root), or a new name")
-    arguments.add_argument("--annotations", help="one's own: json or jsonl file, see README")
-    arguments.add_argument("--split", default="train", choices=OWN_SPLITS,
-                           help="what --annotations is")
-    arguments.add_argument("--videos", required=True,
-                           help="folder of video files, named as in the annotations")
-    arguments.add_argument("--clip", default="ViT-B/32",
-                           help="published name, weight file, or 'shapes'")
-    arguments.add_argument("--frames", type=int,
-                           help="features a video (default 32; activitynet 256)")
-    arguments.add_argument("--root", default="data", help="folder of datasets")
-    arguments.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    options = arguments.parse_args()
-    try:
-        run(options)
-    except (OSError, ValueError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-
-
-def run(options: argparse.Namespace) -> None:
-    dataset, root = options.dataset, options.root
-    if not pathlib.Path(options.videos).is_dir():
-        raise FileNotFoundError(f"there is no folder {options.videos}")
-    if dataset.startswith("shapes") or not all(c.isalnum() or c in "-_."
-                                               for c in dataset) or dataset[0] == ".":
-        raise ValueError(f"{dataset!r} cannot be the name of a dataset of one's own")
-    if dataset in FILES and options.annotations:
-        raise ValueError(f"{dataset} has published annotations, which are read from {root}; "
-                         f"--annotations is for one's own dataset")
-    device, videos = pick_device(options.device), find_videos(options.videos)
-    if options.annotations:
-        adopt(dataset, options.split, options.annotations, videos, root)
-    # the compositional splits are other sentences on the same videos: one store for both
-    family = (dataset.removesuffix("-cg"), dataset.removesuffix("-cg") + "-cg")
-    samples = {(name, split): read_annotations(name, split, root) for name in family
-               for split in splits(name, root) if annotation_file(name, split, root).exists()}
-    if not samples:
-        how = "" if dataset in FILES else "; name your own with --annotations FILE"
-        raise FileNotFoundError(f"{dataset} has no annotations: there is no "
-                                f"{annotation_file(dataset, 'train', root)}{how}")
-    path = clip_file(options.clip, root)
+def make_features(dataset: str, samples: dict[str, list[Sample]],
+                  options: argparse.Namespace) -> None:
+    """Features of all videos of `samples` (split -> rows), from video files or made elsewhere.
+    Under torchrun each process takes every n-th video."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(options.device)
+    if processes > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    path = clip_file(options.clip, options.root)
     if options.clip.startswith("shapes") and path == options.clip:
         raise FileNotFoundError(f"the small CLIP of {options.clip} has not been made; make it "
                                 f"with: python shapes.py")
     model = clip.load(path, device)
-    T = options.frames or (256 if family[0] == "activitynet" else 32)
-    visual = model.visual
-    width = model.text_projection.shape[1]
-    patch_width = visual.layer4[-1].conv3.out_channels if isinstance(visual,
-                                                                     clip.ModifiedResNet) else width
-    digest = clip.sha256(clip.download(path) if path in clip.PUBLISHED else path)
-    store = video.FeatureStore(store_folder(dataset, options.clip, root), {
-        "clip": options.clip, "sha256": digest, "resolution": visual.resolution, "frames": T,
-        "patch_frames": min(T, 32), "width": width, "patch_width": patch_width,
-        "grid": visual.grid})
-    names = {sample.video for rows in samples.values() for sample in rows}
-    training = {sample.video for (_, split), rows in samples.items() if split == "train"
-                for sample in rows}
-    failed = extract(names, training, videos, store, model)
-    print(f"{len(store.manifest['videos'])} videos have features in {store.folder}")
-    for name, reason in failed.items():
+    visual, width = model.visual, model.text_projection.shape[1]
+    resnet = isinstance(visual, clip.ModifiedResNet)
+    patch_width = visual.layer4[-1].conv3.out_channels if resnet else width
+    precision = options.precision or ("fp16" if device.type == "cuda" else "float32")
+    T = options.frames or (256 if dataset.startswith("activitynet") else 32)
+    made = {"clip": options.clip,
+            "sha256": clip.sha256(clip.download(path) if path in clip.PUBLISHED else path),
+            "resolution": visual.resolution, "frames": T, "patch_frames": min(T, 32),
+            "width": width, "patch_width": patch_width, "grid": visual.grid, "precision": precision}
+    if options.features:
+        made |= {"patch_frames": 0, "patch_width": 0, "grid": 0, "precision": "made elsewhere"}
+    store = video.FeatureStore(store_folder(dataset, options.clip, options.root), made,
+                               f"-{rank}" if rank else "")
+    rows = [sample for part in samples.values() for sample in part]
+    names = sorted({sample.video for sample in rows})[rank::processes]
+    if options.features:
+        files = find_files(options.features, FEATURES)
+        durations_sec = {sample.video: sample.duration_sec for sample in rows}
+        failed = video.adopt_features(store, files, names, durations_sec)
+    else:
+        training = {sample.video for split, part in samples.items() for sample in part
+                    if split.endswith("train")}
+        workers = max(1, (os.cpu_count() or 2) - 1) if options.workers is None else options.workers
+        failed = video.extract(store, model, find_files(options.videos, VIDEOS), names, training,
+                               workers, options.batch or (256 if device.type == "cuda" else 32),
+                               video.PRECISIONS[precision])
+    for name, reason in sorted(failed.items()):
         print(f"failed: {name}: {reason}")
+    lost = sum(sample.video in failed for sample in rows)
+    print(f"{len(names) - len(failed)} of {len(names)} videos have features in {store.folder}"
+          + (f"; without the {len(failed)} that failed (failed.txt) {lost} sentences are lost"
+             if failed else ""))
+
+
+def check(which: str | None, root: str) -> bool:
+    """Prints what is wrong with the features of one dataset, or of all below the root. Is all
+    well?"""
+    stores = sorted(pathlib.Path(root).glob(f"{which or '*'}/features/*"))
+    if not stores:
+        raise FileNotFoundError(f"there are no features in {root}/{which or '*'}/features")
+    well = True
+    for folder in stores:
+        store = video.FeatureStore(folder)
+        problems = list(store.problems())
+        dataset = folder.parts[-3]
+        for name in (dataset, dataset + "-cg"):
+            for split in splits(name, root):
+                path = annotation_file(name, split, root)
+                rows = read_annotations(name, split, root) if path.exists() else []
+                stated_sec = {row.video: row.duration_sec for row in rows}
+                missing = sum(video not in store for video in stated_sec)
+                if missing:
+                    problems.append(f"{name} {split}: {missing} of {len(stated_sec)} videos have "
+                                    f"no features (see failed.txt)")
+                known = store.manifest["videos"]
+                problems += [f"{video}: its file is {known[video]['duration_sec']:.2f} s long, and "
+                             f"its annotations say {stated:.2f} s"
+                             for video, stated in stated_sec.items() if video in known
+                             and abs(known[video]["duration_sec"] - stated) > 0.05 * stated]
+        made = ", ".join(f"{key} {store.manifest[key]}" for key in ("clip", "frames", "precision"))
+        print(f"{folder}: {len(store.manifest['videos'])} videos, {made}, {len(problems)} problems")
+        print("".join(f"  {problem}\n" for problem in dict.fromkeys(problems)), end="")
+        well &= not problems
+    return well
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(
+        description="the annotations and features of a dataset",
+        epilog="torchrun --nproc-per-node 8 data.py ... shares the videos among 8 processes")
+    add = arguments.add_argument
+    add("dataset", help="charades, activitynet, a name for one's own, or check: are the features "
+                        "of all datasets (or of the one named next) in order?")
+    add("which", nargs="?", help="after check: a dataset (default: all)")
+    add("--annotations", help="published: a folder that has them (default: fetched, once); one's "
+                              "own: a json or jsonl file, see README")
+    add("--split", default="train", choices=OWN_SPLITS,
+        help="what one's own --annotations are (default train)")
+    source = arguments.add_mutually_exclusive_group()
+    source.add_argument("--videos", help="folder of video files, named as in the annotations; "
+                                         "without it no features are made")
+    source.add_argument("--features", help="folder of features made elsewhere by the same CLIP, "
+                                           "[L, D] a video: .npy, .npz (features) or .pt")
+    add("--clip", default="ViT-B/32",
+        help="published name, weight file, or 'shapes' (default ViT-B/32)")
+    add("--frames", type=int, help="features a video (default 32; activitynet 256)")
+    add("--root", default="data", help="folder of datasets (default data)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)")
+    add("--precision", choices=video.PRECISIONS,
+        help="of the image tower (default fp16 on cuda, else float32)")
+    add("--workers", type=int,
+        help="processes that decode (default: the number of cores less one; 0: none)")
+    add("--batch", type=int, help="frames in a batch (default 256 on cuda, else 32)")
+    options = arguments.parse_args()
+    try:
+        if options.dataset == "check":
+            sys.exit(0 if check(options.which, options.root) else 1)
+        run(options)
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def run(options: argparse.Namespace) -> None:
+    dataset, root = options.dataset, options.root
+    if options.which:
+        raise ValueError(f"{options.which!r} is one name too many; only check is followed by one")
+    if dataset.startswith("shapes") or not all(c.isalnum() or c in "-_."
+                                               for c in dataset) or dataset[0] == ".":
+        raise ValueError(f"{dataset!r} cannot be the name of a dataset of one's own")
+    # the compositional splits are other sentences on the same videos: one store for both
+    family = [name for name in FILES if name.removesuffix("-cg") == dataset.removesuffix("-cg")]
+    for name in family:
+        try:
+            install(name, root, options.annotations)
+        except (FileNotFoundError, RuntimeError) as error:
+            if name == dataset:
+                raise RuntimeError(f"{error}; or name a folder that has the annotations with "
+                                   f"--annotations") from error
+            print(f"note: {name} is left out: {error}", file=sys.stderr)
+    if not family and options.annotations:
+        videos = find_files(options.videos, VIDEOS) if options.videos else {}
+        adopt(dataset, options.split, options.annotations, videos, root)
+    samples = {f"{name} {split}": read_annotations(name, split, root)
+               for name in family or [dataset] for split in splits(name, root)
+               if annotation_file(name, split, root).exists()}
+    if not samples:
+        raise FileNotFoundError(f"{dataset} has no annotations: there is no "
+                                f"{annotation_file(dataset, 'train', root)}; name your own with "
+                                f"--annotations FILE")
+    for name in family or [dataset]:
+        print(describe(name, root))
+    if options.videos or options.features:
+        make_features(dataset.removesuffix("-cg") if family else dataset, samples, options)
 
 
 if __name__ == "__main__":

@@ -138,9 +138,10 @@ def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
 
 
 def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
-             root: str | None = None,
-             device: torch.device | str = "cpu", allow_missing: bool = False) -> dict[str, dict]:
-    """Split -> metrics. `splits`: default all but train (train too, if it is the only one)."""
+             root: str | None = None, device: torch.device | str = "cpu",
+             allow_missing: bool = False, parser: str | None = None) -> dict[str, dict]:
+    """Split -> metrics. `splits`: default all but train (train too, if it is the only one).
+    `parser`: default the one of the training."""
     config = run.config
     root = root or config["root"]
     dataset = config["dataset"]
@@ -151,10 +152,10 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
         raise ValueError(f"the features in {store.folder} come from another CLIP than this "
                          f"checkpoint was trained with: sha256 {store.manifest['sha256'][:12]}, "
                          f"not {run.checkpoint['clip_sha256'][:12]}")
-    parser = parse.Parser(config["parser"] or None, config["mask"])
+    parser = parse.Parser(parser or config["parser"] or None, config["mask"])
     if parser.name != run.checkpoint["parser"]:
         print(f"note: this checkpoint was trained with the parser {run.checkpoint['parser']}, and "
-              f"this is {parser.name}", file=sys.stderr)
+              f"is evaluated with {parser.name}", file=sys.stderr)
     N = run.retriever.num_clips
     train = data.read_annotations(dataset, "train", root)
     moments_sec = torch.tensor([[s.start_sec, s.end_sec] for s in train])
@@ -172,13 +173,14 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
         if videos.missing and not allow_missing:
             raise FileNotFoundError(f"{len(videos.missing)} of {len(videos.missing) + len(videos)} "
                                     f"videos of {split} have no features (see "
-                                    f"{store.folder / 'failed.txt'}); --allow-missing leaves their "
-                                    f"sentences out")
+                                    f"{store.folder / 'failed.txt'}); --allow-missing leaves out "
+                                    f"their {videos.lost} sentences")
         predicted = predict(run.text, run.retriever, videos, config["batch"], device, query)
         iou = videos.iou.flatten(1)[:, candidates]                      # [S, P]
         results[split] = {
             "queries": len(videos.samples),
-            **({"videos missing": len(videos.missing)} if videos.missing else {}),
+            **({"videos missing": len(videos.missing), "queries missing": videos.lost}
+               if videos.missing else {}),
             **recall(predicted[..., :2], videos.moments_sec),
             **(event_accuracy(predicted[..., :2], videos.samples, events) if events else {}),
             "random moment": cell_recall(iou), "best prior": cell_recall(iou[:, prior])}
@@ -228,6 +230,7 @@ def main() -> None:
     arguments.add_argument("--root",
                            help="folder of datasets (default: the one used in training)")
     arguments.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    arguments.add_argument("--parser", help="spaCy pipeline or 'rules' (default: as in training)")
     arguments.add_argument("--allow-missing", action="store_true",
                            help="leave out videos without features")
     arguments.add_argument("--json", action="store_true", help="print one json object a checkpoint")
@@ -237,13 +240,14 @@ def main() -> None:
         for path in options.checkpoint:
             run = load(path, device)
             results.append(evaluate(run, options.split, options.query, options.root, device,
-                                    options.allow_missing))
+                                    options.allow_missing, options.parser))
             title = {name: run.config[name] for name in ("dataset", "method", "seed")}
             methods.add(run.config["method"])
             if len(methods) > 1:
                 raise ValueError("the mean is over runs of one method, not of "
                                  + " and ".join(sorted(methods)))
-            title |= {"query": options.query, "epoch": run.checkpoint["epoch"]}
+            title |= {"query": options.query, "epoch": run.checkpoint["epoch"],
+                      "parser": options.parser or run.checkpoint["parser"]}
             if options.json:
                 print(json.dumps(title | {"splits": results[-1]}))
             elif len(options.checkpoint) == 1:

@@ -382,7 +382,7 @@ def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, i
         store = video.FeatureStore(folder / "features" / target.name, {
             "clip": target.name, "sha256": clip.sha256(folder / "clip.pt"), "resolution": SIZE,
             "frames": FRAMES, "patch_frames": FRAMES, "width": 64, "patch_width": 64,
-            "grid": model.visual.grid})
+            "grid": model.visual.grid, "precision": "float32"})
         events = {}
         for part, (split, count) in enumerate(counts.items()):
             samples = []
@@ -390,7 +390,7 @@ def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, i
                 name, plan = f"{split}-{i:04d}", script(split,
                                                         np.random.default_rng([seed, part + 1, i]))
                 pixels = torch.from_numpy(render(plan, np.arange(FRAMES) + 0.5)).permute(0, 3, 1, 2)
-                frames, patches = video.encode_pixels(model, clip.preprocess(pixels, SIZE))
+                frames, patches = video.encode_frames(model, clip.crop(pixels, SIZE))
                 sentences = samples_of(name, split, plan)
                 store.write(name, frames, patches if split == "train" else None,
                             sentences[0].duration_sec)

@@ -332,10 +332,11 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
     videos = {split: data.Videos(rows, store, config.num_clips, parser,
                                  split == "train" and config.method == "vdi")
               for split, rows in samples.items()}
+    print(f"parser: {parser.name}")
     for split, part in videos.items():
-        print(f"{split}: {len(part)} videos, {len(part.samples)} sentences" +
-              (f" ({len(part.missing)} videos have no features and are left out)" if part.missing
-               else ""))
+        print(f"{split}: {len(part)} videos, {len(part.samples)} sentences"
+              + (f" ({len(part.missing)} videos with {part.lost} sentences have no features and "
+                 f"are left out)" if part.missing else ""))
 
     torch.manual_seed(config.seed)
     source = config.clip if config.text_clip in ("", "shuffled") else config.text_clip

@@ -1,5 +1,4 @@
-"""A video file -> frames -> CLIP features, and the store that keeps them (f^v of the paper, Sec.
-3).
+"""A video file -> frames -> CLIP features, and the store that keeps them (f^v, paper Sec. 3).
 
 A video is T frames at the centres of T equal parts of its duration, found by timestamp, so that
 frame rate and length do not matter. The image tower is frozen (paper Sec. 4.1.3), so features are
@@ -9,24 +8,35 @@ The store is a folder, the same for every dataset:
 
     <video>.frames.npy    [T, D]          float16, global features x_i^v, not normalised
     <video>.patches.npy   [T', D', H, W]  float16, patch features, T' of the T frames; training
-                          videos only
+                                          videos only
     manifest.json         how they were made, and for each video its duration and seconds per
-                          feature
+                          feature; a cluster's process r > 0 writes manifest-r.json beside it
+    failed.txt            the videos that could not be read, with the reason
 
 Files get their names only when they are complete.
 
 Shapes: T frames, D width of CLIP's joint space, D' channels of the patch features, H x W patch
-grid.
+grid, R resolution, L features of a video made elsewhere.
 """
+import collections
+import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import json
+import math
+import multiprocessing
 import os
 import pathlib
+import signal
+import sys
+import time
 from collections.abc import Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 import clip
 
@@ -96,32 +106,35 @@ def probe_duration(path: str | os.PathLike) -> float:
         return times[-1] + (times[-1] / (len(times) - 1) if len(times) > 1 else 0.04)
 
 
-TOLERATED = 0.9     # share of a video that has to decode; its last frame stands for a damaged end
+TOLERATED = 0.9     # share of a video that has to decode; its last frame stands for a missing end
 
 
 def frames_at(path: str | os.PathLike, times_sec: np.ndarray) -> Iterator[Tensor]:
     """For each instant (ascending) the frame on show: the last one that begins no later. uint8 [3,
     h, w], RGB.
 
-    Decodes in one pass. VideoError where the file is damaged before `TOLERATED` of the last
-    instant."""
+    Decodes in one pass. VideoError where the frames end before `TOLERATED` of the last instant,
+    because the file is damaged or its header claims more than it holds."""
     av = pyav()
-    wanted, last, time_sec = 0, None, 0.0
+    wanted, last, end_sec, damage = 0, None, 0.0, "the file ends there"
     with open_video(path) as container:
         try:
             for time_sec, frame in decoded(container):
                 while last is not None and wanted < len(times_sec) and times_sec[wanted] < time_sec:
                     yield to_rgb(last)
                     wanted += 1
-                last = frame
+                last, end_sec = frame, time_sec
                 if wanted == len(times_sec):
                     return
         except av.FFmpegError as error:
-            if time_sec < TOLERATED * times_sec[-1]:
-                raise VideoError(f"{path} is damaged: decoding stops at {time_sec:.1f} s, before "
-                                 f"{times_sec[-1]:.1f} s ({error.strerror})") from error
+            damage = error.strerror
         if last is None:
-            raise VideoError(f"{path} does not decode: not one frame could be read")
+            raise VideoError(f"{path} does not decode: not one frame could be read ({damage})")
+        if getattr(last, "duration", None) and last.time_base:
+            end_sec += float(last.duration * last.time_base)
+        if end_sec < TOLERATED * times_sec[-1]:
+            raise VideoError(f"{path} is damaged: its frames end at {end_sec:.1f} s, and "
+                             f"{times_sec[-1]:.1f} s is asked for ({damage})")
         for _ in range(wanted, len(times_sec)):
             yield to_rgb(last)
 
@@ -132,25 +145,41 @@ def to_rgb(frame) -> Tensor:
     return torch.from_numpy(image.copy()).permute(2, 0, 1)
 
 
+def sample_frames(path: str | os.PathLike, count: int, resolution: int) -> tuple[Tensor, float]:
+    """A video file -> T frames as CLIP sees them, uint8 [T, 3, R, R], and the duration in
+    seconds."""
+    duration_sec = probe_duration(path)
+    frames = [clip.crop(frame[None], resolution)
+              for frame in frames_at(path, frame_centres(duration_sec, count))]
+    return torch.cat(frames), duration_sec
+
+
 # ------------------------------------------------------------------------------- frames -> features
 
+PRECISIONS = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
 @torch.no_grad()
-def encode_pixels(model: clip.CLIP, pixels: Tensor, batch: int = 256) -> tuple[Tensor, Tensor]:
-    """Preprocessed frames [T, 3, R, R] -> frame features [T, D], patch features [T, D', H, W],
-    float16, on the CPU."""
+def encode_frames(model: clip.CLIP, pixels: Tensor, batch: int = 32,
+                  precision: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """uint8 [T, 3, R, R] -> frame features [T, D], patch features [T, D', H, W], float16, on the
+    CPU."""
     device = model.logit_scale.device
-    done = [[y.half().cpu() for y in model.encode_image(part.to(device))]
-            for part in pixels.split(batch)]
-    return torch.cat([x for x, _ in done]), torch.cat([patches for _, patches in done])
+    done = []
+    for part in pixels.split(batch):
+        # subtle: a matrix product of another shape may round otherwise, so every batch is full
+        part = F.pad(part, (0, 0) * 3 + (0, batch - len(part))).to(device)
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            done.append([y.half().cpu() for y in model.encode_image(clip.normalise(part))])
+    x, patches = (torch.cat(y)[:len(pixels)] for y in zip(*done))
+    return x, patches
 
 
 def encode_video(model: clip.CLIP, path: str | os.PathLike,
                  frames: int) -> tuple[Tensor, Tensor, float]:
     """A video file -> frame features [T, D], patch features [T, D', H, W], duration in seconds."""
-    duration_sec = probe_duration(path)
-    pixels = torch.cat([clip.preprocess(frame[None], model.visual.resolution)
-                        for frame in frames_at(path, frame_centres(duration_sec, frames))])
-    return *encode_pixels(model, pixels), duration_sec
+    pixels, duration_sec = sample_frames(path, frames, model.visual.resolution)
+    return *encode_frames(model, pixels), duration_sec
 
 
 def patch_frames(frames: int, count: int) -> np.ndarray:
@@ -180,24 +209,26 @@ class FeatureStore:
     """The folder of features described at the top. Reading is by memory map.
 
     `made` says how the features were made: clip, sha256, resolution, frames (T), patch_frames (T'),
-    width (D), patch_width (D'), grid (H = W). It is required to create a store, and must agree with
-    one that exists."""
+    width (D), patch_width (D'), grid (H = W), precision. It is required to create a store, and must
+    agree with one that exists. `part` is "-r" in process r of several that fill one store."""
 
-    def __init__(self, folder: str | os.PathLike, made: dict | None = None):
-        self.folder = pathlib.Path(folder)
-        manifest = self.folder / "manifest.json"
-        if manifest.exists():
-            self.manifest = json.loads(manifest.read_text())
-            for key, value in (made or {}).items():
-                if self.manifest[key] != value:
-                    raise ValueError(f"the features in {folder} were made with {key} "
-                                     f"{self.manifest[key]!r}, not "
-                                     f"{value!r}; remove that folder to make them anew")
-        elif made is None:
+    def __init__(self, folder: str | os.PathLike, made: dict | None = None, part: str = ""):
+        self.folder, self.part, self.saved = pathlib.Path(folder), part, time.monotonic()
+        parts = sorted(self.folder.glob("manifest*.json"))
+        if not parts and made is None:
             raise FileNotFoundError(f"there are no features in {folder}")
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.manifest = {**made, "normalised": False, "videos": {}}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.manifest = {**(made or {}), "normalised": False, "videos": {}}
+        for i, path in enumerate(parts):
+            there = json.loads(path.read_text())
+            if made is None and i == 0:
+                self.manifest = {**there, "videos": {}}
+            for key, value in self.manifest.items():
+                if key != "videos" and there.get(key) != value:
+                    raise ValueError(f"the features in {folder} were made with {key} "
+                                     f"{there.get(key)!r}, not {value!r}; remove that folder to "
+                                     f"make them anew")
+            self.manifest["videos"] |= there["videos"]
 
     def path(self, video: str, kind: str) -> pathlib.Path:
         if "/" in video or "\\" in video or "\0" in video or video.startswith("."):
@@ -210,20 +241,31 @@ class FeatureStore:
 
     def write(self, video: str, frames: Tensor, patches: Tensor | None,
               duration_sec: float) -> None:
-        """Keeps frames [T, D] and, unless None, patches [T', D', H, W]. `save_manifest` makes it
-        known."""
-        if not torch.isfinite(frames).all():
-            raise VideoError(f"{video}: its features are not finite")
+        """Keeps frames [T, D] and, unless None, patches [T', D', H, W]; `save_manifest` makes them
+        known, as this does every ten seconds."""
+        if not (torch.isfinite(frames).all() and math.isfinite(duration_sec)):
+            raise VideoError(f"{video}: its features or its duration are not finite")
         save_atomically(self.path(video, "frames"), lambda file: np.save(file, frames.numpy()))
         if patches is not None:
             save_atomically(self.path(video, "patches"),
                             lambda file: np.save(file, patches.numpy()))
         self.manifest["videos"][video] = {"duration_sec": duration_sec,
                                           "seconds_per_feature": duration_sec / len(frames)}
+        if time.monotonic() - self.saved > 10:
+            self.save_manifest()
 
     def save_manifest(self) -> None:
-        text = json.dumps(self.manifest, indent=1)
-        save_atomically(self.folder / "manifest.json", lambda file: file.write(text.encode()))
+        """Videos in order of name: two stores of the same features are the same bytes."""
+        content = self.manifest | {"videos": dict(sorted(self.manifest["videos"].items()))}
+        text = json.dumps(content, indent=1)
+        save_atomically(self.folder / f"manifest{self.part}.json",
+                        lambda file: file.write(text.encode()))
+        self.saved = time.monotonic()
+
+    def save_failed(self, failed: dict[str, str]) -> None:
+        text = "".join(f"{name}\t{reason}\n" for name, reason in sorted(failed.items()))
+        save_atomically(self.folder / f"failed{self.part}.txt",
+                        lambda file: file.write(text.encode()))
 
     def read(self, video: str, kind: str) -> np.ndarray:
         """`kind` is "frames" or "patches"; float16, memory-mapped."""
@@ -231,5 +273,198 @@ class FeatureStore:
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: the features of {video!r} have not been "
                                     f"made")
-        # subtle: a map that is kept keeps a file descriptor; there are more videos than descriptors
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        try:
+            # subtle: a kept map keeps a file descriptor, and there are more videos than those
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise VideoError(f"{path} is damaged ({error}): remove it and run data.py again, which "
+                             f"makes what is missing") from error
+
+    def problems(self) -> Iterator[str]:
+        """A sentence for everything that is wrong with the features, in one pass over all files."""
+        made = self.manifest
+        shapes = {"frames": (made["frames"], made["width"]),
+                  "patches": (made["patch_frames"], made["patch_width"], *[made["grid"]] * 2)}
+        known = set()
+        for name, about in tqdm(made["videos"].items(), desc="check", unit="video", disable=None):
+            duration_sec, each_sec = about["duration_sec"], about["seconds_per_feature"]
+            if not (0 < duration_sec < math.inf
+                    and math.isclose(each_sec * made["frames"], duration_sec, rel_tol=1e-6)):
+                yield f"{name} is {duration_sec} s long, and its features are {each_sec} s each"
+            for kind, shape in shapes.items():
+                known.add(path := self.path(name, kind))
+                if kind == "patches" and not path.exists():
+                    continue
+                try:
+                    x = self.read(name, kind)
+                    if x.shape != shape or x.dtype != np.float16:
+                        yield f"{path.name} is {x.dtype} {x.shape}, not float16 {shape}"
+                    elif not np.isfinite(x).all():
+                        yield f"{path.name} is not finite"
+                except (OSError, ValueError) as error:
+                    yield str(error)
+        for path in sorted(set(self.folder.glob("*.npy")) - known):
+            yield f"{path.name} is in no manifest; its making was interrupted: make it again"
+
+
+# ------------------------------------------------------------------------- many videos -> the store
+
+Decoded = tuple[np.ndarray | None, float, str]  # frames uint8 [T, 3, R, R], duration in s, reason
+
+
+def attempt(path: str | os.PathLike, count: int, resolution: int) -> Decoded:
+    """`sample_frames` for another process: the frames and the duration, or the reason why not."""
+    try:
+        pixels, duration_sec = sample_frames(path, count, resolution)
+        return pixels.numpy(), duration_sec, ""
+    except Exception as error:      # a decoder raises what it likes; one video must not end a night
+        return None, math.nan, str(error) or type(error).__name__
+
+
+def be_a_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent stops its workers
+
+
+def decode_in_pool(paths: dict[str, pathlib.Path], count: int, resolution: int,
+                   workers: int) -> Iterator[tuple[str, Decoded]]:
+    """Videos in order, 2 * workers of them under way. BrokenProcessPool if a process dies."""
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"),
+                                                  be_a_worker)
+    jobs, flying = iter(list(paths.items())), collections.deque()
+    try:
+        while True:
+            while len(flying) < 2 * workers and (job := next(jobs, None)):
+                flying.append((job[0], pool.submit(attempt, job[1], count, resolution)))
+            if not flying:
+                return
+            name, future = flying.popleft()
+            yield name, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def decode_all(paths: dict[str, pathlib.Path], count: int, resolution: int,
+               workers: int) -> Iterator[tuple[str, Decoded]]:
+    """All videos in order, decoded by `workers` processes, or in this one if there are none. The
+    video that kills its process is found by trying those that were under way one at a time."""
+    if not workers:
+        for name, path in paths.items():
+            yield name, attempt(path, count, resolution)
+        return
+    left = dict(paths)
+    while left:
+        try:
+            for name, result in decode_in_pool(left, count, resolution, workers):
+                del left[name]
+                yield name, result
+        except concurrent.futures.process.BrokenProcessPool:
+            for name in list(left)[:2 * workers]:
+                alone = {name: left.pop(name)}
+                try:
+                    yield from decode_in_pool(alone, count, resolution, 1)
+                except concurrent.futures.process.BrokenProcessPool:
+                    yield name, (None, math.nan, f"{alone[name]} kills the process that decodes it")
+
+
+def extract(store: FeatureStore, model: clip.CLIP, videos: dict[str, pathlib.Path],
+            names: list[str], training: set[str], workers: int = 0, batch: int = 32,
+            precision: torch.dtype = torch.float32) -> dict[str, str]:
+    """Makes the missing features of the videos `names`, with patches of those in `training`.
+
+    Encodes batches of `batch` frames across videos. Returns video -> reason for those that failed;
+    the list is kept in failed.txt. Can be stopped at any point: the next call goes on."""
+    pyav()
+    T, R = store.manifest["frames"], model.visual.resolution
+    kept = patch_frames(T, store.manifest["patch_frames"])
+    missing = [name for name in names if name not in store
+               or name in training and not store.path(name, "patches").exists()]
+    failed = {name: f"there is no video file named {name}" for name in missing
+              if name not in videos}
+    paths = {name: videos[name] for name in missing if name in videos}
+    group, waited_sec, started = [], 0.0, time.monotonic()
+    decoding = decode_all(paths, T, R, workers)
+    bar = tqdm(total=len(paths), desc="features", unit="video", disable=None)
+    try:
+        while True:
+            since = time.monotonic()
+            item = next(decoding, None)
+            waited_sec += time.monotonic() - since
+            if item and item[1][0] is not None:
+                group.append(item)
+            elif item:
+                failed[item[0]] = item[1][2]
+            if group and (item is None or len(group) * T >= batch):
+                pixels = torch.from_numpy(np.concatenate([frames for _, (frames, *_) in group]))
+                x, patches = encode_frames(model, pixels, batch, precision)
+                for (name, (_, duration_sec, _)), a, b in zip(group, x.split(T), patches.split(T)):
+                    try:
+                        store.write(name, a, b[kept] if name in training else None, duration_sec)
+                    except VideoError as error:
+                        failed[name] = str(error)
+                group.clear()
+            if item is None:
+                break
+            bar.update()
+            share = waited_sec / (time.monotonic() - started)
+            bar.set_postfix({"waiting for the decoder": f"{share:.0%}"})
+    finally:
+        decoding.close()
+        bar.close()
+        store.save_manifest()
+    store.save_failed(failed)
+    if paths:
+        seconds = time.monotonic() - started
+        print(f"{len(paths)} videos in {seconds:.1f} s: {len(paths) / seconds:.2f} videos/s, "
+              f"{waited_sec / seconds:.0%} of the time waiting for the decoder")
+    return failed
+
+
+# ------------------------------------------------------------------------- features made elsewhere
+
+def read_features(path: str | os.PathLike) -> np.ndarray:
+    """Features made elsewhere, [L, D]: .npy, .npz (its array `features`) or .pt. VideoError if the
+    file holds anything else."""
+    path = pathlib.Path(path)
+    try:
+        if path.suffix == ".pt":
+            x = torch.load(path, map_location="cpu", weights_only=True).float().numpy()
+        elif path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                x = file["features"]
+        else:
+            x = np.load(path, allow_pickle=False)
+    except Exception as error:  # a dozen kinds for a damaged or a hostile file
+        raise VideoError(f"{path} cannot be read as features: {type(error).__name__} "
+                         f"{str(error).splitlines()[0] if str(error) else ''}") from error
+    if x.ndim != 2 or not len(x) or x.dtype.kind not in "fiu" or not np.isfinite(x).all():
+        raise VideoError(f"{path} holds {x.dtype} {list(x.shape)}, and not finite numbers [L, D]")
+    return x
+
+
+def adopt_features(store: FeatureStore, files: dict[str, pathlib.Path], names: list[str],
+                   durations_sec: dict[str, float]) -> dict[str, str]:
+    """Features made elsewhere become those of the store: T of the L rows, those at the centres of T
+    equal parts. Returns video -> reason for those that cannot."""
+    T, D = store.manifest["frames"], store.manifest["width"]
+    failed, each_sec = {}, []
+    for name in tqdm(names, desc="features", unit="video", disable=None):
+        try:
+            if name not in files:
+                raise VideoError(f"there is no file of features named {name}")
+            x = read_features(files[name])
+            if x.shape[1] != D:
+                raise VideoError(f"{files[name]} has features of {x.shape[1]} numbers, and this "
+                                 f"CLIP of {D}")
+            each_sec.append(durations_sec[name] / len(x))
+            chosen = frame_centres(len(x), T).astype(int)
+            store.write(name, torch.from_numpy(x[chosen].astype(np.float16)), None,
+                        durations_sec[name])
+        except VideoError as error:
+            failed[name] = str(error)
+    store.save_manifest()
+    store.save_failed(failed)
+    if each_sec:
+        print(f"a feature stands for {min(each_sec):.2f} to {max(each_sec):.2f} s, "
+              f"{np.median(each_sec):.2f} s in the middle")
+    return failed
