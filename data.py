@@ -15,6 +15,7 @@ of the batch.
 Shapes: B videos, S sentences in the batch, T frames, N clips, D width of CLIP's joint space.
 """
 import argparse
+import contextlib
 import csv
 import json
 import math
@@ -525,7 +526,11 @@ def adopt(dataset: str, split: str, path: str, videos: dict[str, pathlib.Path], 
     does not tell them, cleaned, and what was clamped or dropped is printed. A video that cannot be
     read keeps the last end it has."""
     rows, durations_sec = read_file(path), {}
-    for name in {row.video for row in rows if math.isnan(row.duration_sec)}:
+    untold = {row.video for row in rows if math.isnan(row.duration_sec)}
+    if untold and not videos:
+        raise ValueError(f"{path} does not tell how long {len(untold)} videos are; add \"duration\" "
+                         f"to its lines, or name the folder of the videos with --videos")
+    for name in untold:
         try:
             durations_sec[name] = video.probe_duration(videos[name])
         except (KeyError, video.VideoError):                    # `video.extract` will report it
@@ -612,7 +617,8 @@ def check(which: str | None, root: str) -> bool:
                              f"its annotations say {stated:.2f} s"
                              for video, stated in stated_sec.items() if video in known
                              and abs(known[video]["duration_sec"] - stated) > 0.05 * stated]
-        made = ", ".join(f"{key} {store.manifest[key]}" for key in ("clip", "frames", "precision"))
+        made = ", ".join(f"{key} {store.manifest.get(key)}" for key in ("clip", "frames",
+                                                                        "precision"))
         print(f"{folder}: {len(store.manifest['videos'])} videos, {made}, {len(problems)} problems")
         print("".join(f"  {problem}\n" for problem in dict.fromkeys(problems)), end="")
         well &= not problems
@@ -646,7 +652,7 @@ def main() -> None:
     add("--workers", type=int,
         help="processes that decode (default: the number of cores less one; 0: none)")
     add("--batch", type=int, help="frames in a batch (default 256 on cuda, else 32)")
-    options = arguments.parse_args()
+    options = arguments.parse_intermixed_args()
     try:
         if options.dataset == "check":
             sys.exit(0 if check(options.which, options.root) else 1)
@@ -659,12 +665,22 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    dataset, root = options.dataset, options.root
+    dataset = options.dataset
     if options.which:
         raise ValueError(f"{options.which!r} is one name too many; only check is followed by one")
     if dataset.startswith("shapes") or not all(c.isalnum() or c in "-_."
                                                for c in dataset) or dataset[0] == ".":
         raise ValueError(f"{dataset!r} cannot be the name of a dataset of one's own")
+    with contextlib.redirect_stdout(None if int(os.environ.get("RANK", 0)) else sys.stdout):
+        samples = prepare(dataset, options)
+    if options.videos or options.features:
+        family = dataset.removesuffix("-cg") if dataset in FILES else dataset
+        make_features(family, samples, options)
+
+
+def prepare(dataset: str, options: argparse.Namespace) -> dict[str, list[Sample]]:
+    """Installs the annotations, prints what they are, and returns them by dataset and split."""
+    root = options.root
     # the compositional splits are other sentences on the same videos: one store for both
     family = [name for name in FILES if name.removesuffix("-cg") == dataset.removesuffix("-cg")]
     for name in family:
@@ -687,8 +703,7 @@ def run(options: argparse.Namespace) -> None:
                                 f"--annotations FILE")
     for name in family or [dataset]:
         print(describe(name, root))
-    if options.videos or options.features:
-        make_features(dataset.removesuffix("-cg") if family else dataset, samples, options)
+    return samples
 
 
 if __name__ == "__main__":

@@ -495,7 +495,10 @@ def main() -> None:
                         value in dataclasses.asdict(config).items() if value != ""))
         train(config, resume)
     except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        reason = str(error)
+        if "Original Traceback" in reason:              # what a worker of the DataLoader raised
+            reason = reason.strip().splitlines()[-1]
+        sys.exit(f"error: {reason}")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,10 @@ def open_video(path: str | os.PathLike):
     if not container.streams.video:
         container.close()
         raise VideoError(f"{path} has no video stream")
-    container.streams.video[0].thread_type = "AUTO"
+    if multiprocessing.parent_process():            # the workers share the cores among themselves
+        container.streams.video[0].codec_context.thread_count = 1
+    else:
+        container.streams.video[0].thread_type = "AUTO"
     return container
 
 

@@ -242,6 +242,28 @@ def test_mistakes_are_one_sentence(run, world, tmp_path):
     assert "multiple of" in command("train.py", "--frames", 33, status=1)
 
 
+def test_a_damaged_feature_file_is_named_also_by_a_worker(world, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(world / "shapes", root / "shapes")
+    (root / "shapes/features/shapes/train-0003.frames.npy").write_bytes(b"")
+    for workers in (0, 1):
+        error = command("train.py", "--root", root, "--out", tmp_path / "run", "--method", "mmn",
+                        "--device", "cpu", "--workers", workers, status=1)
+        assert "train-0003.frames.npy is damaged" in error and len(error.splitlines()) == 1
+
+
+def test_another_parser_than_in_training_is_told(run, world, tmp_path):
+    _, folder, text = run
+    assert "\nparser: rules\n" in text
+    saved = torch.load(folder / "ckpt.pt", weights_only=True)
+    torch.save(saved | {"parser": "en_core_web_sm 3.8.0"}, tmp_path / "ckpt.pt")
+    done = subprocess.run([sys.executable, "evaluate.py", tmp_path / "ckpt.pt", "--split", "test",
+                           "--parser", "rules"], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0 and "parser rules" in done.stdout
+    assert ("trained with the parser en_core_web_sm 3.8.0, and is evaluated with rules"
+            in done.stderr)
+
+
 def test_help_names_every_field_of_the_configuration():
     text = command("train.py", "--help")
     for field in dataclasses.fields(train.Config):
@@ -279,12 +301,12 @@ def test_real_videos_go_through_extraction_training_and_evaluation(published, wo
     text = command("data.py", "mine", "--annotations", tmp_path / "mine.json", "--videos",
                    published / "videos",
                    "--clip", "shapes", "--root", root)
-    assert "3 videos have features" in text and "corrupted.mp4" in text
+    assert "3 of 4 videos have features" in text and "corrupted.mp4" in text
     assert "corrupted" in (root / "mine" / "features" / "shapes" / "failed.txt").read_text()
     text = command("train.py", "--dataset", "mine", "--root", root, "--out", tmp_path / "run",
                    "--epochs", 400,
                    "--method", "mmn", "--device", "cpu")
-    assert "1 videos have no features" in text
+    assert "1 videos with 1 sentences have no features" in text
     assert "--allow-missing" in command("evaluate.py", tmp_path / "run" / "ckpt.pt", status=1)
     answer = json.loads(command("evaluate.py", tmp_path / "run" / "ckpt.pt", "--json",
                                 "--allow-missing"))
