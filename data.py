@@ -431,10 +431,12 @@ class Videos(torch.utils.data.Dataset):
     """The videos of a split, each with all its sentences. Features are read when a video is asked
     for.
 
-    `samples` (attribute) are the sentences in order of video; `queries` their (Q, Q^s, Q^d)."""
+    `samples` (attribute) are the sentences in order of video; `queries` their (Q, Q^s, Q^d), or
+    with `halve` (Q, Q^h, the rest). Without `normalise` features stay as CLIP gives them."""
 
     def __init__(self, samples: list[Sample], store: video.FeatureStore, num_clips: int,
-                 parser: parse.Parser, patches: bool = False):
+                 parser: parse.Parser, patches: bool = False, halve: bool = False,
+                 normalise: bool = True):
         by_video: dict[str, list[Sample]] = {}
         for sample in samples:
             by_video.setdefault(sample.video, []).append(sample)
@@ -452,7 +454,9 @@ class Videos(torch.utils.data.Dataset):
         counts = [len(by_video[name]) for name in self.videos]
         self.first = np.cumsum([0, *counts])  # sentences of video i: first[i] .. first[i + 1]
         self.store, self.patches = store, patches
-        self.queries = [parser.split(sample.sentence) for sample in self.samples]
+        divide = parser.halve if halve else parser.split
+        self.queries = [divide(sample.sentence) for sample in self.samples]
+        self.scale = (lambda x: F.normalize(x, dim=1)) if normalise else (lambda x: x)
         self.tokens = torch.stack([clip.tokenize(list(half), truncate=True)
                                    for half in zip(*self.queries)])
         self.spoken = torch.tensor([[any(c.isalnum() for c in text) for text in half]
@@ -469,9 +473,9 @@ class Videos(torch.utils.data.Dataset):
         name = self.videos[i]
         frames = torch.from_numpy(self.store.read(name, "frames").astype(np.float32))  # [T, D]
         if not self.patches:
-            return i, F.normalize(frames, dim=1), None
+            return i, self.scale(frames), None
         patches = torch.from_numpy(self.store.read(name, "patches").astype(np.float32))
-        return i, F.normalize(frames, dim=1), F.normalize(patches, dim=1)
+        return i, self.scale(frames), self.scale(patches)
 
     def collate(self, items: list[tuple[int, Tensor, Tensor | None]]) -> Batch:
         which = [range(self.first[i], self.first[i + 1]) for i, _, _ in items]
@@ -528,8 +532,8 @@ def adopt(dataset: str, split: str, path: str, videos: dict[str, pathlib.Path], 
     rows, durations_sec = read_file(path), {}
     untold = {row.video for row in rows if math.isnan(row.duration_sec)}
     if untold and not videos:
-        raise ValueError(f"{path} does not tell how long {len(untold)} videos are; add \"duration\" "
-                         f"to its lines, or name the folder of the videos with --videos")
+        raise ValueError(f"{path} does not tell how long {len(untold)} videos are; add "
+                         f"\"duration\" to its lines, or name the videos' folder with --videos")
     for name in untold:
         try:
             durations_sec[name] = video.probe_duration(videos[name])

@@ -86,17 +86,19 @@ def event_accuracy(predicted: Tensor, samples: list[data.Sample],
 
 @torch.no_grad()
 def predict(text: clip.TextTower, retriever: mmn.MMN, videos: data.Videos, batch: int,
-            device: torch.device | str,
-            query: str = "full", top_k: int = 5) -> Tensor:
+            device: torch.device | str, query: str = "full", top_k: int = 5,
+            fusion: str = "published", normalise: bool = True) -> Tensor:
     """Moments for all sentences of `videos`, in the order of `videos.samples`: [S, top_k, 3], see
     mmn.decode."""
+    fuse = {"published": mmn.fuse, "product": mmn.plain_product}[fusion]
     was_training = retriever.training
     text.eval(), retriever.eval()
     result = []
     for b in videos.batches(batch):
         b = b.to(device)
-        x = F.normalize(text.encode_text(b.tokens[QUERIES[query]]), dim=1)      # [S, D]
-        scores = mmn.fuse(*retriever(b.frames, x, b.video_of))          # [S, N, N]
+        x = text.encode_text(b.tokens[QUERIES[query]])                  # [S, D]
+        x = F.normalize(x, dim=1) if normalise else x
+        scores = fuse(*retriever(b.frames, x, b.video_of))              # [S, N, N]
         if not torch.isfinite(scores).all():
             raise FloatingPointError(f"scores are not finite for a video among "
                                      f"{', '.join(b.videos[:5])} ...")
@@ -169,13 +171,14 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
         if allow_missing and not any(row.video in store for row in rows):
             print(f"note: no video of {split} has features, so it is left out", file=sys.stderr)
             continue
-        videos = data.Videos(rows, store, N, parser)
+        videos = data.Videos(rows, store, N, parser, normalise=config["normalise"])
         if videos.missing and not allow_missing:
             raise FileNotFoundError(f"{len(videos.missing)} of {len(videos.missing) + len(videos)} "
                                     f"videos of {split} have no features (see "
                                     f"{store.folder / 'failed.txt'}); --allow-missing leaves out "
                                     f"their {videos.lost} sentences")
-        predicted = predict(run.text, run.retriever, videos, config["batch"], device, query)
+        predicted = predict(run.text, run.retriever, videos, config["batch"], device, query,
+                            fusion=config["fusion"], normalise=config["normalise"])
         iou = videos.iou.flatten(1)[:, candidates]                      # [S, P]
         results[split] = {
             "queries": len(videos.samples),

@@ -29,6 +29,7 @@ class VisualContext(nn.Module):
 
     and `project`, the FC of Eq. (2). UNSPECIFIED: depth, heads, positions. The preset's layers and
     heads, no dropout, and no positions: the context is which entities there are, not when.
+    `probe` asks where no query does (Table 3, "without Q").
     """
 
     def __init__(self, width: int, layers: int, heads: int):
@@ -36,9 +37,12 @@ class VisualContext(nn.Module):
         layer = nn.TransformerDecoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True)
         self.decoder = nn.TransformerDecoder(layer, layers)
         self.project = nn.Linear(width, width)
+        self.probe = nn.Parameter(torch.randn(width) * width ** -0.5)
 
-    def forward(self, static: Tensor, frames: Tensor, video_of: Tensor) -> Tensor:
-        """static x^qs [S, D], frames X^v [B, T, D], video_of [S] -> x~^qs [S, D]."""
+    def forward(self, static: Tensor | None, frames: Tensor, video_of: Tensor) -> Tensor:
+        """static x^qs [S, D] or None, frames X^v [B, T, D], video_of [S] -> x~^qs [S, D]."""
+        if static is None:
+            static = self.probe.expand(len(video_of), -1)
         return self.decoder(static[:, None], frames[video_of])[:, 0]    # [S, D]
 
 
@@ -61,18 +65,19 @@ class SpatialDynamic(nn.Module):
 
     The FCs of Eq. (3), (4), SeqModel, and `project`, the FC of Eq. (5). UNSPECIFIED: depth, heads,
     positions. The preset's layers and heads, no dropout, learned positions: the dynamics is in the
-    order of the frames.
+    order of the frames. `lstm`: SeqModel is an LSTM instead (Table 3).
     """
 
     def __init__(self, width: int, patch_width: int, grid: int, frames: int, layers: int,
-                 heads: int):
+                 heads: int, lstm: bool = False):
         super().__init__()
         self.frame_fc = nn.Linear(width, width)
         self.patch_fc = nn.Linear(patch_width, width)
         self.flat_fc = nn.Linear(grid * grid, width)
         self.positions = nn.Parameter(torch.randn(frames, width) * 0.02)
         layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True)
-        self.sequence = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.sequence = (nn.LSTM(width, width, layers, batch_first=True) if lstm else
+                         nn.TransformerEncoder(layer, layers, enable_nested_tensor=False))
         self.project = nn.Linear(width, width)
 
     def heatmap(self, frames: Tensor, patches: Tensor) -> Tensor:
@@ -89,13 +94,16 @@ class SpatialDynamic(nn.Module):
         return torch.einsum("btd,bthwd->bthw", frame, patch) / D ** 0.5
 
     def dynamic(self, heatmaps: Tensor) -> Tensor:
-        """Eq. (4), Sec. 3.1: a vector per heatmap, a transformer encoder over them, averaged.
+        """Eq. (4), Sec. 3.1: a vector per heatmap, a transformer encoder over them, averaged; or
+        the last state of an LSTM.
 
             m_i = FC(Flatten(M_i)),   m~ = SeqModel({m_i})
 
         heatmaps [B, T, H, W]; returns [B, D]
         """
         m = self.flat_fc(heatmaps.flatten(2))                           # [B, T, D]
+        if isinstance(self.sequence, nn.LSTM):
+            return self.sequence(m)[0][:, -1]                           # [B, D]
         return self.sequence(m + self.positions).mean(1)                # [B, D]
 
     def forward(self, frames: Tensor, patches: Tensor) -> Tensor:
@@ -109,22 +117,23 @@ def pairwise_cosine(x: Tensor) -> Tensor:
     return x @ x.T
 
 
-def spatial_dynamic_loss(dynamic: Tensor, projected: Tensor, video_of: Tensor) -> Tensor:
+def spatial_dynamic_loss(dynamic: Tensor, projected: Tensor, video_of: Tensor,
+                         same_video: bool = False) -> Tensor:
     """Eq. (5), Sec. 3.1, and its double mean in Eq. (11): sentences relate as their videos' motions
     do.
 
         eps^v = cos(m~, m~'),   eps^q = cos(FC(x^qd), FC(x^qd')),   L^sd = (eps^v - eps^q)^2
 
-    dynamic    [S, D] m~ of each sentence's video
-    projected  [S, D] FC(x^qd)
-    video_of   [S]; pairs of one video are left out
-    returns    [S] in [0, 4]: mean over the other videos' sentences, 0 where there are none
+    dynamic     [S, D] m~ of each sentence's video
+    projected   [S, D] FC(x^qd)
+    video_of    [S]; pairs of one video are left out, unless `same_video`
+    returns     [S] in [0, 4]: mean over the other videos' sentences, 0 where there are none
     """
     # UNSPECIFIED: Eq. 11 averages over all pairs; within one video eps^v = 1 by construction, which
     # says nothing
-    other = video_of[:, None] != video_of[None, :]                      # [S, S]
+    pair = same_video | (video_of[:, None] != video_of[None, :])        # [S, S]
     difference = (pairwise_cosine(dynamic) - pairwise_cosine(projected)).square()  # [S, S]
-    return (difference * other).sum(1) / other.sum(1).clamp(min=1)
+    return (difference * pair).sum(1) / pair.sum(1).clamp(min=1)
 
 
 def batch_variance(x: Tensor) -> Tensor:
@@ -138,8 +147,8 @@ def batch_variance(x: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------- the target of vdi-staged
 
-def temporal_change(static: Tensor, frames: Tensor, moments_sec: Tensor,
-                    durations_sec: Tensor) -> Tensor:
+def temporal_change(static: Tensor | None, frames: Tensor, moments_sec: Tensor,
+                    durations_sec: Tensor, target: str = "change") -> Tensor:
     """What changes, during the moment, in what the static query asks for. Stands for x~^qs in Eq.
     (2).
 
@@ -147,9 +156,10 @@ def temporal_change(static: Tensor, frames: Tensor, moments_sec: Tensor,
 
     each sum over one half of the moment's frames, with weights that add up to 1 in that half.
 
-    static         [S, D] x^qs of the frozen original text tower
+    static         [S, D] x^qs of the frozen original text tower; None: all frames weigh the same
     frames         [S, T, D] frames of each sentence's video, T equal parts of its duration
     moments_sec    [S, 2]; durations_sec [S]
+    target         "change"; or, to compare: "mean" of the moment, "whole": mean of the video
     returns        [S, D], without gradient
     """
     # DEVIATION: attention without parameters, which cannot collapse, in the place of TransDecoder
@@ -160,7 +170,9 @@ def temporal_change(static: Tensor, frames: Tensor, moments_sec: Tensor,
     centre = centre * durations_sec[:, None]                            # [S, T] seconds
     start, end = moments_sec[:, :1], moments_sec[:, 1:]
     middle = (start + end) / 2
-    attention = 10 * torch.einsum("sd,std->st", static, frames)         # [S, T]
+    attention = torch.zeros_like(centre)                                # [S, T]
+    if static is not None:
+        attention = 10 * torch.einsum("sd,std->st", static, frames)
 
     def weighted(a: Tensor, b: Tensor) -> Tensor:
         inside = (centre >= a) & (centre < b)                           # True = frame counts
@@ -169,4 +181,8 @@ def temporal_change(static: Tensor, frames: Tensor, moments_sec: Tensor,
         weight = attention.masked_fill(~inside, float("-inf")).softmax(1)       # [S, T]
         return torch.einsum("st,std->sd", weight, frames)               # [S, D]
 
+    if target == "mean":
+        return weighted(start, end).detach()
+    if target == "whole":
+        return weighted(torch.zeros_like(start), durations_sec[:, None]).detach()
     return (weighted(middle, end) - weighted(start, middle)).detach()  # no gradient into the target

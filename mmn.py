@@ -197,8 +197,8 @@ def iou_loss(scores: Tensor, iou: Tensor, floor: float = 0.5) -> Tensor:
 
 
 def contrastive_loss(moments: Tensor, text: Tensor, iou: Tensor, video_of: Tensor,
-                     moments_sec: Tensor,
-                     tau: float = 0.1, margin: float = 0.4, negative_iou: float = 0.5) -> Tensor:
+                     moments_sec: Tensor, tau: float = 0.1, margin: float = 0.4,
+                     negative_iou: float = 0.5, excluded: float = float("-inf")) -> Tensor:
     """Eq. (8), Sec. 3.1: the moment picks its sentence, the sentence its moment, each out of its
     negatives.
 
@@ -216,6 +216,8 @@ def contrastive_loss(moments: Tensor, text: Tensor, iou: Tensor, video_of: Tenso
     iou          [S, P] overlap of the candidates of a sentence's own video with its label
     video_of     [S]
     moments_sec  [S, 2] labels, start and end
+    excluded     logit in p^m of what is neither positive nor negative; 0, as in MMN's code, leaves
+                 each of them exp(0) in the sum
     returns      [S] nats
     """
     S, P = iou.shape
@@ -230,9 +232,8 @@ def contrastive_loss(moments: Tensor, text: Tensor, iou: Tensor, video_of: Tenso
     shift = torch.zeros_like(similarity)
     # UNSPECIFIED: the margin is taken off the positive, as in MMN's published code
     shift[sentence, video_of, positive] = margin
-    # DEVIATION: excluded pairs leave by -inf; MMN's code multiplies one half's mask in before exp,
-    # adding exp(0)
-    logits = ((similarity - shift) / tau).masked_fill(~allowed, float("-inf"))  # [S, B, P]
+    # DEVIATION: excluded pairs leave by -inf; MMN's code multiplies this half's mask in before exp
+    logits = ((similarity - shift) / tau).masked_fill(~allowed, excluded)       # [S, B, P]
     loss = F.cross_entropy(logits.flatten(1), video_of * P + positive, reduction="none")
 
     # p^q: the moment among sentences
@@ -256,6 +257,13 @@ def fuse(iou_scores: Tensor, contrastive_scores: Tensor) -> Tensor:
     # DEVIATION: as printed, the plain product of two cosines ranks two negatives first; MMN's
     # published fusion
     return iou_scores * (0.5 * contrastive_scores + 0.5).clamp(min=0).sqrt()
+
+
+def plain_product(iou_scores: Tensor, contrastive_scores: Tensor) -> Tensor:
+    """Eq. (10), first line, as printed: the product of the cosines of Eq. (6) and Eq. (9).
+
+    Any shape; returns scores in [-1, 1]."""
+    return torch.logit(iou_scores, eps=1e-6) / SCORE_SCALE * contrastive_scores
 
 
 def best_cell(scores: Tensor) -> tuple[Tensor, Tensor]:

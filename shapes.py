@@ -55,7 +55,7 @@ NOVEL_SHAPES = ("ring", "diamond", "pillar")
 VERBS = (("rises", "climbs"), ("falls", "drops"), ("advances", "proceeds"),
          ("retreats", "withdraws"),
          ("grows", "expands"), ("shrinks", "contracts"), ("blinks", "flashes"))
-SPLITS = {"train": 400, "val": 150, "test": 150, "novel-word": 150, "novel-composition": 300,
+SPLITS = {"train": 800, "val": 150, "test": 150, "novel-word": 150, "novel-composition": 300,
           "val-novel-word": 150}  # choices are made on the two val splits only
 
 

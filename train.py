@@ -38,6 +38,12 @@ import shapes
 import video
 
 METHODS = ("mmn", "vdi", "vdi-staged")
+CHOICES = {"method": METHODS, "context_query": ("static", "full", "half", "none"),
+           "inject_into": ("dynamic", "full"), "sequence": ("transformer", "lstm"),
+           "vc_form": ("consistent", "relational"), "sd_form": ("relational", "consistent"),
+           "stop_gradient": ("none", "video", "text"), "fusion": ("published", "product"),
+           "excluded": ("out", "exp0"),
+           "stage_target": ("change", "mean", "whole", "shuffled", "rotated", "random")}
 
 
 def option(default, text: str):
@@ -86,6 +92,22 @@ class Config:
     cl_decay_epoch: int = option(7, "from this epoch on Eq. 8 weighs a hundredth (MMN)")
     inject_layers: int = option(1, "layers of TransDecoder (Eq. 1) and SeqModel (Eq. 4)")
     inject_heads: int = option(8, "heads of both")
+    # what the paper's tables compare; the defaults are its letter
+    context_query: str = option("static", "what asks the frames in Eq. 1 and in stage 1: static "
+                                          "(Q^s), full (Q), half (Q^h) or none (a learned probe; "
+                                          "in stage 1 all frames weigh the same)")
+    inject_into: str = option("dynamic", "what Eq. 2, Eq. 5 and stage 1 adapt: dynamic (Q^d) or "
+                                         "full (Q)")
+    sequence: str = option("transformer", "SeqModel of Eq. 4: transformer or lstm")
+    vc_form: str = option("consistent", "Eq. 2: consistent, or relational like Eq. 5")
+    sd_form: str = option("relational", "Eq. 5: relational, or consistent like Eq. 2")
+    stop_gradient: str = option("none", "side of Eq. 2 and Eq. 5 that gets no gradient: none, "
+                                        "video or text")
+    same_video: bool = option(False, "keep pairs of one video in Eq. 5")
+    normalise: bool = option(True, "L2-normalise CLIP's features before every use")
+    fusion: str = option("published", "Eq. 10: published (MMN's), or product as printed")
+    excluded: str = option("out", "pairs that are neither positive nor negative in Eq. 8: out, or "
+                                  "exp0 as in MMN's code")
     # the optimiser: AdamW, betas (0.9, 0.99)
     lr: float = option(1e-4, "learning rate of everything but the text tower (Sec. 4.1.3)")
     text_lr: float = option(0.1, "learning rate of the text tower as a share of it (Sec. 4.1.3)")
@@ -109,15 +131,17 @@ class Config:
     stage_steps: int = option(800, "steps of stage 1")
     stage_lr: float = option(1e-3, "learning rate of the text tower in stage 1")
     stage_batch: int = option(64, "sentences in a batch of stage 1")
-    stage_target: str = option("change", "change: late minus early half of the moment; random: a "
-                                         "random code for each dynamic query, the control that "
-                                         "sees no video")
+    stage_target: str = option("change", "change: late minus early half of the moment; mean of the "
+                                         "moment; whole: mean of the video; shuffled: the change "
+                                         "of another sentence; rotated: the change, turned at "
+                                         "random; random: a random code for each dynamic query. "
+                                         "The last three are controls: the last sees no video")
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"there is no method {self.method!r}; there are {', '.join(METHODS)}")
-        if self.stage_target not in ("change", "random"):
-            raise ValueError(f"--stage-target is change or random, not {self.stage_target!r}")
+        for name, values in CHOICES.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"--{name.replace('_', '-')} is one of {', '.join(values)}, not "
+                                 f"{getattr(self, name)!r}")
         if self.frames % self.num_clips:
             raise ValueError(f"--frames {self.frames} has to be a multiple of --num-clips "
                              f"{self.num_clips}")
@@ -137,7 +161,7 @@ PRESETS = {
     # python train.py     two cores, four minutes with the building of the world
     "shapes": dict(method="vdi-staged", kernel=3, layers=2, hidden=192, joint=128, inject_heads=4,
                    lambda_cl=0.5, lr=3e-3, text_lr=0.3, text_from_epoch=0, batch=16, epochs=30,
-                   milestones=(), cl_decay_epoch=1000, patience=1000),
+                   milestones=(), cl_decay_epoch=1000, patience=1000, limit_videos=400),
 }
 MASKS = {"vdi-staged": "something"}      # with the other methods masked words are dropped
 
@@ -148,7 +172,9 @@ def preset(dataset: str) -> dict:
     family = dataset.removesuffix("-cg")
     if family in PRESETS and family != "shapes":
         return PRESETS[family]
-    return PRESETS["shapes"] | {"clip": dataset if dataset.startswith("shapes") else "shapes"}
+    if dataset.startswith("shapes"):
+        return PRESETS["shapes"] | {"clip": dataset}
+    return PRESETS["shapes"] | {"clip": "shapes", "limit_videos": 0}
 
 
 # ----------------------------------------------------------------------------- Eq. 11 and its terms
@@ -172,7 +198,7 @@ class Model(nn.Module):
                                                 config.inject_heads)
             self.dynamic = inject.SpatialDynamic(made["width"], made["patch_width"], made["grid"],
                                                  made["patch_frames"], config.inject_layers,
-                                                 config.inject_heads)
+                                                 config.inject_heads, config.sequence == "lstm")
 
 
 def terms(model: Model, batch: data.Batch,
@@ -182,35 +208,47 @@ def terms(model: Model, batch: data.Batch,
     S = len(batch.video_of)
     queries = batch.tokens if model.context is not None else batch.tokens[:1]
     with torch.autocast(batch.frames.device.type, torch.bfloat16, enabled=config.bf16):
-        x = F.normalize(model.text.encode_text(queries.flatten(0, 1)), dim=1)   # [S or 3 S, D]
+        x = model.text.encode_text(queries.flatten(0, 1))               # [S or 3 S, D]
+        x = F.normalize(x, dim=1) if config.normalise else x
         iou_moments, contrastive_moments = model.retriever.moments(batch.frames)  # [B, J, P]
         iou_text, contrastive_text = model.retriever.sentences(x[:S])   # [S, J]
     iou = model.retriever.at_candidates(batch.iou)                      # [S, P]
     scores = mmn.overlap_scores(iou_moments.float(), iou_text.float(), batch.video_of)
+    excluded = {"out": float("-inf"), "exp0": 0.0}[config.excluded]
     result = {"L_iou": mmn.iou_loss(scores, iou).mean(),
               "L_cl": mmn.contrastive_loss(contrastive_moments.float(), contrastive_text.float(),
-                                           iou, batch.video_of,
-                                           batch.moments_sec, config.tau, config.margin).mean()}
+                                           iou, batch.video_of, batch.moments_sec, config.tau,
+                                           config.margin, excluded=excluded).mean()}
     if model.context is None:
         return result, {}
 
-    _, static, dynamic = x.float().split(S)                             # x^q, x^qs, x^qd [S, D]
-    has_both = batch.spoken[1] & batch.spoken[2]  # UNSPECIFIED: an empty query has no term in Eq. 2
-    context = model.context(static, batch.frames, batch.video_of)       # x~^qs [S, D]
-    projected = model.context.project(dynamic)                          # FC(x^qd) [S, D]
-    loss = inject.visual_context_loss(projected, context)
-    result["L_vc"] = loss[has_both].sum() / has_both.sum().clamp(min=1)
-
-    which = video.patch_frames(batch.frames.shape[1], batch.patches.shape[1])
-    motion = model.dynamic(batch.frames[:, which], batch.patches)[batch.video_of]  # m~ [S, D]
-    projected_motion = model.dynamic.project(dynamic)
-    has_dynamic = batch.spoken[2]                                       # UNSPECIFIED: nor in Eq. 5
-    loss = inject.spatial_dynamic_loss(motion[has_dynamic], projected_motion[has_dynamic],
-                                       batch.video_of[has_dynamic])
-    result["L_sd"] = loss.sum() / has_dynamic.sum().clamp(min=1)
-    spread = {"var FC(x^qd), Eq. 2": projected, "var x~^qs": context,
-              "var FC(x^qd), Eq. 5": projected_motion,
-              "var m~": motion}
+    full, static, dynamic = x.float().split(S)                          # x^q, x^qs, x^qd [S, D]
+    asking = {"full": full, "none": None}.get(config.context_query, static)
+    adapted, spoken = ((full, batch.spoken[0]) if config.inject_into == "full"
+                       else (dynamic, batch.spoken[2]))
+    into_video = torch.Tensor.detach if config.stop_gradient == "video" else lambda y: y
+    into_text = torch.Tensor.detach if config.stop_gradient == "text" else lambda y: y
+    forms = {"consistent": lambda a, b, _: inject.visual_context_loss(a, b),
+             "relational": lambda a, b, video_of: inject.spatial_dynamic_loss(
+                 b, a, video_of, config.same_video)}
+    spread = {}
+    if config.lambda_vc:
+        has_both = batch.spoken[1] & spoken     # UNSPECIFIED: an empty query has no term in Eq. 2
+        context = into_video(model.context(asking, batch.frames, batch.video_of))   # x~^qs [S, D]
+        projected = into_text(model.context.project(adapted))           # FC(x^qd) [S, D]
+        loss = forms[config.vc_form](projected[has_both], context[has_both],
+                                     batch.video_of[has_both])
+        result["L_vc"] = loss.sum() / has_both.sum().clamp(min=1)
+        spread |= {"var FC(x^qd), Eq. 2": projected, "var x~^qs": context}
+    if config.lambda_sd:
+        which = video.patch_frames(batch.frames.shape[1], batch.patches.shape[1])
+        motion = model.dynamic(batch.frames[:, which], batch.patches)[batch.video_of]  # m~ [S, D]
+        motion = into_video(motion)
+        projected = into_text(model.dynamic.project(adapted))           # FC(x^qd) [S, D]
+        loss = forms[config.sd_form](projected[spoken], motion[spoken],     # UNSPECIFIED: nor in
+                                     batch.video_of[spoken])                # Eq. 5
+        result["L_sd"] = loss.sum() / spoken.sum().clamp(min=1)
+        spread |= {"var FC(x^qd), Eq. 5": projected, "var m~": motion}
     return result, {name: inject.batch_variance(value.detach()) for name, value in spread.items()}
 
 
@@ -238,23 +276,32 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config,
 
     Eq. (2) with another target: || f^q(Q^d) - target ||^2, where the target is
     inject.temporal_change, less its mean over the training sentences, over its root mean square."""
+    which = {"full": 0, "none": None}.get(config.context_query, 1)
+    into = 0 if config.inject_into == "full" else 2
     with torch.no_grad():
         static = torch.cat([text.encode_text(part.to(device))           # x^qs of the original tower
-                            for part in videos.tokens[1].split(1024)])
+                            for part in videos.tokens[which or 0].split(1024)])
         static = F.normalize(static, dim=1)                             # [S, D]
         target = []
         for batch in videos.batches(64):
             batch = batch.to(device)
-            target.append(inject.temporal_change(static[batch.index], batch.frames[batch.video_of],
-                                                 batch.moments_sec, batch.durations_sec))
+            asking = None if which is None else static[batch.index]
+            target.append(inject.temporal_change(asking, batch.frames[batch.video_of],
+                                                 batch.moments_sec, batch.durations_sec,
+                                                 config.stage_target))
         target = torch.cat(target)                                      # [S, D]
+    generator = torch.Generator().manual_seed(config.seed)
     if config.stage_target == "random":                         # the control: no video in it at all
         dynamic = dict.fromkeys(query.dynamic for query in videos.queries)
         codes = {query: i for i, query in enumerate(dynamic)}
-        generator = torch.Generator().manual_seed(config.seed)
         table = torch.randn(len(codes), target.shape[1], generator=generator)
         target = table[[codes[q.dynamic] for q in videos.queries]].to(device)
-    usable = (videos.spoken[1] & videos.spoken[2]).nonzero()[:, 0]
+    elif config.stage_target == "shuffled":                             # another sentence's video
+        target = target[torch.randperm(len(target), generator=generator)]
+    elif config.stage_target == "rotated":
+        turn = torch.linalg.qr(torch.randn(target.shape[1], target.shape[1], generator=generator))
+        target = target @ turn.Q.to(device)
+    usable = (videos.spoken[1] & videos.spoken[into]).nonzero()[:, 0]
     if len(usable) < 2:
         raise ValueError("fewer than two training sentences have both a noun chunk and other "
                          "words, so there is nothing to inject; use --method mmn")
@@ -274,7 +321,7 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config,
         chosen = usable[torch.randint(len(usable), (config.stage_batch,), generator=generator)]
         # DEVIATION: no FC, and x^qd as the tower gives it: nothing stands between the target and
         # the tower
-        x = text.encode_text(videos.tokens[2, chosen].to(device))       # x^qd [S, D]
+        x = text.encode_text(videos.tokens[into, chosen].to(device))    # x^qd [S, D]
         loss = inject.visual_context_loss(x, target[chosen]).mean()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"L_vc is {loss.item()} in step {step} of stage 1")
@@ -330,7 +377,8 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
         first = set(first[:config.limit_videos])
         samples["train"] = [sample for sample in samples["train"] if sample.video in first]
     videos = {split: data.Videos(rows, store, config.num_clips, parser,
-                                 split == "train" and config.method == "vdi")
+                                 split == "train" and config.method == "vdi",
+                                 config.context_query == "half", config.normalise)
               for split, rows in samples.items()}
     print(f"parser: {parser.name}")
     for split, part in videos.items():
@@ -396,7 +444,8 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
                **{name: (value / len(loader)).item() for name, value in sums.items()}}
         if config.select_on in videos:
             predicted = evaluate.predict(model.text, model.retriever, videos[config.select_on],
-                                         config.batch, device)
+                                         config.batch, device, fusion=config.fusion,
+                                         normalise=config.normalise)
             row |= evaluate.recall(predicted[..., :2], videos[config.select_on].moments_sec)
         row["minutes"] = (time.time() - started) / 60
         history.append(row)
@@ -476,7 +525,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Config, bool]:
                             for name, values in PRESETS.items() if field.name in values)
         parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, type=kind,
                             default=argparse.SUPPRESS,
-                            choices=METHODS if field.name == "method" else None,
+                            choices=CHOICES.get(field.name),
                             help=f"{field.metadata['help']} (default "
                                  f"{field.default!r}{'; ' + presets if presets else ''})")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
