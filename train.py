@@ -268,6 +268,16 @@ def check_finite(terms: dict[str, Tensor], batch: data.Batch) -> None:
                                      f"{', '.join(batch.videos)}")
 
 
+@torch.no_grad()
+def query_cosine(text: clip.TextTower, videos: data.Videos, device: torch.device) -> float:
+    """Mean cosine between dynamic queries (the first 64 different ones): 1 = all verbs are one."""
+    different = list(dict.fromkeys(query.dynamic for query in videos.queries if query.dynamic))[:64]
+    if len(different) < 2:
+        return 1.0
+    x = F.normalize(text.encode_text(clip.tokenize(different, truncate=True).to(device)), dim=1)
+    return (x @ x.T)[~torch.eye(len(x), dtype=torch.bool, device=device)].mean().item()
+
+
 # ------------------------------------------------------------------------------ vdi-staged, stage 1
 
 def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config,
@@ -332,7 +342,8 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config,
         if step % 50 == 0 or step == config.stage_steps - 1:
             log.append({"step": step, "L_vc": loss.item(),
                         "var x^qd": inject.batch_variance(x.detach()).item(),
-                        "var target": inject.batch_variance(target[chosen]).item()})
+                        "var target": inject.batch_variance(target[chosen]).item(),
+                        "cos x^qd": query_cosine(text, videos, device)})
             bar.set_postfix(L_vc=f"{loss.item():.2f}")
     return log
 
@@ -441,7 +452,8 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
             for name, value in {**parts, **spread, "L": loss}.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
         row = {"epoch": epoch + 1,
-               **{name: (value / len(loader)).item() for name, value in sums.items()}}
+               **{name: (value / len(loader)).item() for name, value in sums.items()},
+               "cos x^qd": query_cosine(model.text, videos["train"], device)}
         if config.select_on in videos:
             predicted = evaluate.predict(model.text, model.retriever, videos[config.select_on],
                                          config.batch, device, fusion=config.fusion,
