@@ -26,9 +26,14 @@ import time
 import numpy as np
 import torch
 
+import clip
 import data
 import evaluate
+import inject
+import mmn
 import parse
+import probe
+import shapes
 import train
 import video
 
@@ -39,7 +44,7 @@ NOT_A_CHOICE = ("device", "root", "out", "workers")             # of Config: whe
 HITS = (0.5, 0.7)
 
 
-# ------------------------------------------------------------------------------------------- running
+# ------------------------------------------------------------------------------------------ running
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -58,6 +63,8 @@ def config_of(row: Row, dataset: str, seed: int, options: argparse.Namespace) ->
     world = world_of(dataset, seed)
     fields = {"dataset": world, **train.preset(dataset if dataset != "shapes" else world),
               **row.fields, "seed": seed, "device": options.device, "root": options.root}
+    if fields.get("clip") == "resnet":                  # the published one, or the world's own
+        fields["clip"] = f"{world}-resnet" if dataset == "shapes" else "RN50"
     if fields.get("text_clip") == "other":              # the tower of another world's CLIP
         fields["text_clip"] = world_of(dataset, (seed + 1) % 3)
     fields.setdefault("mask", train.MASKS.get(fields.get("method"), ""))
@@ -134,7 +141,7 @@ def hits(checkpoint: pathlib.Path, config: train.Config, splits: list[str],
         videos = data.Videos(rows, store, config.num_clips, parser, normalise=config.normalise)
         predicted = evaluate.predict(model.text, model.retriever, videos, config.batch, device,
                                      query, 1, config.fusion, config.normalise)
-        iou = evaluate.mmn.interval_iou(predicted[:, 0, :2], videos.moments_sec)
+        iou = mmn.interval_iou(predicted[:, 0, :2], videos.moments_sec)
         result[split] = "".join(str(sum(v >= mu for mu in HITS)) for v in iou.tolist())
     return result
 
@@ -156,7 +163,10 @@ def run_all(configs: list[train.Config], options: argparse.Namespace) -> None:
     for name in sorted({config.dataset for config in missing.values()} |
                        {config.text_clip for config in missing.values()}):
         if name.startswith("shapes"):
-            train.shapes.build(name, options.root)
+            shapes.build(name, options.root)
+    for config in missing.values():
+        if config.clip == f"{config.dataset}-resnet":
+            shapes.build_resnet(config.dataset, options.root)
     threads = max(1, torch.get_num_threads() // options.jobs)
     pool = concurrent.futures.ProcessPoolExecutor(options.jobs,
                                                   multiprocessing.get_context("spawn"))
@@ -168,7 +178,7 @@ def run_all(configs: list[train.Config], options: argparse.Namespace) -> None:
                   file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------------------------- the tables
+# --------------------------------------------------------------------------------------- the tables
 
 MMN = dict(method="mmn", text_lr=0.1)
 TUNED = dict(method="mmn", text_lr=1.0)
@@ -228,6 +238,12 @@ TABLES = {
         Row("joint: `vdi`, Q^s", VDI, (46.47, 28.63, 41.60)),
         Row("joint: `vdi-staged`, Q^h", STAGED | dict(context_query="half")),
         Row("joint: `vdi-staged`, Q^s", STAGED)],
+    "s-table6": [
+        Row("ViT: MMN", MMN, (50.48, 29.65)), Row("ViT: `vdi`", VDI, (52.32, 31.37)),
+        Row("ViT: `vdi-staged`", STAGED),
+        Row("ResNet: MMN", MMN | dict(clip="resnet"), (52.88, 32.02)),
+        Row("ResNet: `vdi`", VDI | dict(clip="resnet"), (53.98, 33.20)),
+        Row("ResNet: `vdi-staged`", STAGED | dict(clip="resnet"))],
     "targets": [
         Row("none (MMN, tuned)", TUNED), Row("late minus early half of the moment", STAGED),
         *[Row(name, STAGED | dict(stage_target=target)) for name, target in (
@@ -252,24 +268,359 @@ TABLES = {
     "gain": [MAIN[1], MAIN[3], MAIN[4]],
 }
 SEEDS = {"gain": 5}                                     # of a table; the others have three
+METRICS = ("R@1,IoU=0.5", "R@1,IoU=0.7", "mIoU")
+NOVEL = [("novel-word", metric) for metric in METRICS]
+SPLITS = [(split, "R@1,IoU=0.5") for split in FINAL]
+SHOWN = {                                               # what a table's columns are
+    "table1": NOVEL + [("novel-composition", metric) for metric in METRICS],
+    "table2": [("test", f"R@{k},IoU={mu}") for k in (1, 5) for mu in HITS],
+    "targets": SPLITS + [("test", "verb accuracy"), ("novel-word", "verb accuracy")],
+    "s-table5": SPLITS + [("novel-word", "noun accuracy")],
+    "s-table6": [("test", "R@1,IoU=0.5"), ("test", "R@1,IoU=0.7")] + SPLITS[1:],
+    "choices": SPLITS, "curve": SPLITS, "gain": SPLITS}
+BESIDE = {"table2": "Charades-STA", "s-table6": "Charades-STA"}     # whose figures the paper's are
+PAIRS = {                                               # rows whose difference is shown
+    "table1": [(4, 1), (4, 0), (4, 3), (2, 0)], "table2": [(4, 1), (2, 0)],
+    "table3": [(6, 0), (9, 7), (9, 8)], "s-table3": [(0, 1), (0, 2)],
+    "s-table4": [(1, 0), (3, 2)], "s-table5": [(5, 0), (9, 8)],
+    "targets": [(1, k) for k in (0, 2, 3, 4, 5, 6)], "choices": [(8, 9)],
+    "curve": [(2 * k + 1, 2 * k) for k in range(5)], "gain": [(2, 0), (2, 1)]}
+
+
+# ---------------------------------------------------------------------------------------- reporting
+
+def collect(what: str, options: argparse.Namespace) -> list[list[dict]]:
+    """The kept results of a table: row -> seed -> result. FileNotFoundError where one is
+    missing."""
+    rows = []
+    for row in TABLES[what]:
+        configs = [config_of(row, options.dataset, seed, options)
+                   for seed in range(options.seeds or SEEDS.get(what, 3))]
+        found = [kept(config) for config in configs]
+        if None in found:
+            missing = kept_file(configs[found.index(None)])
+            raise FileNotFoundError(f"{what} has not been run: there is no {missing.name}; run "
+                                    f"python reproduce.py {what} --dataset {options.dataset}")
+        rows.append(found)
+    return rows
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{deviation}"
+
+
+def paired(ours: list[dict], theirs: list[dict], split: str, draws: int = 2000
+           ) -> tuple[float, float, float, list[float]]:
+    """R@1, IoU=0.5 of one row minus that of another, in points: mean over seeds, its 95% interval
+    by a bootstrap over the sentences (drawn with replacement within each seed, the same for both
+    rows), and the difference of each seed."""
+    rng, each = np.random.default_rng(0), []
+    for a, b in zip(ours, theirs):
+        a, b = (np.array([int(digit) >= 1 for digit in run["hits"]["full"][split]])
+                for run in (a, b))
+        each.append(100.0 * (a.astype(float) - b))
+    drawn = np.mean([d[rng.integers(len(d), size=(draws, len(d)))].mean(1) for d in each], 0)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return float(np.mean([d.mean() for d in each])), low, high, [float(d.mean()) for d in each]
+
+
+def show(what: str, options: argparse.Namespace) -> str:
+    """A table as Markdown: mean ± standard deviation over seeds, the paper's figures, and paired
+    differences."""
+    rows, runs = TABLES[what], collect(what, options)
+    columns = SHOWN.get(what, NOVEL + SPLITS[:1])
+    paper = any(row.paper for row in rows)
+    there = runs[0][0]["results"]
+    columns = [column for column in columns if column[0] in there]
+    heads = [f"{split} {metric.replace(',IoU=', ' ')}" for split, metric in columns]
+    beside = f"paper, {BESIDE.get(what, 'Charades-CG novel-word')}"
+    lines = ["| | " + " | ".join(heads + [beside] * paper) + " |",
+             "|---" * (len(columns) + 1 + paper) + "|"]
+    for row, results in zip(rows, runs):
+        cells = [mean_and_deviation([r["results"][split][metric] for r in results])
+                 for split, metric in columns]
+        cells += [" / ".join(f"{value:.2f}" for value in row.paper)] * paper
+        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
+    sizes = {split: np.mean([r["results"][split]["queries"] for r in runs[0]])
+             for split, _ in columns}
+    queries = ", ".join(f"{split} {size:.0f}" for split, size in sizes.items())
+    lines += ["", f"{len(runs[0])} seeds; sentences of a seed: {queries}; "
+                  f"{sum(r['minutes'] for row in runs for r in row):.0f} minutes of runs."]
+    for a, b in PAIRS.get(what, []):
+        parts = []
+        for split in (split for split in FINAL if split in there):
+            mean, low, high, each = paired(runs[a], runs[b], split)
+            seeds = ", ".join(f"{d:+.1f}" for d in each)
+            parts.append(f"{split} {mean:+.1f} [{low:+.1f}, {high:+.1f}] ({seeds})")
+        lines.append(f"- {rows[a].name} minus {rows[b].name}: " + "; ".join(parts))
+    return "\n".join(lines)
+
+
+def seeds_of(options: argparse.Namespace) -> range:
+    return range(options.seeds or 3)
+
+
+def keep(what: str, options: argparse.Namespace, make) -> dict:
+    """What `make(seed)` returns for each seed, kept in results/<dataset>/<what>.json."""
+    path = RESULTS / options.dataset / f"{what}.json"
+    content = json.loads(path.read_text()) if path.exists() and not options.fresh else {}
+    if missing := [str(seed) for seed in seeds_of(options) if str(seed) not in content]:
+        content |= {seed: make(int(seed)) for seed in missing}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dict(sorted(content.items())), indent=1) + "\n"
+        video.save_atomically(path, lambda file: file.write(text.encode()))
+    return {seed: content[str(seed)] for seed in seeds_of(options)}
+
+
+def clip_of(seed: int, options: argparse.Namespace) -> tuple[clip.CLIP, str]:
+    """The CLIP of a seed's shapes world; of a real dataset, the published one."""
+    world = world_of(options.dataset, seed)
+    if options.dataset == "shapes":
+        shapes.build(world, options.root)
+    name = world if options.dataset == "shapes" else train.Config.clip
+    return clip.load(data.clip_file(name, options.root), data.pick_device(options.device)), world
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows))
+
+
+def s_table1(options: argparse.Namespace) -> str:
+    """Supplement, Table 1: CLIP's scores by what is wrong in the wrong image."""
+    def make(seed: int) -> dict:
+        if options.svo:
+            triplets = probe.svo_triplets(options.svo, options.images)
+        else:
+            triplets = {kind: probe.shape_triplets(kind, 1000, seed) for kind in probe.KINDS}
+        model, _ = clip_of(seed, options)
+        return {kind: probe.triplet_scores(model, part) for kind, part in triplets.items() if part}
+
+    found = keep("s-table1-svo" if options.svo else "s-table1", options, make)
+    paper = {"right": ("0.82", "0.76", "0.86"), "wrong": ("0.18", "0.24", "0.14"),
+             "difference": ("0.64", "0.52", "0.72")}
+    rows = []
+    for name in ("right", "wrong", "difference", "right ahead"):
+        cells = [f"{np.mean([content[kind][name] for content in found.values()]):.2f}"
+                 for kind in probe.KINDS]
+        rows.append([name + (", %" if name == "right ahead" else ""), *cells,
+                     *paper.get(name, ("", "", ""))])
+    return markdown(["score", *probe.KINDS, *(f"paper, {kind}" for kind in probe.KINDS)], rows)
+
+
+def s_fig1(options: argparse.Namespace) -> str:
+    """Supplement, Fig. 1: what the end token looks at in the last layer, by part of speech."""
+    def make(seed: int) -> dict:
+        model, world = clip_of(seed, options)
+        sentences = sorted({s.sentence for s in data.read_annotations(world, "train",
+                                                                      options.root)})
+        weights = probe.word_weights(model, sentences)
+        edges = np.linspace(0, 3, 31)
+        return {kind: {"mean": float(np.mean(values)), "words": len(values),
+                       "histogram": np.histogram(np.clip(values, 0, 3), edges)[0].tolist()}
+                for kind, values in weights.items() if values}
+
+    found = keep("s-fig1", options, make)
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7, 3))
+    for kind in ("noun", "verb", "other"):
+        counts = np.sum([content[kind]["histogram"] for content in found.values()], 0)
+        axes.stairs(100 * counts / counts.sum(), np.linspace(0, 3, 31), label=kind, linewidth=2)
+    axes.set(xlabel="weight in the last layer (1: an even share)", ylabel="% of the words")
+    axes.legend()
+    save_figure(figure, "s-fig1.png")
+    return markdown(["world", "noun", "verb", "other"],
+                    [[str(seed), *(f"{content[kind]['mean']:.2f}" for kind in ("noun", "verb",
+                                                                              "other"))]
+                     for seed, content in found.items()])
+
+
+def probes(options: argparse.Namespace) -> str:
+    """What Eq. 3-5 carry: linear probes of the verb."""
+    found = keep("probes", options, lambda seed: probe.verb_probes(
+        clip_of(seed, options)[1], options.root))
+    return markdown(["the verb is read off", "accuracy, %"],
+                    [[name, mean_and_deviation([content[name] for content in found.values()])]
+                     for name in found[0]] + [["(chance)", "14.3"]])
+
+
+def trained_heat(seed: int, options: argparse.Namespace) -> inject.SpatialDynamic:
+    """SpatialDynamic as the seed's `vdi` of Table 1 left it."""
+    config = config_of(MAIN[2], "shapes", seed, options)
+    path = config.folder / "last.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}; python reproduce.py table1 --fresh makes it")
+    state = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    state = {key.removeprefix("dynamic."): value for key, value in state.items()
+             if key.startswith("dynamic.")}
+    width, grid = state["patch_fc.weight"].shape[1], math.isqrt(state["flat_fc.weight"].shape[1])
+    module = inject.SpatialDynamic(width, width, grid, len(state["positions"]),
+                                   config.inject_layers, config.inject_heads)
+    module.load_state_dict(state)
+    return module.eval()
+
+
+@torch.no_grad()
+def heat(options: argparse.Namespace) -> str:
+    """Eq. 3 as a picture, and how much warmer objects are than what surrounds them."""
+    def make(seed: int) -> dict:
+        _, world = clip_of(seed, options)
+        return {"before training": probe.heat_contrast(world, options.root),
+                "after training `vdi`": probe.heat_contrast(world, options.root,
+                                                            trained_heat(seed, options))}
+
+    found = keep("heat", options, make)
+    if (config_of(MAIN[2], "shapes", 0, options).folder / "last.pt").exists():
+        draw_heat(options)
+    names = ("contrast", "warmest on the actor", "random patch on the actor")
+    return markdown(["FC of Eq. 3", "contrast (standard deviations)",
+                     "warmest patch on the actor, %", "random patch, %"],
+                    [[stage, *(f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+                               for values in ([content[stage][name] for content in found.values()]
+                                              for name in names))]
+                     for stage in found[0]])
+
+
+def draw_heat(options: argparse.Namespace) -> None:
+    """assets/heat.png: frames of a training video of world 0, and Eq. 3 on them, or of --video."""
+    model, world = clip_of(0, options)
+    if options.video:
+        pixels, _ = video.sample_frames(options.video, 32, model.visual.resolution)
+        x, patches = (torch.nn.functional.normalize(y.float(), dim=1)
+                      for y in video.encode_frames(model, pixels))
+    else:
+        plan = shapes.script("train", np.random.default_rng([0, 1, 0]))
+        pixels = torch.from_numpy(shapes.render(plan, np.arange(32) + 0.5)).permute(0, 3, 1, 2)
+        _, _, x, patches = next(probe.moments_of(world, options.root, 1))
+    maps = {"frame": None, "Eq. 3, FC = identity": probe.plain_heat(x, patches),
+            "Eq. 3, after `vdi`": trained_heat(0, options).heatmap(x[None], patches[None])[0]}
+    plt = pyplot()
+    figure, axes = plt.subplots(3, 16, figsize=(16, 3.4))
+    for (name, heatmap), line in zip(maps.items(), axes):
+        for t, cell in zip(range(0, 32, 2), line):
+            if heatmap is None:
+                cell.imshow(pixels[t].permute(1, 2, 0))
+            else:
+                cell.imshow(heatmap[t], vmin=heatmap.min(), vmax=heatmap.max(), cmap="inferno")
+            cell.axis("off")
+        line[0].set_title(name, loc="left", fontsize=11)
+    save_figure(figure, "heat-of-a-video.png" if options.video else "heat.png")
+
+
+def fig3(options: argparse.Namespace) -> str:
+    """Fig. 3: retrieval by the whole sentence, by its static and by its dynamic half."""
+    rows, runs = [MAIN[k] for k in (0, 1, 2, 4)], collect("table1", options)
+    runs = [runs[k] for k in (0, 1, 2, 4)]
+    splits = [split for split in ("test", "novel-word") if split in runs[0][0]["results"]]
+
+    def rates(results: list[dict], split: str, query: str) -> list[float]:
+        return [100 * np.mean([int(digit) >= 1 for digit in run["hits"][query][split]])
+                for run in results]
+
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(splits), figsize=(6 * len(splits), 3), sharey=True,
+                                squeeze=False)
+    for cell, split in zip(axes[0], splits):
+        for k, (row, results) in enumerate(zip(rows, runs)):
+            values = [rates(results, split, query) for query in evaluate.QUERIES]
+            cell.bar(np.arange(3) + 0.2 * k - 0.3, [np.mean(v) for v in values], 0.2,
+                     yerr=[np.std(v) for v in values], label=row.name.strip("*").replace("`", ""))
+        cell.set_xticks(range(3), ["Q", "Q^s", "Q^d"])
+        cell.set(title=split, ylabel="R@1, IoU=0.5")
+    axes[0][-1].legend(fontsize=8)
+    save_figure(figure, "fig3.png")
+    heads = [f"{split}, {name}" for split in splits for name in ("Q", "Q^s", "Q^d")]
+    return markdown(["", *heads], [
+        [row.name, *(mean_and_deviation(rates(results, split, query)) for split in splits
+                     for query in evaluate.QUERIES)] for row, results in zip(rows, runs)])
+
+
+def collapse(options: argparse.Namespace) -> str:
+    """What becomes of both sides of Eq. 2 and Eq. 5, and of the verbs, while `vdi` and `vdi-staged`
+    train."""
+    runs = collect("table1", options)
+    letter = [[row for row in run["log"] if "epoch" in row] for run in runs[2]]
+    staged = [run["log"] for run in runs[4]]
+    mmn = [[row for row in run["log"] if "epoch" in row] for run in runs[0]]
+    names = ("var FC(x^qd), Eq. 2", "var x~^qs", "var FC(x^qd), Eq. 5", "var m~")
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 3.4))
+    for name in names:
+        left.plot([row["epoch"] for row in letter[0]],
+                  np.mean([[row[name] for row in log] for log in letter], 0), label=name)
+    left.set(xlabel="epoch", yscale="log", title="vdi: variance over a batch, share of the norm")
+    left.legend(fontsize=8)
+    for name, logs in (("mmn", mmn), ("vdi", letter),
+                       ("vdi-staged", [[r for r in log if "epoch" in r] for log in staged])):
+        right.plot([row["epoch"] for row in logs[0]],
+                   np.mean([[row["cos x^qd"] for row in log] for log in logs], 0), label=name)
+    right.set(xlabel="epoch (of vdi-staged: after stage 1)",
+              title="mean cosine between the verbs' x^qd")
+    right.legend(fontsize=8)
+    save_figure(figure, "collapse.png")
+    rows = []
+    for name in (*names, "L_vc", "L_sd", "cos x^qd"):
+        first, last = ([log[k][name] for log in letter] for k in (0, -1))
+        rows.append([f"`vdi`: {name}", f"{np.mean(first):.4f}", f"{np.mean(last):.4f}"])
+    ends = [[[row for row in log if ("stage" in row) == stage] for log in staged]
+            for stage in (True, False)]
+    for title, logs in (("stage 1", ends[0]), ("stage 2", ends[1])):
+        for name in ("var x^qd", "cos x^qd"):
+            if name in logs[0][0]:
+                rows.append([f"`vdi-staged`, {title}: {name}",
+                             *(f"{np.mean([log[k][name] for log in logs]):.4f}" for k in (0, -1))])
+    return markdown(["", "first", "last"], rows)
+
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise RuntimeError("drawing needs matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def save_figure(figure, name: str) -> None:
+    """Into assets/."""
+    figure.tight_layout()
+    figure.savefig(HERE / "assets" / name, dpi=80, metadata={"Software": None})
+    pyplot().close(figure)
+
+
+OTHERS = {"fig3": fig3, "s-table1": s_table1, "s-fig1": s_fig1, "collapse": collapse,
+          "probes": probes, "heat": heat}
+NEEDS = {"fig3": "table1", "collapse": "table1", "heat": "table1"}      # whose runs they show
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(
         description="the paper's tables and figures, ours beside the paper's",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    arguments.add_argument("what", nargs="+", choices=[*TABLES])
-    arguments.add_argument("--dataset", default="shapes", help="shapes, charades or activitynet")
-    arguments.add_argument("--seeds", type=int, help="of each row (default 3; gain 5)")
-    arguments.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    arguments.add_argument("--root", default="data", help="folder of datasets")
-    arguments.add_argument("--jobs", type=int, default=os.cpu_count() or 1,
-                           help="runs at a time; on one GPU take 1")
-    arguments.add_argument("--fresh", action="store_true", help="run again what has been run")
+    add = arguments.add_argument
+    add("what", nargs="+", choices=[*TABLES, *OTHERS])
+    add("--dataset", default="shapes", help="shapes, charades or activitynet")
+    add("--seeds", type=int, help="of each row (default 3; gain 5)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--root", default="data", help="folder of datasets")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; on one GPU take 1")
+    add("--fresh", action="store_true", help="run again what has been run")
+    add("--svo", help="s-table1 on SVO-Probes: its svo_probes.csv, with --images")
+    add("--images", help="folder of its images, named by their ids")
+    add("--video", help="heat: draw it for this video instead of the shapes world")
     options = arguments.parse_args()
-    configs = [config_of(row, options.dataset, seed, options) for what in options.what
-               for seed in range(options.seeds or SEEDS.get(what, 3)) for row in TABLES[what]]
-    run_all(list(dict.fromkeys(configs)), options)
+    try:
+        tables = [name for name in (NEEDS.get(what, what) for what in options.what)
+                  if name in TABLES]
+        configs = [config_of(row, options.dataset, seed, options) for what in tables
+                   for seed in range(options.seeds or SEEDS.get(what, 3)) for row in TABLES[what]]
+        run_all(list(dict.fromkeys(configs)), options)
+        for what in options.what:
+            text = show(what, options) if what in TABLES else OTHERS[what](options)
+            print(f"\n{what}, {options.dataset}\n\n{text}")
+    except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

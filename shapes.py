@@ -140,19 +140,24 @@ def still(rng: np.random.Generator,
 
 # ----------------------------------------------------------------------------------- the small CLIP
 
-def small_clip(seed: int) -> clip.CLIP:
-    """A ViT of width 64 behind a convolutional stem, and a causal text tower of width 64; joint
-    width 64.
+def small_clip(seed: int, resnet: bool = False) -> clip.CLIP:
+    """A ViT of width 64 behind a convolutional stem, or a ResNet of width 16 that sees the 32 x 32
+    frames at 64 x 64; and a causal text tower of width 64; joint width 64.
 
     Larger position and token embeddings than OpenAI's start, or shape and place are not learned."""
     torch.manual_seed(seed)
     width, heads, layers = 64, 4, 2
-    visual = clip.VisionTransformer(SIZE, 2, width, layers, heads, width, clip.QuickGELU,
-                                    stem=(24, 48))
+    if resnet:
+        visual = clip.ModifiedResNet(2 * SIZE, (1, 1, 1, 1), 16, 8, width)
+        drawn = [(visual.attnpool.positional_embedding, 0.1)]
+    else:
+        visual = clip.VisionTransformer(SIZE, 2, width, layers, heads, width, clip.QuickGELU,
+                                        stem=(24, 48))
+        drawn = [(visual.class_embedding, 0.4), (visual.positional_embedding, 0.4),
+                 (visual.proj, width ** -0.5)]
     model = clip.CLIP(visual, len(clip.vocabulary()[0]), 77, width, layers, heads, width,
                       clip.QuickGELU)
-    for parameter, std in ((visual.class_embedding, 0.4), (visual.positional_embedding, 0.4),
-                           (visual.proj, width ** -0.5), (model.token_embedding.weight, 0.4),
+    for parameter, std in (*drawn, (model.token_embedding.weight, 0.4),
                            (model.positional_embedding, 0.1),
                            (model.text_projection, width ** -0.5)):
         torch.nn.init.normal_(parameter, std=std)
@@ -168,7 +173,7 @@ def image_text_loss(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
 
 
 def pretrain(seed: int, steps: int = 3000, count: int = 24_000, batch: int = 128,
-             rounds: int = 3) -> clip.CLIP:
+             rounds: int = 3, resnet: bool = False) -> clip.CLIP:
     """Trains the small CLIP on `count` stills; about two minutes on two cores. AdamW 2e-3, warm-up
     50 steps, cosine.
 
@@ -180,7 +185,7 @@ def pretrain(seed: int, steps: int = 3000, count: int = 24_000, batch: int = 128
     # Of 49,408 tokens some 60 occur: they are trained as a table of their own. It keeps their
     # order, so the end token is still the one with the largest id.
     used, tokens = tokens.unique(return_inverse=True)
-    model = small_clip(seed).train()
+    model = small_clip(seed, resnet).train()
     whole = model.token_embedding.weight.data
     generator = torch.Generator().manual_seed(seed)
     for _ in range(rounds):
@@ -192,7 +197,7 @@ def pretrain(seed: int, steps: int = 3000, count: int = 24_000, batch: int = 128
             rate = min((step + 1) / 50, (1 + math.cos(math.pi * step / steps)) / 2)
             optimiser.param_groups[0]["lr"] = 2e-3 * rate
             chosen = torch.randint(count, (batch,), generator=generator)
-            x, _ = model.encode_image(clip.preprocess(images[chosen], SIZE))
+            x, _ = model.encode_image(clip.preprocess(images[chosen], model.visual.resolution))
             loss = image_text_loss(x, model.encode_text(tokens[chosen]), model.logit_scale.exp())
             optimiser.zero_grad()
             loss.backward()
@@ -225,7 +230,8 @@ def zero_shot(model: clip.CLIP, seed: int, count: int = 1000) -> dict[str, float
         image, _, (thing,) = still(rng, 1)
         images.append(image)
         things.append(thing)
-    pixels = clip.preprocess(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), SIZE)
+    pixels = clip.preprocess(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),
+                             model.visual.resolution)
     x = F.normalize(model.encode_image(pixels)[0], dim=1)               # [count, D]
 
     def accuracy(phrases, answers) -> float:
@@ -362,14 +368,50 @@ def build(dataset: str = "shapes", root: str | os.PathLike = "data") -> None:
         return
     print(f"building {target}: pre-training a small CLIP on stills, then drawing and encoding "
           f"videos")
-    model = pretrain(seed)
+    write(target, pretrained(seed), seed, SPLITS)
+
+
+def pretrained(seed: int, resnet: bool = False) -> clip.CLIP:
+    """`pretrain`, and what the result knows, printed. RuntimeError for a missed gate."""
+    model = pretrain(seed, resnet=resnet)
     knows = zero_shot(model, seed)
     print("small CLIP, zero-shot: "
           + ", ".join(f"{name} {value:.3f}" for name, value in knows.items()))
     if missed := missed_gates(knows):
         raise RuntimeError(f"the small CLIP of seed {seed} missed its gates ({', '.join(missed)}); "
                            f"use another seed, for instance --dataset shapes-{seed + 1}")
-    write(target, model, seed, SPLITS)
+    return model
+
+
+def build_resnet(dataset: str, root: str | os.PathLike = "data") -> None:
+    """A second CLIP of a world, with a ResNet image tower (supplement, Table 6), unless it is
+    there: <root>/<dataset>-resnet/clip.pt, and features of the same videos made by it."""
+    build(dataset, root)
+    name, seed = f"{dataset}-resnet", seed_of(dataset)
+    file = pathlib.Path(root) / name / "clip.pt"
+    if not file.exists():
+        print(f"building {file}: pre-training a small CLIP with a ResNet on stills")
+        model = pretrained(seed, resnet=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        video.save_atomically(file, lambda out: torch.save(model.state_dict(), out))
+    model = clip.load(file)
+    R, grid = model.visual.resolution, model.visual.grid
+    store = video.FeatureStore(data.store_folder(dataset, name, root), {
+        "clip": name, "sha256": clip.sha256(file), "resolution": R, "frames": FRAMES,
+        "patch_frames": FRAMES, "width": 64, "patch_width": 512, "grid": grid,
+        "precision": "float32"})
+    for part, (split, count) in enumerate(SPLITS.items()):
+        rows = data.read_annotations(dataset, split, root)
+        duration_sec = {row.video: row.duration_sec for row in rows}
+        for i in trange(count, desc=f"videos: {split}", disable=None):
+            name = f"{split}-{i:04d}"
+            if name not in store:
+                plan = script(split, np.random.default_rng([seed, part + 1, i]))
+                pixels = torch.from_numpy(render(plan, np.arange(FRAMES) + 0.5)).permute(0, 3, 1, 2)
+                frames, patches = video.encode_frames(model, clip.crop(pixels, R))
+                store.write(name, frames, patches if split == "train" else None,
+                            duration_sec[name])
+    store.save_manifest()
 
 
 def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, int]) -> None:

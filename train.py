@@ -370,6 +370,8 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
         shapes.build(config.dataset, config.root)
     if config.text_clip.startswith("shapes"):
         shapes.build(config.text_clip, config.root)
+    if config.clip == f"{config.dataset}-resnet":
+        shapes.build_resnet(config.dataset, config.root)
 
     parser = parse.Parser(config.parser or None, config.mask)
     store = data.open_store(config.dataset, config.clip, config.root)

@@ -1,0 +1,189 @@
+"""reproduce.py and probe.py: what is kept and when it counts, the bootstrap, and each probe against
+an independent computation."""
+import argparse
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import clip
+import probe
+import reproduce
+import shapes
+import train
+
+
+@pytest.fixture
+def options(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
+    monkeypatch.chdir(tmp_path)
+    return argparse.Namespace(dataset="shapes", seeds=1, device="cpu", root=str(world), fresh=False,
+                              svo=None, images=None, video=None)
+
+
+# ------------------------------------------------------------------------------------- what is kept
+
+def test_a_row_is_run_once_and_only_for_the_same_choices(options, tmp_path, capsys):
+    row = reproduce.Row("x", dict(method="mmn", epochs=1))
+    config = reproduce.config_of(row, "shapes", 0, options)
+    content = reproduce.run(config)
+    assert content == reproduce.kept(config) == json.loads(reproduce.kept_file(config).read_text())
+    assert set(content["results"]) == {"val", "test", "novel-word", "novel-composition"}
+    for split in reproduce.FINAL:
+        digits = content["hits"]["full"][split]
+        for mu, least in ((0.5, "12"), (0.7, "2")):
+            share = 100 * np.mean([digit in least for digit in digits])
+            assert share == pytest.approx(content["results"][split][f"R@1,IoU={mu}"])
+    capsys.readouterr()
+    assert reproduce.run(config) == content and "epoch" not in capsys.readouterr().out
+    for change in (dict(seed=1), dict(epochs=2), dict(mask="something")):
+        other = dataclasses.replace(config, **change)
+        assert reproduce.kept(other) is None
+    assert reproduce.kept(dataclasses.replace(config, device="auto", root="x", out="y")) == content
+
+
+def test_a_field_that_is_added_later_changes_no_name(options, monkeypatch):
+    config = reproduce.config_of(reproduce.MAIN[4], "shapes", 2, options)
+    name = reproduce.name_of(config)
+    more = dataclasses.make_dataclass("More", [("another", int, dataclasses.field(default=3))],
+                                      bases=(train.Config,), frozen=True)
+    monkeypatch.setattr(train, "Config", more)
+    assert reproduce.name_of(more(**dataclasses.asdict(config))) == name
+    assert config.dataset == "shapes-2" and config.clip == "shapes-2" and config.seed == 2
+
+
+def test_every_row_is_a_configuration(options):
+    """And no table has two rows that are one."""
+    for what, rows in reproduce.TABLES.items():
+        names = {reproduce.name_of(reproduce.config_of(row, "shapes", 0, options)) for row in rows}
+        assert len(names) == len(rows), what
+        for dataset in ("charades", "activitynet"):
+            for row in rows:
+                reproduce.config_of(row, dataset, 0, options)
+
+
+# -------------------------------------------------------------------------------------- differences
+
+def test_paired_bootstrap_by_hand():
+    """Two seeds of 4 sentences: +2 of 4 and -1 of 4 hits, so +50 and -25 points, +12.5 in the mean;
+    rows that are equal sentence by sentence have the interval [0, 0]."""
+    ours, theirs = ([{"hits": {"full": {"test": digits}}} for digits in both]
+                    for both in (("2101", "0001"), ("0002", "0101")))
+    mean, low, high, each = reproduce.paired(ours, theirs, "test")
+    assert (mean, each) == (12.5, [50.0, -25.0]) and low <= 12.5 <= high and low < high
+    assert reproduce.paired(ours, ours, "test") == (0.0, 0.0, 0.0, [0.0, 0.0])
+
+
+def test_bootstrap_interval_is_that_of_the_normal_approximation():
+    """1,000 sentences, of which 100 are gained and 50 lost: +5 points, standard error
+    sqrt((0.15 - 0.05^2) / 1000) = 1.21 points."""
+    digits = np.array(["1"] * 100 + ["0"] * 900), np.array(["0"] * 100 + ["1"] * 50 + ["0"] * 850)
+    ours, theirs = ([{"hits": {"full": {"test": "".join(d)}}}] for d in digits)
+    mean, low, high, _ = reproduce.paired(ours, theirs, "test")
+    error = 100 * math.sqrt((0.15 - 0.05 ** 2) / 1000)
+    assert mean == pytest.approx(5.0)
+    assert (low, high) == pytest.approx((5 - 1.96 * error, 5 + 1.96 * error), abs=0.3)
+
+
+# ------------------------------------------------------------------------------------------- probes
+
+def test_end_token_attention_is_that_of_multihead_attention(world):
+    """The last layer's attention, by torch's own module, averaged over its heads."""
+    model = clip.load(world / "shapes" / "clip.pt")
+    sentences = ["the red circle rises", "the blue star", "blinks"]
+    tokens = clip.tokenize(sentences)
+    ours = probe.end_token_attention(model, tokens)
+    for i in range(3):
+        end = int(tokens[i].argmax())
+        x = model.token_embedding(tokens[i:i + 1, :end + 1]) + model.positional_embedding[:end + 1]
+        for block in model.transformer.resblocks[:-1]:
+            x = block(x, causal=True)
+        last = model.transformer.resblocks[-1]
+        reference = torch.nn.MultiheadAttention(64, last.attn.num_heads, batch_first=True)
+        reference.load_state_dict(last.attn.state_dict())
+        x = last.ln_1(x)
+        _, weights = reference(x[:, -1:], x, x, average_attn_weights=True)
+        assert torch.allclose(ours[i, :end + 1], weights[0, 0], atol=1e-5)
+        assert ours[i, end + 1:].abs().sum() == 0
+
+
+def test_word_weights_are_shares(world):
+    """Of each sentence the weights have the mean 1; "the red circle rises": one noun, one verb."""
+    model = clip.load(world / "shapes" / "clip.pt")
+    weights = probe.word_weights(model, ["the red circle rises"] * 3)
+    assert {kind: len(values) for kind, values in weights.items()} == dict(noun=3, verb=3, other=6)
+    assert sum(map(sum, weights.values())) == pytest.approx(3 * 4, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", probe.KINDS)
+def test_triplets_differ_in_what_they_say(kind):
+    """The wrong image of the kind "object" has another ground, the others have the same one."""
+    for sentence, right, wrong in probe.shape_triplets(kind, 20, 0):
+        scene = np.array(shapes.SCENES[sentence.split()[-1]])
+        near = [np.abs(np.median(image.reshape(-1, 3), 0) - scene).max() < 8
+                for image in (right, wrong)]
+        assert near == [True, kind != "object"] and not np.array_equal(right, wrong)
+
+
+def test_a_clip_that_knows_scores_all_and_one_that_does_not_none(world):
+    """A wrong image equal to the right one scores a half."""
+    model = clip.load(world / "shapes" / "clip.pt")
+    same = [(sentence, right, right) for sentence, right, _ in probe.shape_triplets("verb", 9, 0)]
+    scores = probe.triplet_scores(model, same)
+    assert scores["right"] == pytest.approx(0.5) and scores["difference"] == pytest.approx(0)
+
+
+def test_svo_probes_are_read_from_their_csv(world, tmp_path):
+    import av
+    (tmp_path / "images").mkdir()
+    for number in (1, 2):
+        frame = av.VideoFrame.from_ndarray(np.full((40, 60, 3), 100 * number, np.uint8), "rgb24")
+        frame.save(tmp_path / "images" / f"{number}.png") if hasattr(frame, "save") else \
+            frame.to_image().save(tmp_path / "images" / f"{number}.png")
+    (tmp_path / "svo.csv").write_text(
+        "sentence,pos_image_id,neg_image_id,subj_neg,verb_neg,obj_neg\n"
+        "A person walks.,1,2,False,True,False\nA dog runs.,1,3,True,False,False\n")
+    triplets = probe.svo_triplets(str(tmp_path / "svo.csv"), str(tmp_path / "images"))
+    assert {kind: len(part) for kind, part in triplets.items()} == dict(subject=0, verb=1, object=0)
+    scores = probe.triplet_scores(clip.load(world / "shapes" / "clip.pt"), triplets["verb"])
+    assert scores["triplets"] == 1 and 0 <= scores["right"] <= 1
+
+
+def test_true_mask_is_where_the_frame_changes():
+    """Drawn with the actor and without it, a frame differs in the patches of the mask only."""
+    plan = shapes.script("train", np.random.default_rng([0, 1, 0]))
+    event = plan["events"][0]
+    times = np.array([(event["start"] + event["end"]) / 2])
+    mask = probe.true_mask(plan, event, times, 8)[0]
+    without = plan | {"events": [e for e in plan["events"] if e is not event] +
+                      [event | {"colour": "white", "enter": 1e9, "leave": 1e9 + 1,
+                                "verb": 0}]}
+    with_actor, bare = shapes.render(plan, times), shapes.render(without, times)
+    changed = F.adaptive_max_pool2d(torch.from_numpy(
+        np.abs(with_actor.astype(int) - bare).sum(3)).float(), 8)[0] > 0
+    bystander = shapes.render(plan | {"bystander": plan["bystander"] | {"r": 0.0}}, times)
+    assert np.array_equal(bystander, with_actor)                # it is not on stage now
+    assert (changed | (mask == 0)).all() and (mask > 0).sum() > 0
+
+
+def test_linear_probe_reads_what_is_there_and_nothing_else():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(3, (600,), generator=generator)
+    x = torch.randn(600, 10, generator=generator)
+    assert probe.linear_probe(x, y, 3) < 45
+    x[:, 0] = y + 0.1 * x[:, 0]
+    x[:, 1] = (y == 1) + 0.1 * x[:, 1]
+    assert probe.linear_probe(x, y, 3) > 95
+
+
+def test_heat_contrast_of_the_true_mask_itself():
+    """If the features are one number, 1 where the actor is, the heat is the mask: its warmest patch
+    is always on the actor."""
+    frames = torch.ones(4, 1)
+    patches = torch.tensor([[0.0, 1.0], [0.0, 0.0]]).expand(4, 1, 2, 2)
+    heat = probe.plain_heat(frames, patches)
+    assert torch.equal(heat, patches[:, 0])
