@@ -249,3 +249,44 @@ def test_no_gradient_enters_the_target():
                                     torch.tensor([[3.0, 9.0]]).double(),
                                     torch.tensor([12.0]).double())
     assert not target.requires_grad
+
+
+def test_without_a_query_all_frames_of_a_half_weigh_the_same():
+    """Four frames of 1 s, the moment is the whole video: the mean of frames 2, 3 minus that of 0,
+    1; "mean" and "whole" are the mean of all four."""
+    frames = torch.randn(1, 4, 5)
+    moment, duration = torch.tensor([[0.0, 4.0]]), torch.tensor([4.0])
+    change = inject.temporal_change(None, frames, moment, duration)
+    assert torch.allclose(change, frames[:, 2:].mean(1) - frames[:, :2].mean(1), atol=1e-6)
+    for target in ("mean", "whole"):
+        mean = inject.temporal_change(None, frames, moment, duration, target)
+        assert torch.allclose(mean, frames.mean(1), atol=1e-6)
+    part = torch.tensor([[1.0, 3.0]])
+    mean = inject.temporal_change(None, frames, part, duration, "mean")
+    assert torch.allclose(mean, frames[:, 1:3].mean(1), atol=1e-6)
+    whole = inject.temporal_change(None, frames, part, duration, "whole")
+    assert torch.allclose(whole, frames.mean(1), atol=1e-6)
+
+
+def test_a_learned_probe_asks_the_same_of_every_video():
+    torch.manual_seed(0)
+    module = inject.VisualContext(8, 1, 2)
+    frames, video_of = torch.randn(2, 5, 8), torch.tensor([0, 1, 1])
+    answer = module(None, frames, video_of)
+    asked = module(module.probe.expand(3, -1), frames, video_of)
+    assert torch.equal(answer, asked) and torch.allclose(answer[1], answer[2], atol=1e-6)
+
+
+def test_an_lstm_reads_the_heatmaps_in_order():
+    """Its last state, by torch's LSTMCell step by step; unlike a set, turned round it differs."""
+    torch.manual_seed(0)
+    module = inject.SpatialDynamic(8, 8, 2, 5, 1, 2, lstm=True)
+    heat = torch.randn(3, 5, 2, 2)
+    cell = torch.nn.LSTMCell(8, 8)
+    cell.load_state_dict({name.removesuffix("_l0"): value
+                          for name, value in module.sequence.state_dict().items()})
+    m, state = module.flat_fc(heat.flatten(2)), None
+    for t in range(5):
+        state = cell(m[:, t], state)
+    assert torch.allclose(module.dynamic(heat), state[0], atol=1e-5)
+    assert not torch.allclose(module.dynamic(heat), module.dynamic(heat.flip(1)), atol=1e-3)

@@ -241,6 +241,23 @@ def test_contrastive_loss_by_hand():
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-1)), abs=1e-6)
 
 
+def test_contrastive_loss_with_mmns_mask_by_hand():
+    """As above, but what is excluded stays in as exp(0): log(1 + (1 + 1) e^-1) = 0.5514."""
+    moments = torch.tensor([[[1.0, 0.0, 0.9], [0.0, 1.0, (1 - 0.81) ** 0.5]]])
+    arguments = torch.tensor([[1.0, 0.0, 0.6]]), torch.tensor([0]), torch.tensor([[0.0, 5.0]])
+    loss = mmn.contrastive_loss(moments, torch.tensor([[1.0, 0.0]]), *arguments, tau=1.0,
+                                margin=0.0, excluded=0.0)
+    assert loss.item() == pytest.approx(math.log(1 + 2 * math.exp(-1)), abs=1e-6)
+
+
+def test_the_plain_product_ranks_two_negatives_first():
+    """Cosines (0.5, 0.5) give 0.25 and (-0.6, -0.6) give 0.36: more, so it is not used."""
+    cosines = torch.tensor([0.5, -0.6])
+    product = mmn.plain_product(torch.sigmoid(10 * cosines), cosines)
+    assert product.tolist() == pytest.approx([0.25, 0.36], abs=1e-4)
+    assert mmn.fuse(torch.sigmoid(10 * cosines), cosines).argmax() == 0
+
+
 def test_margin_makes_it_harder():
     """With margin 0.4 the positive above counts as 0.6: log(1 + e^-0.6) = 0.4375, twice with two
     far sentences."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import clip
 import data
 import evaluate
+import inject
 import mmn
 import parse
 import train
@@ -59,6 +60,92 @@ def test_every_term_reaches_the_text_tower(step, name):
     assert all(p.grad.abs().max() > 0 for p in model.text.transformer.parameters()
                if p.grad is not None)
     assert model.text.text_projection.grad.abs().max() > 0
+
+
+@pytest.fixture(scope="module")
+def halved(world):
+    store = data.open_store("shapes", "shapes", world)
+    videos = data.Videos(data.read_annotations("shapes", "train", world), store, 16,
+                         parse.Parser("rules"), True, halve=True)
+    return next(iter(videos.batches(6)))
+
+
+def test_what_asks_and_what_is_adapted(step, halved, world):
+    """Each choice reaches the function of its equation, and the default is the paper's letter."""
+    model, batch, settings = step
+    S = len(batch.video_of)
+    x = F.normalize(model.text.encode_text(batch.tokens.flatten(0, 1)), dim=1)
+    full, static, dynamic = x.split(S)
+
+    def expected(asking, adapted, which=batch):
+        context = model.context(asking, which.frames, which.video_of)
+        return inject.visual_context_loss(model.context.project(adapted), context).mean()
+
+    def actual(which=batch, **changes):
+        return train.terms(model, which, dataclasses.replace(settings, **changes))[0]["L_vc"]
+
+    for value, reference in (
+            (actual(), expected(static, dynamic)),
+            (actual(context_query="full"), expected(full, dynamic)),
+            (actual(context_query="none"), expected(None, dynamic)),
+            (actual(inject_into="full"), expected(static, full))):
+        assert value.item() == pytest.approx(reference.item(), rel=1e-4)
+    q = F.normalize(model.text.encode_text(halved.tokens.flatten(0, 1)), dim=1).split(S)
+    assert actual(halved, context_query="half").item() == pytest.approx(
+        expected(q[1], q[2], halved).item(), rel=1e-4)
+    assert not torch.equal(halved.tokens[1], batch.tokens[1])
+
+
+def test_forms_of_both_losses(step):
+    model, batch, settings = step
+    S = len(batch.video_of)
+    x = F.normalize(model.text.encode_text(batch.tokens.flatten(0, 1)), dim=1)
+    _, static, dynamic = x.split(S)
+    context = model.context(static, batch.frames, batch.video_of)
+    motion = model.dynamic(batch.frames, batch.patches)[batch.video_of]
+    here = batch.video_of
+    for changes, name, reference in (
+            (dict(vc_form="relational"), "L_vc", inject.spatial_dynamic_loss(
+                context, model.context.project(dynamic), here)),
+            (dict(sd_form="consistent"), "L_sd", inject.visual_context_loss(
+                model.dynamic.project(dynamic), motion)),
+            (dict(same_video=True), "L_sd", inject.spatial_dynamic_loss(
+                motion, model.dynamic.project(dynamic), here, True))):
+        terms, _ = train.terms(model, batch, dataclasses.replace(settings, **changes))
+        assert terms[name].item() == pytest.approx(reference.mean().item(), rel=1e-4), changes
+    for weight, name in (("lambda_vc", "L_vc"), ("lambda_sd", "L_sd")):
+        terms, _ = train.terms(model, batch, dataclasses.replace(settings, **{weight: 0.0}))
+        assert name not in terms and len(terms) == 3
+
+
+@pytest.mark.parametrize("side", ["video", "text"])
+@pytest.mark.parametrize("name", ["L_vc", "L_sd"])
+def test_stop_gradient_stops_one_side(step, side, name):
+    """Of Eq. 2 and Eq. 5: the FC of the text's side, and the decoder or SeqModel of the video's."""
+    model, batch, settings = step
+    model.zero_grad()
+    terms, _ = train.terms(model, batch, dataclasses.replace(settings, stop_gradient=side))
+    terms[name].backward()
+    module = model.context if name == "L_vc" else model.dynamic
+    text = module.project.weight.grad
+    seen = (model.context.decoder.layers[0].linear1.weight.grad if name == "L_vc"
+            else model.dynamic.flat_fc.weight.grad)
+    assert (text is None or not text.any()) == (side == "text")
+    assert (seen is None or not seen.any()) == (side == "video")
+
+
+def test_features_that_are_not_normalised(world):
+    store = data.open_store("shapes", "shapes", world)
+    rows = data.read_annotations("shapes", "train", world)
+    for normalise in (True, False):
+        videos = data.Videos(rows, store, 16, parse.Parser("rules"), True, normalise=normalise)
+        norms = next(iter(videos.batches(4))).frames.norm(dim=2)
+        assert (norms - 1).abs().max() < 1e-5 if normalise else (norms - 1).abs().min() > 0.1
+
+
+def test_choices_are_checked():
+    with pytest.raises(ValueError, match="--context-query is one of static, full, half, none, not"):
+        train.Config(context_query="some")
 
 
 def test_the_image_tower_is_not_even_there(step):
