@@ -19,6 +19,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import re
 import shutil
 import sys
 import time
@@ -325,10 +326,30 @@ def paired(ours: list[dict], theirs: list[dict], split: str, draws: int = 2000
     return float(np.mean([d.mean() for d in each])), low, high, [float(d.mean()) for d in each]
 
 
+def draw_curve(options: argparse.Namespace) -> None:
+    """assets/curve.png: R@1 over the number of training videos."""
+    counts, runs = (50, 100, 200, 400, 800), collect("curve", options)
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3), sharey=True)
+    for cell, split in zip(axes, FINAL):
+        for k, name in enumerate(("MMN, tuned", "vdi-staged")):
+            values = np.array([[run["results"][split]["R@1,IoU=0.5"] for run in runs[2 * i + k]]
+                               for i in range(len(counts))])
+            cell.errorbar(counts, values.mean(1), values.std(1), label=name, capsize=3)
+        cell.set(xscale="log", title=split, xlabel="training videos")
+        cell.set_xticks(counts, counts)
+        cell.minorticks_off()
+    axes[0].set_ylabel("R@1, IoU=0.5")
+    axes[0].legend()
+    save_figure(figure, "curve.png")
+
+
 def show(what: str, options: argparse.Namespace) -> str:
     """A table as Markdown: mean ± standard deviation over seeds, the paper's figures, and paired
     differences."""
     rows, runs = TABLES[what], collect(what, options)
+    if what == "curve" and options.figures:
+        draw_curve(options)
     columns = SHOWN.get(what, NOVEL + SPLITS[:1])
     paper = any(row.paper for row in rows)
     there = runs[0][0]["results"]
@@ -421,14 +442,15 @@ def s_fig1(options: argparse.Namespace) -> str:
                 for kind, values in weights.items() if values}
 
     found = keep("s-fig1", options, make)
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(7, 3))
-    for kind in ("noun", "verb", "other"):
-        counts = np.sum([content[kind]["histogram"] for content in found.values()], 0)
-        axes.stairs(100 * counts / counts.sum(), np.linspace(0, 3, 31), label=kind, linewidth=2)
-    axes.set(xlabel="weight in the last layer (1: an even share)", ylabel="% of the words")
-    axes.legend()
-    save_figure(figure, "s-fig1.png")
+    if options.figures:
+        plt = pyplot()
+        figure, axes = plt.subplots(figsize=(7, 3))
+        for kind in ("noun", "verb", "other"):
+            counts = np.sum([content[kind]["histogram"] for content in found.values()], 0)
+            axes.stairs(100 * counts / counts.sum(), np.linspace(0, 3, 31), label=kind, linewidth=2)
+        axes.set(xlabel="weight in the last layer (1: an even share)", ylabel="% of the words")
+        axes.legend()
+        save_figure(figure, "s-fig1.png")
     return markdown(["world", "noun", "verb", "other"],
                     [[str(seed), *(f"{content[kind]['mean']:.2f}" for kind in ("noun", "verb",
                                                                               "other"))]
@@ -470,7 +492,7 @@ def heat(options: argparse.Namespace) -> str:
                                                             trained_heat(seed, options))}
 
     found = keep("heat", options, make)
-    if (config_of(MAIN[2], "shapes", 0, options).folder / "last.pt").exists():
+    if options.figures:
         draw_heat(options)
     names = ("contrast", "warmest on the actor", "random patch on the actor")
     return markdown(["FC of Eq. 3", "contrast (standard deviations)",
@@ -517,18 +539,20 @@ def fig3(options: argparse.Namespace) -> str:
         return [100 * np.mean([int(digit) >= 1 for digit in run["hits"][query][split]])
                 for run in results]
 
-    plt = pyplot()
-    figure, axes = plt.subplots(1, len(splits), figsize=(6 * len(splits), 3), sharey=True,
-                                squeeze=False)
-    for cell, split in zip(axes[0], splits):
-        for k, (row, results) in enumerate(zip(rows, runs)):
-            values = [rates(results, split, query) for query in evaluate.QUERIES]
-            cell.bar(np.arange(3) + 0.2 * k - 0.3, [np.mean(v) for v in values], 0.2,
-                     yerr=[np.std(v) for v in values], label=row.name.strip("*").replace("`", ""))
-        cell.set_xticks(range(3), ["Q", "Q^s", "Q^d"])
-        cell.set(title=split, ylabel="R@1, IoU=0.5")
-    axes[0][-1].legend(fontsize=8)
-    save_figure(figure, "fig3.png")
+    if options.figures:
+        plt = pyplot()
+        figure, axes = plt.subplots(1, len(splits), figsize=(6 * len(splits), 3), sharey=True,
+                                    squeeze=False)
+        for cell, split in zip(axes[0], splits):
+            for k, (row, results) in enumerate(zip(rows, runs)):
+                values = [rates(results, split, query) for query in evaluate.QUERIES]
+                cell.bar(np.arange(3) + 0.2 * k - 0.3, [np.mean(v) for v in values], 0.2,
+                         yerr=[np.std(v) for v in values],
+                         label=row.name.replace("`", "").strip("*"))
+            cell.set_xticks(range(3), ["Q", "Q^s", "Q^d"])
+            cell.set(title=split, ylabel="R@1, IoU=0.5")
+        axes[0][-1].legend(fontsize=8)
+        save_figure(figure, "fig3.png")
     heads = [f"{split}, {name}" for split in splits for name in ("Q", "Q^s", "Q^d")]
     return markdown(["", *heads], [
         [row.name, *(mean_and_deviation(rates(results, split, query)) for split in splits
@@ -541,23 +565,24 @@ def collapse(options: argparse.Namespace) -> str:
     runs = collect("table1", options)
     letter = [[row for row in run["log"] if "epoch" in row] for run in runs[2]]
     staged = [run["log"] for run in runs[4]]
-    mmn = [[row for row in run["log"] if "epoch" in row] for run in runs[0]]
+    plain = [[row for row in run["log"] if "epoch" in row] for run in runs[0]]
     names = ("var FC(x^qd), Eq. 2", "var x~^qs", "var FC(x^qd), Eq. 5", "var m~")
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 3.4))
-    for name in names:
-        left.plot([row["epoch"] for row in letter[0]],
-                  np.mean([[row[name] for row in log] for log in letter], 0), label=name)
-    left.set(xlabel="epoch", yscale="log", title="vdi: variance over a batch, share of the norm")
-    left.legend(fontsize=8)
-    for name, logs in (("mmn", mmn), ("vdi", letter),
-                       ("vdi-staged", [[r for r in log if "epoch" in r] for log in staged])):
-        right.plot([row["epoch"] for row in logs[0]],
-                   np.mean([[row["cos x^qd"] for row in log] for log in logs], 0), label=name)
-    right.set(xlabel="epoch (of vdi-staged: after stage 1)",
-              title="mean cosine between the verbs' x^qd")
-    right.legend(fontsize=8)
-    save_figure(figure, "collapse.png")
+    if options.figures:
+        plt = pyplot()
+        figure, (left, right) = plt.subplots(1, 2, figsize=(13, 3.4))
+        for name in names:
+            left.plot([row["epoch"] for row in letter[0]],
+                      np.mean([[row[name] for row in log] for log in letter], 0), label=name)
+        left.set(xlabel="epoch", yscale="log",
+                 title="vdi: variance over a batch, share of the squared norm")
+        second = [[row for row in log if "epoch" in row] for log in staged]
+        for name, logs in (("mmn", plain), ("vdi", letter), ("vdi-staged", second)):
+            right.plot([row["epoch"] for row in logs[0]],
+                       np.mean([[row["cos x^qd"] for row in log] for log in logs], 0), label=name)
+        right.set(xlabel="epoch (of vdi-staged: after stage 1)",
+                  title="mean cosine between the verbs' x^qd")
+        left.legend(fontsize=8), right.legend(fontsize=8)
+        save_figure(figure, "collapse.png")
     rows = []
     for name in (*names, "L_vc", "L_sd", "cos x^qd"):
         first, last = ([log[k][name] for log in letter] for k in (0, -1))
@@ -591,7 +616,34 @@ def save_figure(figure, name: str) -> None:
 
 OTHERS = {"fig3": fig3, "s-table1": s_table1, "s-fig1": s_fig1, "collapse": collapse,
           "probes": probes, "heat": heat}
+FIGURES = ("fig3", "s-fig1", "collapse", "heat", "curve")       # assets/<name>.png
 NEEDS = {"fig3": "table1", "collapse": "table1", "heat": "table1"}      # whose runs they show
+
+
+# ---------------------------------------------------------------------------------- into the README
+
+MARKS = ("<!-- results: python reproduce.py readme -->", "<!-- end of the results -->")
+TEXT = HERE / "results" / "text.md"
+
+
+def section(options: argparse.Namespace) -> str:
+    """results/text.md, with each line "{{name}}" replaced by the table of that name."""
+    def table(name: str) -> str:
+        text = show(name, options) if name in TABLES else OTHERS[name](options)
+        figure = f"![{name}](assets/{name}.png)\n\n" if name in FIGURES else ""
+        return f"{figure}{text}\n\n`python reproduce.py {name}`"
+
+    return re.sub(r"^{{(.*)}}$", lambda match: table(match[1]), TEXT.read_text(), flags=re.M)
+
+
+def put_into_readme(options: argparse.Namespace) -> str:
+    """Rewrites what stands between the two marks in README.md."""
+    path = HERE / "README.md"
+    before, rest = path.read_text().split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    text = f"{before}{MARKS[0]}\n\n{section(options)}\n{MARKS[1]}{after}"
+    video.save_atomically(path, lambda file: file.write(text.encode()))
+    return f"{path.name} has been rewritten between its marks"
 
 
 def main() -> None:
@@ -599,7 +651,8 @@ def main() -> None:
         description="the paper's tables and figures, ours beside the paper's",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = arguments.add_argument
-    add("what", nargs="+", choices=[*TABLES, *OTHERS])
+    add("what", nargs="+", choices=[*TABLES, *OTHERS, "readme"], metavar="what",
+        help=f"{', '.join((*TABLES, *OTHERS))}; or readme: put the kept results into README.md")
     add("--dataset", default="shapes", help="shapes, charades or activitynet")
     add("--seeds", type=int, help="of each row (default 3; gain 5)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
@@ -610,7 +663,12 @@ def main() -> None:
     add("--images", help="folder of its images, named by their ids")
     add("--video", help="heat: draw it for this video instead of the shapes world")
     options = arguments.parse_args()
+    options.figures = True
     try:
+        if options.what == ["readme"]:
+            options.figures = False
+            print(put_into_readme(options))
+            return
         tables = [name for name in (NEEDS.get(what, what) for what in options.what)
                   if name in TABLES]
         configs = [config_of(row, options.dataset, seed, options) for what in tables

@@ -22,7 +22,7 @@ def options(world, tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
     monkeypatch.chdir(tmp_path)
     return argparse.Namespace(dataset="shapes", seeds=1, device="cpu", root=str(world), fresh=False,
-                              svo=None, images=None, video=None)
+                              svo=None, images=None, video=None, figures=False)
 
 
 # ------------------------------------------------------------------------------------- what is kept
