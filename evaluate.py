@@ -3,6 +3,8 @@
     python evaluate.py runs/shapes-vdi-staged/ckpt.pt
     python evaluate.py ckpt.pt --split test --query dynamic --json
     python evaluate.py runs/table/mmn-?/ckpt.pt          # mean and standard deviation over runs
+    python evaluate.py ckpt.pt --split test --predictions out.jsonl     # writes its answers
+    python evaluate.py --predictions out.jsonl --truth test.jsonl       # scores any system's
 
 Beside each result stand what a random moment would score, and the best moment that does not look at
 the sentence (fitted on the training split), so that a number means something; and, where the world
@@ -18,6 +20,7 @@ dropped). Shapes: S sentences, K retrieved moments, N clips, P candidate moments
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 
@@ -29,8 +32,10 @@ import clip
 import data
 import mmn
 import parse
+import video
 
 QUERIES = {"full": 0, "static": 1, "dynamic": 2}                # Q, Q^s, Q^d: rows of Batch.tokens
+FUSIONS = {"published": mmn.fuse, "product": mmn.plain_product}         # Eq. 10
 
 
 # ------------------------------------------------------------------------------------------ metrics
@@ -82,6 +87,84 @@ def event_accuracy(predicted: Tensor, samples: list[data.Sample],
     return {"noun accuracy": 100 * noun / len(samples), "verb accuracy": 100 * verb / len(samples)}
 
 
+# ------------------------------------------------------------------- predictions of any system
+
+MAP_IOUS = tuple(0.5 + 0.05 * i for i in range(10))             # QVHighlights: 0.5:0.05:0.95
+
+
+def average_precision(predicted: Tensor, truth: Tensor, iou: float) -> float:
+    """QVHighlights' AP of one sentence: its moments, best first; each takes the true moment that it
+    overlaps most among those not taken, if that is at least `iou`. The area under precision, made
+    monotonous from the right, over recall. predicted [K, 2], truth [G, 2]; in [0, 1]."""
+    overlaps, taken, hits = mmn.interval_iou(predicted[:, None], truth[None]), set(), []
+    for row in overlaps.tolist():                                       # [G]
+        free = [g for g in sorted(range(len(row)), key=lambda g: -row[g])
+                if row[g] >= iou and g not in taken]
+        taken.update(free[:1])
+        hits.append(bool(free))
+    hits = torch.tensor(hits).double()
+    precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
+    best = precision.flip(0).cummax(0).values.flip(0)                   # the best at or after it
+    return float((best * hits).sum() / len(truth))
+
+
+def score_predictions(predictions: list[dict], truth: list[dict]) -> dict[str, float]:
+    """Scores of predictions in QVHighlights' submission form, in percent: R@1 and R@5 (the true
+    moment that fits best counts), mIoU, and mAP as that benchmark defines it (ten moments a
+    sentence at most, in order of score; mean over sentences).
+
+    predictions  {"qid", "pred_relevant_windows": [[start, end, score], ...]}, best first
+    truth        {"qid", "relevant_windows": [[start, end], ...]}
+    """
+    answers = {str(row["qid"]): row["pred_relevant_windows"] for row in predictions}
+    wanted = {str(row["qid"]): row["relevant_windows"] for row in truth}
+    if answers.keys() != wanted.keys():
+        raise ValueError(f"the predictions are not those of this truth: "
+                         f"{len(wanted.keys() - answers.keys())} of its {len(wanted)} sentences "
+                         f"(qid) have none, and {len(answers.keys() - wanted.keys())} others have "
+                         f"one")
+    if empty := [qid for qid, windows in answers.items() if not windows]:
+        raise ValueError(f"{len(empty)} sentences have no predicted moment, for instance qid "
+                         f"{empty[0]}; every sentence needs at least one")
+    rows, precision = [], []
+    for qid, windows in wanted.items():
+        predicted = torch.tensor([window[:2] for window in answers[qid]], dtype=torch.double)
+        true = torch.tensor(windows, dtype=torch.double)
+        best = mmn.interval_iou(predicted[:, None], true[None]).amax(1)     # [K]
+        rows.append([best[0].item(), best[:5].max().item()])
+        if all(len(window) > 2 for window in answers[qid]):
+            rank = torch.tensor([window[2] for window in answers[qid]]).argsort(descending=True,
+                                                                                stable=True)
+            predicted = predicted[rank]
+        precision.append([average_precision(predicted[:10], true, iou) for iou in MAP_IOUS])
+    best, precision = torch.tensor(rows), torch.tensor(precision)           # [S, 2], [S, 10]
+    return {**{f"R@{k},IoU={mu}": 100 * (best[:, i] >= mu).double().mean().item()
+               for i, k in enumerate((1, 5)) for mu in (0.5, 0.7)},
+            "mIoU": 100 * best[:, 0].double().mean().item(),
+            "mAP": 100 * precision.mean().item(), "mAP@0.5": 100 * precision[:, 0].mean().item(),
+            "mAP@0.75": 100 * precision[:, 5].mean().item()}
+
+
+def read_rows(path: str | pathlib.Path, key: str) -> list[dict]:
+    """Json lines that have "qid" and `key`; a Charades-STA text or an ActivityNet json file, whose
+    sentences are numbered from 0 after cleaning. A ValueError lists every bad line."""
+    path = pathlib.Path(path)
+    if path.suffix != ".jsonl":
+        samples = data.clean(data.read_file(path))[0]
+        return [{"qid": i, "relevant_windows": [[s.start_sec, s.end_sec]]}
+                for i, s in enumerate(samples)]
+
+    def row(line: str) -> list[dict]:
+        content = json.loads(line)
+        windows = [[float(v) for v in window] for window in content[key]]
+        if not all(len(w) >= 2 and all(map(math.isfinite, w)) for w in windows):
+            raise ValueError(f"{key} holds what is no moment")
+        return [{"qid": content["qid"], key: windows}]
+
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    return data.read_lines(path, ((i, line) for i, line in lines if line.strip()), row)
+
+
 # --------------------------------------------------------------------------------------- prediction
 
 @torch.no_grad()
@@ -90,7 +173,7 @@ def predict(text: clip.TextTower, retriever: mmn.MMN, videos: data.Videos, batch
             fusion: str = "published", normalise: bool = True) -> Tensor:
     """Moments for all sentences of `videos`, in the order of `videos.samples`: [S, top_k, 3], see
     mmn.decode."""
-    fuse = {"published": mmn.fuse, "product": mmn.plain_product}[fusion]
+    fuse = FUSIONS[fusion]
     was_training = retriever.training
     text.eval(), retriever.eval()
     result = []
@@ -141,9 +224,11 @@ def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
 
 def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
              root: str | None = None, device: torch.device | str = "cpu",
-             allow_missing: bool = False, parser: str | None = None) -> dict[str, dict]:
+             allow_missing: bool = False, parser: str | None = None,
+             predictions: str | None = None) -> dict[str, dict]:
     """Split -> metrics. `splits`: default all but train (train too, if it is the only one).
-    `parser`: default the one of the training."""
+    `parser`: default the one of the training. `predictions`: a file for the answers to the one
+    split, ten moments a sentence in QVHighlights' submission form."""
     config = run.config
     root = root or config["root"]
     dataset = config["dataset"]
@@ -178,7 +263,9 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
                                     f"{store.folder / 'failed.txt'}); --allow-missing leaves out "
                                     f"their {videos.lost} sentences")
         predicted = predict(run.text, run.retriever, videos, config["batch"], device, query,
-                            fusion=config["fusion"], normalise=config["normalise"])
+                            10 if predictions else 5, config["fusion"], config["normalise"])
+        if predictions:
+            write_predictions(predictions, rows, videos.samples, predicted)
         iou = videos.iou.flatten(1)[:, candidates]                      # [S, P]
         results[split] = {
             "queries": len(videos.samples),
@@ -188,6 +275,23 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
             **(event_accuracy(predicted[..., :2], videos.samples, events) if events else {}),
             "random moment": cell_recall(iou), "best prior": cell_recall(iou[:, prior])}
     return results
+
+
+def write_predictions(path: str, rows: list[data.Sample], samples: list[data.Sample],
+                      predicted: Tensor) -> None:
+    """Answers [S, K, 3] to `samples`, which are `rows` grouped by video, as json lines; qid is the
+    number of the sentence in `rows`."""
+    numbers: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        numbers.setdefault(row.video, []).append(i)
+    lines = {}
+    for sample, moments in zip(samples, predicted.tolist()):
+        qid = numbers[sample.video].pop(0)
+        windows = [[round(v, 4) for v in moment] for moment in moments if moment[2] > -math.inf]
+        lines[qid] = json.dumps({"qid": qid, "query": sample.sentence, "vid": sample.video,
+                                 "pred_relevant_windows": windows}) + "\n"
+    text = "".join(lines[qid] for qid in sorted(lines))
+    video.save_atomically(pathlib.Path(path), lambda file: file.write(text.encode()))
 
 
 def table(results: dict[str, dict]) -> str:
@@ -224,8 +328,13 @@ def over_runs(runs: list[dict[str, dict]]) -> str:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    arguments.add_argument("checkpoint", nargs="+",
+    arguments.add_argument("checkpoint", nargs="*",
                            help="ckpt.pt of a run; of several the mean and standard deviation")
+    arguments.add_argument("--predictions", metavar="JSONL",
+                           help="QVHighlights' submission form: written with one checkpoint and "
+                                "one --split, scored with --truth")
+    arguments.add_argument("--truth", metavar="FILE",
+                           help="jsonl in QVHighlights' form, or an annotation file as published")
     arguments.add_argument("--split", action="append",
                            help="a split, may be given again (default: all but train)")
     arguments.add_argument("--query", choices=QUERIES, default="full",
@@ -239,11 +348,24 @@ def main() -> None:
     arguments.add_argument("--json", action="store_true", help="print one json object a checkpoint")
     options = arguments.parse_args()
     try:
+        if options.truth:
+            if options.checkpoint or not options.predictions:
+                raise ValueError("--truth scores --predictions, without a checkpoint")
+            scores = score_predictions(read_rows(options.predictions, "pred_relevant_windows"),
+                                       read_rows(options.truth, "relevant_windows"))
+            print(json.dumps(scores) if options.json else
+                  "\n".join(f"{name:12s} {value:6.2f}" for name, value in scores.items()))
+            return
+        if not options.checkpoint:
+            raise ValueError("name a checkpoint, or --predictions and --truth")
+        if options.predictions and (len(options.checkpoint) > 1 or len(options.split or []) != 1):
+            raise ValueError("--predictions takes the answers of one checkpoint to one --split")
         device, results, methods = data.pick_device(options.device), [], set()
         for path in options.checkpoint:
             run = load(path, device)
             results.append(evaluate(run, options.split, options.query, options.root, device,
-                                    options.allow_missing, options.parser))
+                                    options.allow_missing, options.parser,
+                                    options.predictions))
             title = {name: run.config[name] for name in ("dataset", "method", "seed")}
             methods.add(run.config["method"])
             if len(methods) > 1:

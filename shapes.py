@@ -20,6 +20,7 @@ annotations, features and CLIP weights in the form in which a real dataset has t
 Lengths are in pixels of a 32 x 32 frame with y downwards, times in seconds.
 """
 import argparse
+import fractions
 import json
 import math
 import os
@@ -448,6 +449,30 @@ def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, i
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def export(folder: str | os.PathLike, count: int, seed: int, split: str = "test",
+           side: int = 256, rate: int = 8) -> None:
+    """Videos of a split as mp4, `rate` pictures for each of the 32 frame lengths drawn at one
+    instant each, enlarged to `side`; and annotations.jsonl with their sentences and moments."""
+    av = video.pyav()
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = []
+    for i in trange(count, desc="export", disable=None):
+        name = f"{split}-{i:04d}"
+        plan = script(split, np.random.default_rng([seed, list(SPLITS).index(split) + 1, i]))
+        frames = render(plan, np.arange(FRAMES) + 0.5)
+        frames = frames.repeat(side // SIZE, 1).repeat(side // SIZE, 2)
+        pace = fractions.Fraction(plan["frame_sec"]).limit_denominator(10_000) / rate
+        with av.open(str(folder / f"{name}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=1 / pace, options={"crf": "12"})
+            stream.height, stream.width, stream.pix_fmt = side, side, "yuv420p"
+            for frame in frames.repeat(rate, 0):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+        samples += samples_of(name, split, plan)
+    data.write_jsonl(folder / "annotations.jsonl", samples)
+
+
 def seed_of(dataset: str) -> int:
     """The seed in a name: "shapes" -> 0, "shapes-3" -> 3."""
     number = dataset.removeprefix("shapes").removeprefix("-") or "0"
@@ -496,10 +521,16 @@ def main() -> None:
     arguments.add_argument("--seed", type=int, default=0, help="seed of the world (default 0)")
     arguments.add_argument("--root", default="data", help="folder of datasets (default data)")
     arguments.add_argument("--show", metavar="PNG", help="draw a contact sheet instead of building")
+    arguments.add_argument("--export", metavar="DIR",
+                           help="write test videos as mp4, with sentences, instead of building")
+    arguments.add_argument("-n", type=int, default=5, help="how many --export writes (default 5)")
     options = arguments.parse_args()
     try:
         if options.show:
             show(options.show, options.seed)
+        elif options.export:
+            export(options.export, options.n, options.seed)
+            print(f"{options.n} videos and annotations.jsonl are in {options.export}")
         else:
             build("shapes" + (f"-{options.seed}" if options.seed else ""), options.root)
     except (OSError, ValueError, RuntimeError) as error:

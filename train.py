@@ -474,6 +474,7 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
                 "text": model.text.state_dict(), "clip_sha256": store.manifest["sha256"],
                 "clip_name": store.manifest["clip"],
                 "features": {k: v for k, v in store.manifest.items() if k != "videos"},
+                "window_sec": float(videos["train"].durations_sec.quantile(0.95)),
                 "parser": parser.name, "versions": versions()})
         save(folder / "last.pt", {**common, "model": model.state_dict(),
                                   "optimiser": optimiser.state_dict(),

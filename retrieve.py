@@ -1,0 +1,634 @@
+"""Your video and your sentence: when does it happen? And: in which of many videos?
+
+    python retrieve.py ckpt.pt video.mp4 "a person opens the door" "she sits down"
+    python retrieve.py ckpt.pt video.mp4 "a person opens the door" --plot out.png --html out.html
+    python retrieve.py index ckpt.pt DIR --out index/           # once for a folder of videos
+    python retrieve.py search index/ "a person opens the door"
+
+    r = Retriever("ckpt.pt")
+    video = r.encode("a.mp4")
+    moments = r.predict(video, "a person opens the door")       # [Moment(start_sec, ...), ...]
+
+The image tower is rebuilt from what the checkpoint says, and the features of a video are kept in a
+cache under a key of the file's content and of the extractor. A video that is much longer than those
+the model was trained on is covered by windows of their length that overlap by half.
+
+Neither of MMN's two embeddings of a moment depends on the sentence (Eq. 6, 9), so an index holds
+those of all moments of all videos, and a search is a product with two vectors.
+
+Shapes: F features of a video, W windows of T of them, P candidate moments of a window, S sentences,
+R moments of an index (rows), J width of MMN's joint space.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import pathlib
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import clip
+import data
+import evaluate
+import mmn
+import video
+
+NMS = 0.5 + 1e-6                # moments that overlap a better one by more are left out (as in R@5)
+LONGER = 1.5                    # a video up to so many times the trained length is one window
+
+
+class Moment(NamedTuple):
+    """An answer. `score` ranks the moments of one checkpoint, in [0, 1); it is no probability."""
+    start_sec: float
+    end_sec: float
+    score: float
+
+
+class Encoded(NamedTuple):
+    """A video as the retriever sees it: F features [F, D], L2-normalised, each for `each_sec`
+    seconds, and the feature at which each window of T begins."""
+    path: str
+    duration_sec: float
+    each_sec: float
+    frames: Tensor
+    starts: list[int]
+
+
+class Retriever:
+    """A checkpoint of train.py, ready for videos.
+
+    clip_file  the weights of its CLIP, where they are not found by name
+    cache      folder of features of videos; None: no cache
+    """
+
+    def __init__(self, checkpoint: str | os.PathLike, device: str = "auto",
+                 clip_file: str | None = None,
+                 cache: str | os.PathLike | None = "~/.cache/visual-dynamic-injection"):
+        self.device = data.pick_device(device)
+        self.run = evaluate.load(checkpoint, self.device)
+        self.made, config = self.run.checkpoint["features"], self.run.config
+        self.T, self.N = config["frames"], config["num_clips"]
+        self.window_sec = self.run.checkpoint["window_sec"]
+        self.cache = pathlib.Path(cache).expanduser() if cache else None
+        self.image_tower, self.clip_file = None, clip_file
+
+    def load_image_tower(self) -> clip.CLIP:
+        """CLIP's image tower, of which a cached video has no need. FileNotFoundError that names the
+        file and its SHA-256."""
+        if self.image_tower is not None:
+            return self.image_tower
+        name, digest = self.made["clip"], self.run.checkpoint["clip_sha256"]
+        path = self.clip_file or data.clip_file(name, self.run.config["root"])
+        try:
+            path = clip.download(path) if path in clip.PUBLISHED else path
+            found = clip.sha256(path)
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(f"this checkpoint needs the weights of the CLIP {name!r}, "
+                                    f"SHA-256 {digest}: {error}; name their file with "
+                                    f"--clip") from error
+        if found != digest:
+            raise ValueError(f"{path} is another CLIP than the one this checkpoint was trained "
+                             f"with: its SHA-256 is {found}, not {digest}; name the right file "
+                             f"with --clip")
+        self.image_tower = clip.load(path, self.device)
+        return self.image_tower
+
+    def encode(self, path: str | os.PathLike) -> Encoded:
+        """The features of a video file: read from the cache, or made. video.VideoError for what is
+        no video."""
+        path = pathlib.Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no video {path}")
+        kept = self.cache / f"{self.key(path)}.npz" if self.cache else None
+        if kept and kept.exists():
+            with np.load(kept, allow_pickle=False) as file:
+                frames, duration_sec = torch.from_numpy(file["frames"]), float(file["duration_sec"])
+        else:
+            frames, duration_sec = self.extract(path)
+            if kept:
+                try:
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    video.save_atomically(kept, lambda file: np.savez(
+                        file, frames=frames.numpy(), duration_sec=duration_sec))
+                except OSError as error:
+                    print(f"note: the features are not kept: {error}", file=sys.stderr)
+        frames = frames.float()
+        frames = F.normalize(frames, dim=1) if self.run.config["normalise"] else frames
+        last = len(frames) - self.T
+        starts = [*range(0, last, max(1, self.T // 2)), last] if last else [0]
+        return Encoded(str(path), duration_sec, duration_sec / len(frames), frames, starts)
+
+    def key(self, path: pathlib.Path) -> str:
+        """Of the content of a file and of all that decides its features."""
+        extractor = [self.run.checkpoint["clip_sha256"], self.T, self.window_sec]
+        return hashlib.sha256(f"{clip.sha256(path)} {extractor}".encode()).hexdigest()[:32]
+
+    def extract(self, path: pathlib.Path) -> tuple[Tensor, float]:
+        """A video file -> F features [F, D], float16, and its duration. F is T, or for a long video
+        as many as keep the features as dense as in training."""
+        model = self.load_image_tower()
+        duration_sec = video.probe_duration(path)
+        count = self.T
+        if duration_sec > LONGER * self.window_sec:
+            count = round(self.T * duration_sec / self.window_sec)
+        features, pixels = [], []
+        times_sec = video.frame_centres(duration_sec, count)
+        bar = tqdm(video.frames_at(path, times_sec), total=count, desc=path.name, unit="frame",
+                   disable=None)
+        for frame in bar:
+            pixels.append(clip.crop(frame[None], model.visual.resolution))
+            if len(pixels) == 32 or len(features) * 32 + len(pixels) == count:
+                features.append(video.encode_frames(model, torch.cat(pixels))[0])
+                pixels = []
+        return torch.cat(features), duration_sec
+
+    @torch.no_grad()
+    def read(self, sentences: list[str]) -> tuple[Tensor, Tensor]:
+        """Both heads' unit vectors of the sentences: two of [S, J]. ValueError for an empty one."""
+        for sentence in sentences:
+            if not sentence.strip():
+                raise ValueError("a sentence is empty; say what to look for")
+            if len(clip.encode(sentence)) > 75:
+                print(f"note: CLIP reads 77 tokens, so the end of \"{sentence[:60]}...\" is cut "
+                      f"off", file=sys.stderr)
+        tokens = clip.tokenize(sentences, truncate=True).to(self.device)
+        x = self.run.text.encode_text(tokens)
+        return self.run.retriever.sentences(F.normalize(x, dim=1) if self.run.config["normalise"]
+                                            else x)
+
+    @torch.no_grad()
+    def moments(self, encoded: Encoded) -> tuple[Tensor, Tensor, Tensor]:
+        """All moments of a video: (start, end) in seconds [W * P, 2], and both heads' unit vectors,
+        two of [W * P, J]."""
+        parts, spans = [], []
+        cells = self.run.retriever.cells.cpu()
+        corners = torch.stack([cells // self.N, cells % self.N + 1], 1)         # [P, 2] clips
+        corners = corners * (self.T / self.N)                                   # features
+        for i in range(0, len(encoded.starts), 16):
+            starts = encoded.starts[i:i + 16]
+            frames = torch.stack([encoded.frames[s:s + self.T] for s in starts]).to(self.device)
+            parts.append([x.transpose(1, 2).flatten(0, 1).cpu()
+                          for x in self.run.retriever.moments(frames)])     # [16 * P, J]
+            spans += [(corners + s) * encoded.each_sec for s in starts]
+        iou, contrastive = (torch.cat(x) for x in zip(*parts))
+        return torch.cat(spans).clamp(max=encoded.duration_sec), iou, contrastive
+
+    def scores(self, encoded: Encoded, sentences: list[str]) -> tuple[Tensor, Tensor]:
+        """The spans of all moments [W * P, 2] in seconds and their scores [S, W * P]."""
+        spans, *moments = self.moments(encoded)
+        iou_text, contrastive_text = (x.cpu() for x in self.read(sentences))
+        iou, contrastive = iou_text @ moments[0].T, contrastive_text @ moments[1].T
+        fuse = evaluate.FUSIONS[self.run.config["fusion"]]
+        return spans, fuse(torch.sigmoid(mmn.SCORE_SCALE * iou), contrastive)
+
+    def predict(self, encoded: Encoded, sentences: str | list[str],
+                top_k: int = 5) -> list[Moment] | list[list[Moment]]:
+        """The best moments, best first: a list for one sentence, a list of lists for several."""
+        several = [sentences] if isinstance(sentences, str) else list(sentences)
+        spans, scores = self.scores(encoded, several)
+        answers = [[Moment(*spans[k].tolist(), row[k].item())
+                    for k in greedy_nms(spans, row, top_k)] for row in scores]
+        return answers[0] if isinstance(sentences, str) else answers
+
+
+def greedy_nms(spans: Tensor, scores: Tensor, top_k: int) -> list[int]:
+    """Indices of the best moments, each overlapping no better one by more than NMS. spans [n, 2],
+    scores [n]."""
+    chosen = []
+    for k in scores.argsort(descending=True, stable=True).tolist():
+        if len(chosen) == top_k:
+            break
+        if not chosen or mmn.interval_iou(spans[k], spans[chosen]).max() <= NMS:
+            chosen.append(k)
+    return chosen
+
+
+# -------------------------------------------------------------------------------------- the answers
+
+def clock(seconds: float) -> str:
+    """m:ss.s, or h:mm:ss.s."""
+    tenths = round(10 * seconds)
+    hours, minutes, rest = tenths // 36000, tenths // 600 % 60, tenths % 600 / 10
+    return f"{hours}:{minutes:02d}:{rest:04.1f}" if hours else f"{minutes}:{rest:04.1f}"
+
+
+def printable(text: str) -> str:
+    """Without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def as_text(encoded: Encoded, resolution_sec: float, sentences: list[str],
+            answers: list[list[Moment]]) -> str:
+    lines = [f"{encoded.path}, {clock(encoded.duration_sec)} long; moments begin and end on steps "
+             f"of {resolution_sec:.2f} s"]
+    for sentence, moments in zip(sentences, answers):
+        lines += ["", f"\"{printable(sentence)}\"",
+                  "       start       end   score (a rank, no probability)"]
+        lines += [f"{k:3d} {clock(m.start_sec):>8s}  {clock(m.end_sec):>8s}   {m.score:.3f}"
+                  for k, m in enumerate(moments, 1)]
+    return "\n".join(lines)
+
+
+def as_submission(path: str, sentences: list[str], answers: list[list[Moment]]) -> str:
+    """QVHighlights' submission form, a line a sentence."""
+    return "".join(json.dumps({
+        "qid": i, "query": sentence, "vid": pathlib.Path(path).stem,
+        "pred_relevant_windows": [[round(m.start_sec, 3), round(m.end_sec, 3), round(m.score, 4)]
+                                  for m in moments]}) + "\n"
+        for i, (sentence, moments) in enumerate(zip(sentences, answers)))
+
+
+def plot(path: str, retriever: Retriever, encoded: Encoded, sentences: list[str],
+         answers: list[list[Moment]]) -> None:
+    """A film strip; and for each sentence the score over time, the moments as bars, and the 2D map
+    of the window that holds the best one, with its cell."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise RuntimeError("drawing needs matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    spans, scores = retriever.scores(encoded, sentences)
+    N, windows, rows = retriever.N, len(encoded.starts), len(sentences)
+    figure = plt.figure(figsize=(13, 1.9 + 2.6 * rows))
+    grid = figure.add_gridspec(rows + 1, 2, width_ratios=(4, 1), height_ratios=[1.1] + [2] * rows)
+    strip = figure.add_subplot(grid[0, 0])
+    times_sec = video.frame_centres(encoded.duration_sec, 12)
+    frames = [clip.crop(frame[None], 96)[0].permute(1, 2, 0).numpy()
+              for frame in video.frames_at(encoded.path, times_sec)]
+    strip.imshow(np.concatenate(frames, 1), extent=(0, encoded.duration_sec, 0, 1), aspect="auto")
+    strip.set(yticks=[], xticks=[])
+    strip.set_title(pathlib.Path(encoded.path).name, loc="left")
+    at = torch.linspace(0, encoded.duration_sec, 400)
+    inside = (spans[:, :1] <= at) & (at < spans[:, 1:])                 # [W * P, 400]
+    for i, (sentence, moments) in enumerate(zip(sentences, answers)):
+        curve = figure.add_subplot(grid[i + 1, 0])
+        best = torch.where(inside, scores[i][:, None], 0).amax(0)
+        curve.plot(at, best, color="black", linewidth=1)
+        for k, moment in enumerate(moments):
+            curve.barh(-0.09 * (k + 1), moment.end_sec - moment.start_sec, 0.07, moment.start_sec,
+                       color=f"C{k}")
+            curve.text(moment.end_sec, -0.09 * (k + 1), f" {k + 1}", va="center", fontsize=8)
+        curve.set(xlim=(0, encoded.duration_sec), ylim=(-0.09 * (len(moments) + 1), 1.02),
+                  yticks=(0, 0.5, 1))
+        curve.set_title(f"\"{printable(sentence)}\": best score of a moment at each instant",
+                        loc="left", fontsize=10)
+        curve.set_xlabel("seconds")
+        picture = figure.add_subplot(grid[i + 1, 1])
+        winner = int(scores[i].argmax())
+        window, cell = divmod(winner, len(spans) // windows)
+        shown = np.full(N * N, np.nan)
+        cells = retriever.run.retriever.cells.cpu()
+        shown[cells] = scores[i].unflatten(0, (windows, -1))[window]
+        picture.imshow(shown.reshape(N, N), vmin=0, vmax=1, cmap="viridis")
+        start, end = divmod(int(cells[cell]), N)
+        picture.plot(end, start, "s", markersize=9, markerfacecolor="none", color="red")
+        picture.set(xlabel="last clip", ylabel="first clip", xticks=(0, N - 1), yticks=(0, N - 1))
+        if windows > 1:
+            picture.set_title(f"window {window + 1} of {windows}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; media-src data: file:
+ 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>Moments of {name}</title>
+<style>
+body {{ font: 18px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem;
+  color: #111; background: #fff; }}
+video {{ width: 100%; max-height: 60vh; background: #000; }}
+button {{ font: inherit; padding: .4rem .8rem; margin: .25rem .5rem .25rem 0; color: #fff;
+  background: #14467a; border: 2px solid #14467a; border-radius: .4rem; cursor: pointer; }}
+button:focus-visible {{ outline: 4px solid #b35900; outline-offset: 2px; }}
+button[aria-pressed=true] {{ background: #fff; color: #14467a; }}
+h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.2rem; margin: 1.2rem 0 .3rem; }}
+</style></head><body><main>
+<h1>Moments of {name}</h1>
+<video controls preload="auto" aria-label="{name}" src="{source}"></video>
+<p>A button plays its moment and stops at its end. Moments begin and end on steps of
+{resolution:.2f} s; the score is a rank, no probability.</p>
+{sections}
+</main><script>
+const video = document.querySelector("video");
+let end = Infinity;
+for (const button of document.querySelectorAll("button")) {{
+  button.addEventListener("click", () => {{
+    document.querySelectorAll("button").forEach(b => b.setAttribute("aria-pressed", b === button));
+    end = Number(button.dataset.end);
+    video.currentTime = Number(button.dataset.start);
+    video.play();
+  }});
+}}
+video.addEventListener("timeupdate", () => {{
+  if (video.currentTime >= end) {{ video.pause(); end = Infinity; }}
+}});
+</script></body></html>
+"""
+EMBEDDED = 32 * 2 ** 20         # a larger video is not copied into the page but named by it
+
+
+def as_page(out: str, encoded: Encoded, resolution_sec: float, sentences: list[str],
+            answers: list[list[Moment]]) -> str:
+    """One html page with the video, the sentences, and a button a moment."""
+    import base64
+    import html
+    import mimetypes
+    import urllib.parse
+    path = pathlib.Path(encoded.path)
+    kind = mimetypes.guess_type(path.name)[0] or "video/mp4"
+    if path.stat().st_size <= EMBEDDED:
+        source = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    else:
+        source = urllib.parse.quote(os.path.relpath(path, pathlib.Path(out).resolve().parent))
+    sections = []
+    for i, (sentence, moments) in enumerate(zip(sentences, answers)):
+        buttons = "\n".join(
+            f"<button type=\"button\" aria-pressed=\"false\" data-start=\"{m.start_sec:.3f}\" "
+            f"data-end=\"{m.end_sec:.3f}\">{clock(m.start_sec)} to {clock(m.end_sec)} "
+            f"(score {m.score:.2f})</button>" for m in moments)
+        sections.append(f"<section aria-labelledby=\"s{i}\"><h2 id=\"s{i}\">"
+                        f"{html.escape(printable(sentence))}</h2>\n{buttons}</section>")
+    return PAGE.format(name=html.escape(printable(path.name)), source=html.escape(source),
+                       resolution=resolution_sec, sections="\n".join(sections))
+
+
+def write_clips(folder: str, path: str, answers: list[list[Moment]]) -> list[pathlib.Path]:
+    """Each moment as an mp4 of its own: <video>-<sentence>-<rank>.mp4, both from 1."""
+    av = video.pyav()
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    written = []
+    for i, moments in enumerate(answers, 1):
+        for k, moment in enumerate(moments, 1):
+            out = pathlib.Path(folder) / f"{pathlib.Path(path).stem}-{i}-{k}.mp4"
+            with video.open_video(path) as source, av.open(str(out), "w") as target:
+                rate = source.streams.video[0].average_rate or 25
+                stream = None
+                for time_sec, frame in video.decoded(source):
+                    if time_sec >= moment.end_sec:
+                        break
+                    if time_sec < moment.start_sec - 0.5 / float(rate):
+                        continue
+                    image = video.to_rgb(frame)
+                    image = image[:, :image.shape[1] // 2 * 2, :image.shape[2] // 2 * 2]
+                    if stream is None:                          # h264 wants even sides
+                        stream = target.add_stream("libx264", rate=rate)
+                        stream.height, stream.width = image.shape[1:]
+                        stream.pix_fmt = "yuv420p"
+                    target.mux(stream.encode(av.VideoFrame.from_ndarray(
+                        np.ascontiguousarray(image.permute(1, 2, 0).numpy()), format="rgb24")))
+                if stream is not None:
+                    target.mux(stream.encode())
+            written.append(out)
+    return written
+
+
+# ------------------------------------------------------------------------------------ many videos
+
+class Index:
+    """The moments of many videos, in a folder:
+
+        moments.f16     [R, 2 J] float16: both heads' unit vectors, IoU head first
+        spans.f32       [R, 2] float32: start and end in seconds
+        videos.json     the checkpoint, J, and for each video: file, size, time of change, first
+                        row, number of rows, duration
+
+    Rows are added at the end, one video at a time; what videos.json does not name does not exist,
+    so an interrupted addition leaves nothing."""
+
+    def __init__(self, folder: str | os.PathLike, checkpoint: str | None = None):
+        self.folder = pathlib.Path(folder)
+        self.table = self.folder / "videos.json"
+        if self.table.exists():
+            self.content = json.loads(self.table.read_text())
+        elif checkpoint is None:
+            raise FileNotFoundError(f"{folder} is no index; make one with: python retrieve.py "
+                                    f"index ckpt.pt DIR --out {folder}")
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.content = {"checkpoint": str(pathlib.Path(checkpoint).resolve()),
+                            "sha256": clip.sha256(checkpoint), "joint": 0, "videos": {}}
+        if checkpoint and clip.sha256(checkpoint) != self.content["sha256"]:
+            raise ValueError(f"{folder} was made with another checkpoint, "
+                             f"{self.content['checkpoint']}; choose another --out")
+
+    def rows(self) -> int:
+        return max((v["first"] + v["rows"] for v in self.content["videos"].values()), default=0)
+
+    def save(self) -> None:
+        text = json.dumps(self.content, indent=1)
+        video.save_atomically(self.table, lambda file: file.write(text.encode()))
+
+    def add(self, name: str, about: dict, spans: Tensor, iou: Tensor, contrastive: Tensor) -> None:
+        first, J = self.rows(), iou.shape[1]
+        both = torch.cat([iou, contrastive], 1).half().numpy()          # [n, 2 J]
+        for file, values in (("moments.f16", both), ("spans.f32", spans.float().numpy())):
+            path = self.folder / file
+            path.touch()
+            with open(path, "r+b") as out:
+                out.truncate(first * values.shape[1] * values.itemsize)
+                out.seek(0, os.SEEK_END)
+                out.write(values.tobytes())
+                out.flush()
+                os.fsync(out.fileno())
+        self.content["joint"] = J
+        self.content["videos"][name] = about | {"first": first, "rows": len(spans)}
+        self.save()
+
+    def update(self, retriever: Retriever, folder: str | os.PathLike) -> dict[str, str]:
+        """Brings the index in step with a folder of videos: new and changed files are read, those
+        that are gone are left out. Returns file -> reason for those that cannot be read."""
+        files = {str(path.relative_to(folder)): path
+                 for path in sorted(pathlib.Path(folder).rglob("*"))
+                 if path.suffix.lower() in data.VIDEOS}
+        known, failed = self.content["videos"], {}
+        self.content["folder"] = str(pathlib.Path(folder).resolve())
+        for name in [name for name in known if name not in files]:
+            print(f"gone: {name}")
+            del known[name]
+        bar = tqdm(files.items(), desc="index", unit="video", disable=None)
+        for name, path in bar:
+            stat = path.stat()
+            about = {"size": stat.st_size, "changed_ns": stat.st_mtime_ns}
+            if name in known and all(known[name][key] == value for key, value in about.items()):
+                continue
+            if name in known:
+                print(f"changed: {name}")
+                del known[name]
+            try:
+                encoded = retriever.encode(path)
+            except video.VideoError as error:
+                failed[name] = str(error)
+                continue
+            self.add(name, about | {"duration_sec": encoded.duration_sec},
+                     *retriever.moments(encoded))
+        self.save()
+        return failed
+
+    def search(self, iou_text: Tensor, contrastive_text: Tensor, fuse=mmn.fuse, top_k: int = 10,
+               per_video: int = 3, block: int = 1 << 16) -> list[tuple[str, Moment]]:
+        """The best moments of all videos for one sentence, best first: exact, in blocks of rows.
+
+        iou_text, contrastive_text  [J] unit vectors (Retriever.read)
+        per_video                   answers of one video at most, after NMS
+        """
+        rows, J = self.rows(), self.content["joint"]
+        if not rows:
+            raise ValueError(f"{self.folder} holds no video")
+        moments = np.memmap(self.folder / "moments.f16", np.float16, "r", shape=(rows, 2 * J))
+        spans = np.memmap(self.folder / "spans.f32", np.float32, "r", shape=(rows, 2))
+        scores = torch.full((rows,), -math.inf)
+        for first in range(0, rows, block):
+            part = torch.from_numpy(np.array(moments[first:first + block])).float()     # [n, 2 J]
+            scores[first:first + block] = fuse(torch.sigmoid(mmn.SCORE_SCALE * part[:, :J]
+                                                             @ iou_text),
+                                               part[:, J:] @ contrastive_text)
+        videos = sorted(self.content["videos"].items(), key=lambda item: item[1]["first"])
+        firsts = torch.tensor([about["first"] for _, about in videos])
+        ends = firsts + torch.tensor([about["rows"] for _, about in videos])
+        alive = torch.zeros(rows + 1, dtype=torch.int32)        # rows of videos that are gone: dead
+        alive[firsts] += 1
+        alive.index_add_(0, ends, -torch.ones(len(ends), dtype=torch.int32))
+        scores[alive.cumsum(0)[:rows] == 0] = -math.inf
+        answers, taken, looked = [], {}, min(rows, 1024)
+        while True:
+            best = scores.topk(looked)
+            answers, taken = [], {}
+            for score, row in zip(best.values.tolist(), best.indices.tolist()):
+                if score == -math.inf or len(answers) == top_k:
+                    break
+                which = int(torch.searchsorted(firsts, row, right=True)) - 1
+                span, mine = torch.from_numpy(np.array(spans[row])), taken.setdefault(which, [])
+                if len(mine) < per_video and (not mine or mmn.interval_iou(
+                        span, torch.stack(mine)).max() <= NMS):
+                    mine.append(span)
+                    answers.append((videos[which][0], Moment(*span.tolist(), score)))
+            if len(answers) == top_k or looked == rows:
+                return answers
+            looked = min(rows, 4 * looked)
+
+
+# -------------------------------------------------------------------------------- the command line
+
+def main_index(argv: list[str]) -> None:
+    arguments = argparse.ArgumentParser(
+        prog="retrieve.py index", description="index a folder of videos, or bring an index in step")
+    add = arguments.add_argument
+    add("checkpoint", help="ckpt.pt of a run")
+    add("folder", help="folder of videos")
+    add("--out", required=True, help="folder of the index")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)")
+    add("--clip", help="file of the CLIP's weights (default: where training found them)")
+    options = arguments.parse_args(argv)
+    if not pathlib.Path(options.folder).is_dir():
+        raise FileNotFoundError(f"there is no folder {options.folder}")
+    retriever = Retriever(options.checkpoint, options.device, options.clip, cache=None)
+    index = Index(options.out, options.checkpoint)
+    failed = index.update(retriever, options.folder)
+    for name, reason in failed.items():
+        print(f"failed: {name}: {reason}")
+    known = index.content["videos"].values()
+    hours = sum(about["duration_sec"] for about in known) / 3600
+    print(f"{options.out}: {sum(about['rows'] for about in known)} moments of {len(known)} videos, "
+          f"{hours:.2f} hours")
+
+
+def main_search(argv: list[str]) -> None:
+    arguments = argparse.ArgumentParser(prog="retrieve.py search", description="search an index",
+                                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = arguments.add_argument
+    add("index", help="folder of the index")
+    add("sentences", nargs="+", help="what to look for")
+    add("--top", type=int, default=10, help="answers a sentence")
+    add("--per-video", type=int, default=3, help="answers of one video at most")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--json", action="store_true", help="print json")
+    options = arguments.parse_args(argv)
+    index = Index(options.index)
+    checkpoint = index.content["checkpoint"]
+    if not pathlib.Path(checkpoint).exists() or clip.sha256(checkpoint) != index.content["sha256"]:
+        raise FileNotFoundError(f"the checkpoint of this index is gone or has changed: "
+                                f"{checkpoint}, SHA-256 {index.content['sha256']}")
+    retriever = Retriever(checkpoint, options.device, cache=None)
+    fuse = evaluate.FUSIONS[retriever.run.config["fusion"]]
+    iou_text, contrastive_text = (x.cpu() for x in retriever.read(options.sentences))
+    results = [index.search(a, b, fuse, options.top, options.per_video)
+               for a, b in zip(iou_text, contrastive_text)]
+    if options.json:
+        print(json.dumps([{"sentence": sentence, "moments": [
+            {"video": name, **moment._asdict()} for name, moment in answers]}
+            for sentence, answers in zip(options.sentences, results)]))
+        return
+    for sentence, answers in zip(options.sentences, results):
+        print(f"\"{printable(sentence)}\"\n       start       end   score (a rank)  video")
+        for k, (name, m) in enumerate(answers, 1):
+            print(f"{k:3d} {clock(m.start_sec):>8s}  {clock(m.end_sec):>8s}   {m.score:.3f}"
+                  f"           {printable(name)}")
+
+
+def main_video(argv: list[str]) -> None:
+    arguments = argparse.ArgumentParser(
+        prog="retrieve.py", description="find the moments of a video that sentences describe",
+        epilog="also: retrieve.py index CKPT DIR --out INDEX; retrieve.py search INDEX SENTENCE")
+    add = arguments.add_argument
+    add("checkpoint", help="ckpt.pt of a run")
+    add("video", help="a video file")
+    add("sentences", nargs="+", help="what to look for")
+    add("--top", type=int, default=5, help="moments a sentence (default 5)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)")
+    add("--clip", help="file of the CLIP's weights (default: where training found them)")
+    add("--cache", default="~/.cache/visual-dynamic-injection",
+        help="folder of features of videos that were read before; '' keeps none (default "
+             "%(default)s)")
+    add("--json", action="store_true", help="print json")
+    add("--jsonl", metavar="FILE", help="write QVHighlights' submission form")
+    add("--plot", metavar="PNG", help="draw film strip, scores, 2D map, moments")
+    add("--html", metavar="FILE", help="write a page with the video and a button a moment")
+    add("--clips", metavar="DIR", help="write each moment as an mp4")
+    options = arguments.parse_args(argv)
+    if options.top < 1:
+        raise ValueError(f"--top {options.top} asks for no moment")
+    retriever = Retriever(options.checkpoint, options.device, options.clip, options.cache or None)
+    encoded = retriever.encode(options.video)
+    answers = retriever.predict(encoded, options.sentences, options.top)
+    resolution_sec = encoded.each_sec * retriever.T / retriever.N
+    if options.json:
+        print(json.dumps({"video": options.video, "duration_sec": encoded.duration_sec,
+                          "resolution_sec": resolution_sec, "results": [
+                              {"sentence": sentence, "moments": [m._asdict() for m in moments]}
+                              for sentence, moments in zip(options.sentences, answers)]}))
+    else:
+        print(as_text(encoded, resolution_sec, options.sentences, answers))
+    if options.jsonl:
+        text = as_submission(options.video, options.sentences, answers)
+        video.save_atomically(pathlib.Path(options.jsonl), lambda file: file.write(text.encode()))
+    if options.plot:
+        plot(options.plot, retriever, encoded, options.sentences, answers)
+    if options.html:
+        page = as_page(options.html, encoded, resolution_sec, options.sentences, answers)
+        video.save_atomically(pathlib.Path(options.html), lambda file: file.write(page.encode()))
+    if options.clips:
+        write_clips(options.clips, options.video, answers)
+
+
+def main() -> None:
+    command = {"index": main_index, "search": main_search}.get("".join(sys.argv[1:2]))
+    try:
+        command(sys.argv[2:]) if command else main_video(sys.argv[1:])
+    except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

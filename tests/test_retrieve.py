@@ -1,0 +1,373 @@
+"""retrieve.py: one video, long and short ones, the page in a real browser, and the index, against
+the retriever itself."""
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import clip
+import data
+import evaluate
+import mmn
+import retrieve
+import shapes
+import train
+import video
+
+HERE = pathlib.Path(__file__).parent.parent
+SENTENCES = ["the green circle blinks", "the maroon heart rises"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(world, tmp_path_factory):
+    """A run of three epochs: it knows little, but what it says is the same everywhere."""
+    folder = tmp_path_factory.mktemp("run") / "r"
+    config = train.Config(**{"dataset": "shapes", **train.preset("shapes"), "method": "mmn",
+                             "root": str(world), "epochs": 3, "device": "cpu", "out": str(folder)})
+    train.train(config)
+    return folder / "ckpt.pt"
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Ten videos of the test split of the shapes world, as mp4."""
+    folder = tmp_path_factory.mktemp("videos")
+    shapes.export(folder, 10, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def retriever(checkpoint, tmp_path_factory):
+    return retrieve.Retriever(checkpoint, "cpu", cache=tmp_path_factory.mktemp("cache"))
+
+
+def command(*arguments, status=0):
+    done = subprocess.run([sys.executable, "retrieve.py", *map(str, arguments)], cwd=HERE,
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert status == 0 or (done.stderr.startswith("error: ") and "Traceback" not in done.stderr)
+    return done.stdout if status == 0 else done.stderr
+
+
+def looped(source, out, times):
+    """A video file that plays another one several times, or its first frames (times below 1)."""
+    import av
+    with av.open(str(source)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        rate = container.streams.video[0].average_rate
+    frames = frames * int(times) if times >= 1 else frames[:max(1, round(len(frames) * times))]
+    with av.open(str(out), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"preset": "ultrafast"})
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return out
+
+
+# ---------------------------------------------------------------------------------------- one video
+
+def test_a_video_file_gives_the_moment_that_stored_features_give(retriever, videos, world):
+    """The same model on the exported mp4 and on features made from the frames as drawn: IoU of the
+    two answers at least 0.9 for 9 of 10 videos."""
+    model = clip.load(world / "shapes" / "clip.pt")
+    rows = data.read_file(videos / "annotations.jsonl")
+    agree = []
+    for i in range(10):
+        name = f"test-{i:04d}"
+        plan = shapes.script("test", np.random.default_rng([0, 3, i]))
+        pixels = torch.from_numpy(shapes.render(plan, np.arange(32) + 0.5)).permute(0, 3, 1, 2)
+        x = F.normalize(video.encode_frames(model, pixels)[0].float(), dim=1)
+        sentences = [row.sentence for row in rows if row.video == name]
+        duration_sec = next(row.duration_sec for row in rows if row.video == name)
+        stored = retrieve.Encoded(name, duration_sec, duration_sec / 32, x, [0])
+        ours = retriever.predict(retriever.encode(videos / f"{name}.mp4"), sentences, 1)
+        theirs = retriever.predict(stored, sentences, 1)
+        agree += [float(mmn.interval_iou(torch.tensor(a[0][:2]), torch.tensor(b[0][:2]))) >= 0.9
+                  for a, b in zip(ours, theirs)]
+    assert len(agree) == 40 and sum(agree) >= 36
+
+
+def test_answers_are_those_of_the_evaluation(retriever, checkpoint, videos):
+    """`predict` against mmn.fuse and mmn.decode."""
+    encoded = retriever.encode(videos / "test-0000.mp4")
+    run = evaluate.load(checkpoint)
+    x = F.normalize(run.text.encode_text(clip.tokenize(SENTENCES)), dim=1)
+    scores = mmn.fuse(*run.retriever(encoded.frames[None], x, torch.zeros(2, dtype=torch.long)))
+    expected = mmn.decode(scores, torch.full((2,), encoded.duration_sec), 5,
+                          candidates=run.retriever.candidates)
+    assert torch.allclose(torch.tensor(retriever.predict(encoded, SENTENCES)), expected, atol=1e-4)
+    alone = retriever.predict(encoded, SENTENCES[0])
+    assert torch.allclose(torch.tensor(alone), expected[0], atol=1e-4)
+
+
+def test_a_cached_video_is_not_read_again(retriever, videos, tmp_path, monkeypatch):
+    first = retriever.encode(videos / "test-0001.mp4")
+    shutil.copy(videos / "test-0001.mp4", tmp_path / "other name.mp4")
+    monkeypatch.setattr(retriever, "extract", lambda path: 1 / 0)
+    again = retriever.encode(tmp_path / "other name.mp4")       # the key is the content
+    assert torch.equal(first.frames, again.frames) and first.duration_sec == again.duration_sec
+    with pytest.raises(ZeroDivisionError):
+        retriever.encode(looped(videos / "test-0001.mp4", tmp_path / "more.mp4", 2))
+
+
+@pytest.mark.parametrize("times, windows", [(0.006, 1), (0.1, 1), (1, 1), (5, None)])
+def test_any_length(retriever, videos, tmp_path, times, windows):
+    """From 0.2 s to five times the length of training; moments lie within the video, ordered by
+    score, and no two overlap by more than a half."""
+    path = looped(videos / "test-0002.mp4", tmp_path / "a.mp4", times)
+    encoded = retriever.encode(path)
+    assert windows is None or len(encoded.starts) == windows
+    moments = retriever.predict(encoded, SENTENCES[0])
+    assert len(moments) == 5 or times < 0.1
+    for m in moments:
+        assert 0 <= m.start_sec < m.end_sec <= encoded.duration_sec and 0 <= m.score < 1
+    assert sorted(moments, key=lambda m: -m.score) == moments
+    for i, a in enumerate(moments):
+        for b in moments[:i]:
+            assert mmn.interval_iou(torch.tensor(a[:2]), torch.tensor(b[:2])) <= 0.5 + 1e-6
+
+
+def test_a_long_video_is_seen_as_densely_as_in_training_and_to_its_end(retriever, videos, tmp_path):
+    """Five times over: every feature lies in a window, windows overlap by half, and a feature
+    stands for as long as in training."""
+    encoded = retriever.encode(looped(videos / "test-0003.mp4", tmp_path / "a.mp4", 5))
+    covered = set()
+    for start in encoded.starts:
+        covered |= set(range(start, start + retriever.T))
+    assert covered == set(range(len(encoded.frames)))
+    assert max(b - a for a, b in zip(encoded.starts, encoded.starts[1:])) <= retriever.T // 2
+    assert encoded.each_sec == pytest.approx(retriever.window_sec / retriever.T, rel=0.02)
+
+
+def test_mistakes_are_one_sentence(checkpoint, videos, world, tmp_path):
+    good = videos / "test-0000.mp4"
+    (tmp_path / "text.mp4").write_text("no video")
+    assert "cannot be opened" in command(checkpoint, tmp_path / "text.mp4", "a", status=1)
+    assert "there is no video" in command(checkpoint, tmp_path / "none.mp4", "a", status=1)
+    assert "a sentence is empty" in command(checkpoint, good, "a", " ", status=1)
+    assert "asks for no moment" in command(checkpoint, good, "a", "--top", 0, status=1)
+    assert "no checkpoint" in command(tmp_path / "none.pt", good, "a", status=1)
+    assert "is no index" in command("search", tmp_path, "a", status=1)
+    other = torch.load(world / "shapes" / "clip.pt", weights_only=True)
+    torch.save({key: value + 1 for key, value in other.items()}, tmp_path / "clip.pt")
+    error = command(checkpoint, good, "a", "--clip", tmp_path / "clip.pt", "--cache", "", status=1)
+    digest = clip.sha256(world / "shapes" / "clip.pt")
+    assert "another CLIP" in error and digest in error
+    error = command(checkpoint, good, "a", "--clip", tmp_path / "gone.pt", "--cache", "", status=1)
+    assert "needs the weights of the CLIP 'shapes'" in error and digest in error
+
+
+def test_command_line(checkpoint, videos, tmp_path):
+    good = videos / "test-0000.mp4"
+    text = command(checkpoint, good, *SENTENCES, "word " * 100, "--top", 3, "--cache", "",
+                   "--jsonl", tmp_path / "out.jsonl", "--plot", tmp_path / "out.png", "--clips",
+                   tmp_path / "clips")
+    assert text.count("a rank, no probability") == 3 and "on steps of 2.15 s" in text
+    assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
+    answer = json.loads(command(checkpoint, good, *SENTENCES, "--top", 3, "--cache", "", "--json"))
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    for row, result, sentence in zip(rows, answer["results"], SENTENCES):
+        assert row["query"] == result["sentence"] == sentence and row["vid"] == "test-0000"
+        assert [w[:2] for w in row["pred_relevant_windows"]] == [
+            pytest.approx([m["start_sec"], m["end_sec"]], abs=1e-3) for m in result["moments"]]
+    clips = sorted((tmp_path / "clips").iterdir())
+    assert len(clips) == 9
+    for path, moment in zip(clips, answer["results"][0]["moments"]):
+        length = moment["end_sec"] - moment["start_sec"]
+        assert video.probe_duration(path) == pytest.approx(length, abs=0.3)
+
+
+def test_clock_and_what_a_terminal_would_obey():
+    assert [retrieve.clock(s) for s in (0, 3.84, 59.96, 61.5, 3599.99, 7322.2)] == [
+        "0:00.0", "0:03.8", "1:00.0", "1:01.5", "1:00:00.0", "2:02:02.2"]
+    assert retrieve.printable("a\x1b[31mb\u202ec") == "a\ufffd[31mb\ufffdc"
+
+
+# ----------------------------------------------------------------------------------------- the page
+
+def page(videos, sentences=("the <b>red</b> circle & \"more\"",)):
+    encoded = retrieve.Encoded(str(videos / "test-0000.mp4"), 34.46, 1.08, torch.zeros(1, 1), [0])
+    moments = [[retrieve.Moment(8.616, 10.616, 0.5), retrieve.Moment(20.0, 22.5, 0.25)]]
+    return retrieve.as_page("out.html", encoded, 2.15, list(sentences), moments)
+
+
+def test_sentences_are_escaped_in_the_page(videos):
+    text = page(videos)
+    assert "the &lt;b&gt;red&lt;/b&gt; circle &amp; &quot;more&quot;" in text and "<b>" not in text
+    assert "http" not in text.replace("http-equiv", "")         # nothing is fetched
+
+
+class Browser:
+    """Headless Chromium by WebDriver."""
+
+    def __init__(self, folder):
+        self.driver = subprocess.Popen(["chromedriver", "--port=9515", "--silent"],
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(100):
+            try:
+                self.call("GET", "/status")
+                break
+            except OSError:
+                time.sleep(0.1)
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+                 "--disable-background-networking", "--mute-audio", f"--user-data-dir={folder}"]
+        self.session = "/session/" + self.call("POST", "/session", {"capabilities": {
+            "alwaysMatch": {"goog:chromeOptions": {"args": flags}}}})["sessionId"]
+
+    def call(self, method, path, content=None):
+        body = None if content is None else json.dumps(content).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:9515{path}", body, method=method)
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return json.loads(reply.read())["value"]
+
+    def run(self, script):
+        return self.call("POST", f"{self.session}/execute/sync", {"script": script, "args": []})
+
+    def close(self):
+        self.call("DELETE", self.session)
+        self.driver.terminate()
+        self.driver.wait()
+
+
+@pytest.mark.skipif(not shutil.which("chromedriver"),
+                    reason="Chromium and chromedriver are not installed (Debian: chromium-driver)")
+def test_a_click_plays_the_moment_and_stops_at_its_end(videos, tmp_path):
+    """From the file system, with a real click, and with the keyboard."""
+    (tmp_path / "out.html").write_text(page(videos))
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.call("POST", f"{browser.session}/url", {"url": f"file://{tmp_path}/out.html"})
+        state = "const v = document.querySelector('video'); return [v.currentTime, v.paused]"
+        for _ in range(100):
+            if browser.run("return document.querySelector('video').readyState") >= 2:
+                break
+            time.sleep(0.1)
+        assert browser.run(state) == [0, True]
+        buttons = [next(iter(b.values())) for b in browser.call(
+            "POST", f"{browser.session}/elements", {"using": "css selector", "value": "button"})]
+        browser.call("POST", f"{browser.session}/element/{buttons[0]}/click", {})
+        time.sleep(0.7)
+        now, paused = browser.run(state)
+        assert 8.6 <= now < 10.6 and not paused
+        time.sleep(3)
+        now, paused = browser.run(state)
+        assert paused and 10.6 <= now < 11.3
+        browser.call("POST", f"{browser.session}/element/{buttons[1]}/value", {"text": "\ue007"})
+        time.sleep(0.5)
+        assert 20.0 <= browser.run(state)[0] < 22.5
+        assert browser.run("return [...document.querySelectorAll('button')].map("
+                           "b => b.getAttribute('aria-pressed'))") == ["false", "true"]
+    finally:
+        browser.close()
+
+
+# ---------------------------------------------------------------------------------------- the index
+
+@pytest.fixture
+def folder(videos, tmp_path):
+    """Three good videos, one that is broken."""
+    target = tmp_path / "folder"
+    target.mkdir()
+    for i in range(3):
+        shutil.copy(videos / f"test-000{i}.mp4", target / f"{i}.mp4")
+    (target / "broken.mp4").write_bytes((target / "0.mp4").read_bytes()[:3000])
+    return target
+
+
+def brute_force(retriever, folder, sentence, top_k, per_video):
+    """Every moment of every video, its vectors rounded as in the index, scored and NMS'ed video by
+    video."""
+    answers, (iou_text, contrastive_text) = [], retriever.read([sentence])
+    for path in sorted(folder.glob("[0-9]*.mp4")):
+        spans, iou, contrastive = retriever.moments(retriever.encode(path))
+        scores = mmn.fuse(torch.sigmoid(10 * iou.half().float() @ iou_text[0]),
+                          contrastive.half().float() @ contrastive_text[0])
+        answers += [(path.name, retrieve.Moment(*spans[k].tolist(), scores[k].item()))
+                    for k in retrieve.greedy_nms(spans, scores, per_video)]
+    return sorted(answers, key=lambda answer: -answer[1].score)[:top_k]
+
+
+@pytest.mark.parametrize("per_video", [1, 3])
+def test_search_is_exact(retriever, checkpoint, folder, tmp_path, per_video):
+    index = retrieve.Index(tmp_path / "index", checkpoint)
+    assert list(index.update(retriever, folder)) == ["broken.mp4"]
+    iou, contrastive = retriever.read(SENTENCES)
+    for s, sentence in enumerate(SENTENCES):
+        expected = brute_force(retriever, folder, sentence, 5, per_video)
+        for block in (7, 100, 1 << 16):
+            found = index.search(iou[s], contrastive[s], top_k=5, per_video=per_video, block=block)
+            assert [name for name, _ in found] == [name for name, _ in expected]
+            assert torch.allclose(torch.tensor([m for _, m in found]),
+                                  torch.tensor([m for _, m in expected]), atol=1e-4)
+
+
+def test_an_index_notices_what_changed_and_reads_nothing_twice(retriever, checkpoint, folder,
+                                                               videos, tmp_path, capsys):
+    index = retrieve.Index(tmp_path / "index", checkpoint)
+    index.update(retriever, folder)
+    read = []
+    encode = retriever.encode
+    retriever.encode = lambda path: read.append(path.name) or encode(path)
+    try:
+        (folder / "0.mp4").unlink()
+        shutil.copy(videos / "test-0005.mp4", folder / "1.mp4")
+        shutil.copy(videos / "test-0006.mp4", folder / "9.mp4")
+        again = retrieve.Index(tmp_path / "index", checkpoint)
+        again.update(retriever, folder)
+    finally:
+        del retriever.encode
+    assert read == ["1.mp4", "9.mp4", "broken.mp4"]
+    out = capsys.readouterr().out
+    assert "gone: 0.mp4" in out and "changed: 1.mp4" in out
+    iou, contrastive = retriever.read(SENTENCES)
+    found = again.search(iou[0], contrastive[0], top_k=6, per_video=2)
+    expected = brute_force(retriever, folder, SENTENCES[0], 6, 2)
+    assert [name for name, _ in found] == [name for name, _ in expected]
+
+
+def test_an_interrupted_addition_leaves_nothing(retriever, checkpoint, folder, tmp_path,
+                                                monkeypatch):
+    """The disk is full after the second video's vectors were written: the index is as before, and
+    the next update completes it."""
+    index = retrieve.Index(tmp_path / "index", checkpoint)
+    save, calls = retrieve.Index.save, []
+
+    def full(self):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError("no space left on device")
+        save(self)
+
+    monkeypatch.setattr(retrieve.Index, "save", full)
+    with pytest.raises(OSError):
+        index.update(retriever, folder)
+    monkeypatch.setattr(retrieve.Index, "save", save)
+    index = retrieve.Index(tmp_path / "index", checkpoint)
+    assert list(index.content["videos"]) == ["0.mp4"]
+    index.update(retriever, folder)
+    iou, contrastive = retriever.read(SENTENCES)
+    assert [name for name, _ in index.search(iou[0], contrastive[0])] == [
+        name for name, _ in brute_force(retriever, folder, SENTENCES[0], 10, 3)]
+
+
+def test_index_commands(checkpoint, folder, tmp_path):
+    text = command("index", checkpoint, folder, "--out", tmp_path / "index")
+    assert "failed: broken.mp4" in text and "408 moments of 3 videos" in text
+    text = command("search", tmp_path / "index", *SENTENCES, "--top", 4)
+    assert text.count("a rank") == 2 and ".mp4" in text
+    answer = json.loads(command("search", tmp_path / "index", SENTENCES[0], "--top", 4, "--json"))
+    assert len(answer[0]["moments"]) == 4 and answer[0]["moments"][0]["video"].endswith(".mp4")
+    other = tmp_path / "other.pt"
+    saved = torch.load(checkpoint, weights_only=True)
+    torch.save(saved | {"epoch": 99}, other)
+    assert "made with another checkpoint" in command("index", other, folder, "--out",
+                                                     tmp_path / "index", status=1)
