@@ -98,24 +98,27 @@ def bench_search(options: argparse.Namespace) -> list[dict]:
         index.content = {"joint": J, "videos": {
             f"{i}.mp4": {"first": i * each, "rows": each, "duration_sec": 30.0} for i in range(n)}}
         rng = np.random.default_rng(0)
-        with open(index.folder / "moments.f16", "wb") as file:
-            for _ in range(n):
-                x = rng.standard_normal((each, 2, J), dtype=np.float32)
-                x /= np.linalg.norm(x, axis=2, keepdims=True)
-                file.write(x.astype(np.float16).tobytes())
+        for name in ("iou.f16", "contrastive.f16"):
+            with open(index.folder / name, "wb") as file:
+                for _ in range(n):
+                    x = rng.standard_normal((each, J), dtype=np.float32)
+                    x /= np.linalg.norm(x, axis=1, keepdims=True)
+                    file.write(x.astype(np.float16).tobytes())
         spans = np.sort(rng.uniform(0, 30, (n * each, 2)).astype(np.float32), 1)
         (index.folder / "spans.f32").write_bytes(spans.tobytes())
         q = torch.nn.functional.normalize(torch.randn(2, J), dim=1)
-        moments = np.memmap(index.folder / "moments.f16", np.int16, "r")
+        both = [np.memmap(index.folder / name, np.int16, "r")
+                for name in ("iou.f16", "contrastive.f16")]
 
         def read() -> None:
-            for block in np.array_split(moments, 64):
-                block.max()
+            for moments in both:
+                for block in np.array_split(moments, 32):
+                    block.max()
 
         device = torch.device("cpu")
         reading = seconds_of(read, device)
         searching = seconds_of(lambda: index.search(*q), device)
-        size = moments.nbytes + spans.nbytes
+        size = sum(moments.nbytes for moments in both) + spans.nbytes
     hours = n * 30 / 3600
     return [{"what": f"read {size / 1e6:.0f} MB once", "ms": 1000 * reading, "ratio": 1.0},
             {"what": f"search {n * each:,} moments ({hours:.0f} hours of video at 30 s a window)",

@@ -137,10 +137,11 @@ def score_predictions(predictions: list[dict], truth: list[dict]) -> dict[str, f
                                                                                 stable=True)
             predicted = predicted[rank]
         precision.append([average_precision(predicted[:10], true, iou) for iou in MAP_IOUS])
-    best, precision = torch.tensor(rows), torch.tensor(precision)           # [S, 2], [S, 10]
+    best = torch.tensor(rows, dtype=torch.double)                       # [S, 2]
+    precision = torch.tensor(precision, dtype=torch.double)             # [S, 10]
     return {**{f"R@{k},IoU={mu}": 100 * (best[:, i] >= mu).double().mean().item()
                for i, k in enumerate((1, 5)) for mu in (0.5, 0.7)},
-            "mIoU": 100 * best[:, 0].double().mean().item(),
+            "mIoU": 100 * best[:, 0].mean().item(),
             "mAP": 100 * precision.mean().item(), "mAP@0.5": 100 * precision[:, 0].mean().item(),
             "mAP@0.75": 100 * precision[:, 5].mean().item()}
 

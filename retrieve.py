@@ -41,6 +41,7 @@ import mmn
 import video
 
 NMS = 0.5 + 1e-6                # moments that overlap a better one by more are left out (as in R@5)
+ROUNDING = 1e-3                 # a cosine of float16 vectors is as far off at most
 LONGER = 1.5                    # a video up to so many times the trained length is one window
 
 
@@ -397,10 +398,10 @@ def write_clips(folder: str, path: str, answers: list[list[Moment]]) -> list[pat
 class Index:
     """The moments of many videos, in a folder:
 
-        moments.f16     [R, 2 J] float16: both heads' unit vectors, IoU head first
-        spans.f32       [R, 2] float32: start and end in seconds
-        videos.json     the checkpoint, J, and for each video: file, size, time of change, first
-                        row, number of rows, duration
+        iou.f16, contrastive.f16    [R, J] float16: unit vectors of either head
+        spans.f32                   [R, 2] float32: start and end in seconds
+        videos.json                 the checkpoint, J, and for each video: file, size, time of
+                                    change, first row, number of rows, duration
 
     Rows are added at the end, one video at a time; what videos.json does not name does not exist,
     so an interrupted addition leaves nothing."""
@@ -430,8 +431,8 @@ class Index:
 
     def add(self, name: str, about: dict, spans: Tensor, iou: Tensor, contrastive: Tensor) -> None:
         first, J = self.rows(), iou.shape[1]
-        both = torch.cat([iou, contrastive], 1).half().numpy()          # [n, 2 J]
-        for file, values in (("moments.f16", both), ("spans.f32", spans.float().numpy())):
+        for file, values in (("iou.f16", iou.half().numpy()), ("spans.f32", spans.float().numpy()),
+                             ("contrastive.f16", contrastive.half().numpy())):
             path = self.folder / file
             path.touch()
             with open(path, "r+b") as out:
@@ -474,9 +475,12 @@ class Index:
         self.save()
         return failed
 
-    def search(self, iou_text: Tensor, contrastive_text: Tensor, fuse=mmn.fuse, top_k: int = 10,
+    def search(self, iou_text: Tensor, contrastive_text: Tensor, top_k: int = 10,
                per_video: int = 3, block: int = 1 << 16) -> list[tuple[str, Moment]]:
-        """The best moments of all videos for one sentence, best first: exact, in blocks of rows.
+        """The best moments of all videos for one sentence, best first.
+
+        Exact: a pass in float16, in blocks of rows, gives each moment the best score it could have
+        within the rounding; those that could be among the answers are scored again in float32.
 
         iou_text, contrastive_text  [J] unit vectors (Retriever.read)
         per_video                   answers of one video at most, after NMS
@@ -484,35 +488,41 @@ class Index:
         rows, J = self.rows(), self.content["joint"]
         if not rows:
             raise ValueError(f"{self.folder} holds no video")
-        moments = np.memmap(self.folder / "moments.f16", np.float16, "r", shape=(rows, 2 * J))
-        spans = np.memmap(self.folder / "spans.f32", np.float32, "r", shape=(rows, 2))
-        scores = torch.full((rows,), -math.inf)
+        iou, contrastive = (torch.from_file(str(self.folder / name), False, rows * J,
+                                            dtype=torch.half).view(rows, J)
+                            for name in ("iou.f16", "contrastive.f16"))
+        spans = torch.from_file(str(self.folder / "spans.f32"), False, rows * 2,
+                                dtype=torch.float32).view(rows, 2)
+        bounds, a, b = torch.empty(rows), iou_text.half(), contrastive_text.half()
         for first in range(0, rows, block):
-            part = torch.from_numpy(np.array(moments[first:first + block])).float()     # [n, 2 J]
-            scores[first:first + block] = fuse(torch.sigmoid(mmn.SCORE_SCALE * part[:, :J]
-                                                             @ iou_text),
-                                               part[:, J:] @ contrastive_text)
+            part = slice(first, first + block)
+            bounds[part] = mmn.fuse(
+                torch.sigmoid(mmn.SCORE_SCALE * (torch.mv(iou[part], a).float() + ROUNDING)),
+                torch.mv(contrastive[part], b).float() + ROUNDING)
         videos = sorted(self.content["videos"].items(), key=lambda item: item[1]["first"])
         firsts = torch.tensor([about["first"] for _, about in videos])
         ends = firsts + torch.tensor([about["rows"] for _, about in videos])
-        alive = torch.zeros(rows + 1, dtype=torch.int32)        # rows of videos that are gone: dead
-        alive[firsts] += 1
-        alive.index_add_(0, ends, -torch.ones(len(ends), dtype=torch.int32))
-        scores[alive.cumsum(0)[:rows] == 0] = -math.inf
-        answers, taken, looked = [], {}, min(rows, 1024)
+        for start, end in zip([0, *ends.tolist()], [*firsts.tolist(), rows]):
+            bounds[start:end] = -math.inf                       # rows of videos that are gone
+        looked = min(rows, 1024)
         while True:
-            best = scores.topk(looked)
+            limit, which = bounds.topk(looked)
+            scores = mmn.fuse(torch.sigmoid(mmn.SCORE_SCALE * iou[which].float() @ iou_text),
+                              contrastive[which].float() @ contrastive_text)
+            scores[limit == -math.inf] = -math.inf
             answers, taken = [], {}
-            for score, row in zip(best.values.tolist(), best.indices.tolist()):
-                if score == -math.inf or len(answers) == top_k:
+            for k in scores.argsort(descending=True, stable=True).tolist():
+                score, row = scores[k].item(), int(which[k])
+                if len(answers) == top_k or score == -math.inf:
                     break
-                which = int(torch.searchsorted(firsts, row, right=True)) - 1
-                span, mine = torch.from_numpy(np.array(spans[row])), taken.setdefault(which, [])
+                of = int(torch.searchsorted(firsts, row, right=True)) - 1
+                span, mine = spans[row], taken.setdefault(of, [])
                 if len(mine) < per_video and (not mine or mmn.interval_iou(
                         span, torch.stack(mine)).max() <= NMS):
                     mine.append(span)
-                    answers.append((videos[which][0], Moment(*span.tolist(), score)))
-            if len(answers) == top_k or looked == rows:
+                    answers.append((videos[of][0], Moment(*span.tolist(), score)))
+            unseen = limit[-1].item()                           # no moment beyond can score more
+            if looked == rows or len(answers) == top_k and answers[-1][1].score >= unseen:
                 return answers
             looked = min(rows, 4 * looked)
 
@@ -559,9 +569,8 @@ def main_search(argv: list[str]) -> None:
         raise FileNotFoundError(f"the checkpoint of this index is gone or has changed: "
                                 f"{checkpoint}, SHA-256 {index.content['sha256']}")
     retriever = Retriever(checkpoint, options.device, cache=None)
-    fuse = evaluate.FUSIONS[retriever.run.config["fusion"]]
     iou_text, contrastive_text = (x.cpu() for x in retriever.read(options.sentences))
-    results = [index.search(a, b, fuse, options.top, options.per_video)
+    results = [index.search(a, b, options.top, options.per_video)
                for a, b in zip(iou_text, contrastive_text)]
     if options.json:
         print(json.dumps([{"sentence": sentence, "moments": [

@@ -1,4 +1,7 @@
 """evaluate.py: the metrics by hand and against loops, and their limits."""
+import json
+import pathlib
+
 import pytest
 import torch
 
@@ -75,3 +78,73 @@ def test_over_runs_by_hand():
     """60 and 70: mean 65, standard deviation sqrt(50) = 7.1."""
     runs = [{"test": {"queries": 5, "mIoU": value, "best prior": {}}} for value in (60.0, 70.0)]
     assert "65.0 +- 7.1" in evaluate.over_runs(runs)
+
+
+# ----------------------------------------------------------------------- predictions of any system
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def test_scores_of_predictions_are_the_golden_ones():
+    """tests/golden/make_predictions.py computes them by plain loops."""
+    scores = evaluate.score_predictions(
+        evaluate.read_rows(GOLDEN / "predictions.jsonl", "pred_relevant_windows"),
+        evaluate.read_rows(GOLDEN / "truth.jsonl", "relevant_windows"))
+    assert scores == pytest.approx(json.loads((GOLDEN / "predictions.json").read_text()), abs=1e-6)
+
+
+def test_average_precision_by_hand():
+    """Two true moments; the answers hit the first, miss, hit the second: precision 1, 1/2, 2/3 at
+    recall 1/2, 1/2, 1, so 1/2 * 1 + 1/2 * 2/3 = 0.8333. A second hit of a moment that is taken is a
+    miss: 1/2 * 1."""
+    truth = torch.tensor([[0.0, 10.0], [20.0, 30.0]])
+    hit, miss, other = [0.0, 10.0], [40.0, 50.0], [20.0, 30.0]
+    for answers, value in (([hit, miss, other], 5 / 6), ([hit, hit], 0.5), ([miss], 0.0),
+                           ([other, hit], 1.0)):
+        assert evaluate.average_precision(torch.tensor(answers), truth, 0.5) == pytest.approx(value)
+
+
+def test_predictions_of_other_sentences_are_refused():
+    one = [{"qid": 1, "pred_relevant_windows": [[0, 1, 0.5]]}]
+    with pytest.raises(ValueError, match="1 of its 1 sentences .* have none, and 1 others"):
+        evaluate.score_predictions(one, [{"qid": 2, "relevant_windows": [[0, 1]]}])
+    with pytest.raises(ValueError, match="no predicted moment, for instance qid 1"):
+        evaluate.score_predictions([{"qid": 1, "pred_relevant_windows": []}],
+                                   [{"qid": 1, "relevant_windows": [[0, 1]]}])
+
+
+def test_every_bad_line_of_predictions_is_named(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"qid": 1}\n{"qid": 2, "pred_relevant_windows": [[1]]}\n'
+                                      '{"qid": 3, "pred_relevant_windows": [[0, 1e999]]}\n[]\n')
+    with pytest.raises(ValueError, match="4 entries that cannot be read") as error:
+        evaluate.read_rows(tmp_path / "p.jsonl", "pred_relevant_windows")
+    assert [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]] == [
+        "line 1", "line 2", "line 3", "line 4"]
+
+
+def test_published_annotations_are_truth(published):
+    """The truth predicted as it is scores 100, in either form of file."""
+    for name, count in (("charades/charades_sta_test.txt", 3720),
+                        ("activitynet/val_2.json", 17031)):
+        truth = evaluate.read_rows(published / name, "relevant_windows")
+        assert len(truth) == count
+        few = truth[:200]
+        scores = evaluate.score_predictions(
+            [{"qid": row["qid"], "pred_relevant_windows": row["relevant_windows"]} for row in few],
+            few)
+        assert all(value == pytest.approx(100) for value in scores.values())
+
+
+def test_a_checkpoint_writes_what_scores_the_same(world, tmp_path):
+    """Grouped by video for the model, numbered as in the file for the reader."""
+    rows = data.read_annotations("shapes", "test", world)
+    rows = rows[::2] + rows[1::2]                               # sentences of a video lie apart
+    by_video = sorted(rows, key=lambda row: [r.video for r in rows].index(row.video))
+    predicted = torch.tensor([[[row.start_sec, row.end_sec, 0.9], [0.0, 0.0, float("-inf")]]
+                              for row in by_video])
+    evaluate.write_predictions(str(tmp_path / "p.jsonl"), rows, by_video, predicted)
+    written = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [line["qid"] for line in written] == list(range(len(rows)))
+    for row, line in zip(rows, written):
+        assert (line["vid"], line["query"]) == (row.video, row.sentence)
+        assert line["pred_relevant_windows"] == [pytest.approx([row.start_sec, row.end_sec, 0.9])]
