@@ -577,6 +577,12 @@ def main_search(argv: list[str]) -> None:
             {"video": name, **moment._asdict()} for name, moment in answers]}
             for sentence, answers in zip(options.sentences, results)]))
         return
+    folder = pathlib.Path(index.content["folder"])
+    for name in sorted({name for answers in results for name, _ in answers}):
+        known, path = index.content["videos"][name], folder / name
+        if not path.exists() or path.stat().st_mtime_ns != known["changed_ns"]:
+            print(f"note: {name} is gone or has changed since it was indexed; run index again",
+                  file=sys.stderr)
     for sentence, answers in zip(options.sentences, results):
         print(f"\"{printable(sentence)}\"\n       start       end   score (a rank)  video")
         for k, (name, m) in enumerate(answers, 1):

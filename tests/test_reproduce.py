@@ -89,6 +89,15 @@ def test_bootstrap_interval_is_that_of_the_normal_approximation():
     assert (low, high) == pytest.approx((5 - 1.96 * error, 5 + 1.96 * error), abs=0.3)
 
 
+def test_the_readme_is_in_step_with_the_results():
+    """What stands between the marks is what `python reproduce.py readme` would put there."""
+    options = argparse.Namespace(dataset="shapes", seeds=None, device="cpu", root="data",
+                                 fresh=False, svo=None, images=None, video=None, figures=False)
+    text = (reproduce.HERE / "README.md").read_text()
+    inside = text.split(reproduce.MARKS[0])[1].split(reproduce.MARKS[1])[0]
+    assert inside.strip() == reproduce.section(options).strip()
+
+
 # ------------------------------------------------------------------------------------------- probes
 
 def test_end_token_attention_is_that_of_multihead_attention(world):

@@ -366,6 +366,10 @@ def test_index_commands(checkpoint, folder, tmp_path):
     assert text.count("a rank") == 2 and ".mp4" in text
     answer = json.loads(command("search", tmp_path / "index", SENTENCES[0], "--top", 4, "--json"))
     assert len(answer[0]["moments"]) == 4 and answer[0]["moments"][0]["video"].endswith(".mp4")
+    (folder / answer[0]["moments"][0]["video"]).unlink()
+    done = subprocess.run([sys.executable, "retrieve.py", "search", tmp_path / "index",
+                           SENTENCES[0]], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0 and "is gone or has changed since" in done.stderr
     other = tmp_path / "other.pt"
     saved = torch.load(checkpoint, weights_only=True)
     torch.save(saved | {"epoch": 99}, other)
