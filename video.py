@@ -28,7 +28,6 @@ import multiprocessing
 import os
 import pathlib
 import signal
-import sys
 import time
 from collections.abc import Iterator
 
