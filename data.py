@@ -206,13 +206,16 @@ def read_charades(path: pathlib.Path) -> list[Sample]:
         name, start, end = place.split()
         return [to_sample(name, sentence, (start, end), durations_sec[name])]
 
-    return read_lines(path, enumerate(path.read_text(encoding="utf-8").splitlines(), 1), sample)
+    lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
+    return read_lines(path, ((i, line) for i, line in lines if line.strip()), sample)
 
 
 def read_jsonl(path: pathlib.Path) -> list[Sample]:
     """QVHighlights lines; {"vid", "query", "relevant_windows"} is enough. One sample a window."""
     def samples(line: str) -> list[Sample]:
         row = json.loads(line)
+        if not row["relevant_windows"]:
+            raise ValueError("it has no moment (relevant_windows)")
         found = [to_sample(str(row["vid"]), row["query"], window, row.get("duration", math.nan))
                  for window in row["relevant_windows"]]
         for sample in found:
@@ -220,7 +223,7 @@ def read_jsonl(path: pathlib.Path) -> list[Sample]:
                 raise ValueError(f"[{sample.start_sec}, {sample.end_sec}] ends before it begins")
         return found
 
-    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
     return read_lines(path, ((i, line) for i, line in lines if line.strip()), samples)
 
 
@@ -289,10 +292,12 @@ def write_jsonl(path: pathlib.Path, samples: list[Sample]) -> None:
     video.save_atomically(path, lambda file: file.write("".join(lines).encode()))
 
 
-def install(dataset: str, root: str | os.PathLike, folder: str | os.PathLike | None) -> None:
-    """Puts the published annotations of a dataset below the root: a copy of what lies in `folder`,
-    under any published name; without a folder, what is missing is fetched. Nothing is installed
-    whose counts are not the published ones."""
+def install(dataset: str, root: str | os.PathLike, folder: str | os.PathLike | None,
+            direct: bool = True) -> None:
+    """Puts the published annotations of a dataset below the root: a copy of what lies in `folder`
+    (in a folder of the dataset's name in it, or if `direct` in itself), under any published name;
+    without a folder, what is missing is fetched. Nothing is installed whose counts are not the
+    published ones."""
     target = pathlib.Path(root) / dataset
     if folder is None:
         for split, names in FILES[dataset].items():
@@ -306,7 +311,9 @@ def install(dataset: str, root: str | os.PathLike, folder: str | os.PathLike | N
         raise NotADirectoryError(f"{folder} is no folder; the annotations of {dataset} are several "
                                  f"files, and --annotations names their folder")
     places = [source / name for name in (dataset, *FOLDERS[dataset])]
-    place = next((place for place in places if place.is_dir()), source)
+    place = next((place for place in places if place.is_dir()), source if direct else None)
+    if place is None:
+        raise FileNotFoundError(f"{folder} holds no folder {dataset}")
     found = {split: next((place / name for name in names if (place / name).exists()), None)
              for split, names in FILES[dataset].items()}
     if not any(found.values()):
@@ -517,7 +524,7 @@ def find_files(folder: str | os.PathLike, endings: set[str]) -> dict[str, pathli
         raise FileNotFoundError(f"there is no folder {folder}")
     found: dict[str, pathlib.Path] = {}
     for path in sorted(pathlib.Path(folder).rglob("*")):
-        if path.suffix.lower() in endings:
+        if path.suffix.lower() in endings and path.is_file():
             if path.stem in found:
                 raise ValueError(f"{found[path.stem]} and {path} have one name, {path.stem}: which "
                                  f"is meant? Remove one of them from {folder}")
@@ -525,7 +532,8 @@ def find_files(folder: str | os.PathLike, endings: set[str]) -> dict[str, pathli
     return found
 
 
-def adopt(dataset: str, split: str, path: str, videos: dict[str, pathlib.Path], root: str) -> None:
+def adopt(dataset: str, split: str, path: str, videos: dict[str, pathlib.Path], root: str,
+          features: bool = False) -> None:
     """One's own annotation file becomes <root>/<dataset>/<split>.jsonl: durations probed where it
     does not tell them, cleaned, and what was clamped or dropped is printed. A video that cannot be
     read keeps the last end it has."""
@@ -533,7 +541,8 @@ def adopt(dataset: str, split: str, path: str, videos: dict[str, pathlib.Path], 
     untold = {row.video for row in rows if math.isnan(row.duration_sec)}
     if untold and not videos:
         raise ValueError(f"{path} does not tell how long {len(untold)} videos are; add "
-                         f"\"duration\" to its lines, or name the videos' folder with --videos")
+                         f"\"duration\" to its lines" + ("" if features else
+                                                        ", or name their folder with --videos"))
     for name in untold:
         try:
             durations_sec[name] = video.probe_duration(videos[name])
@@ -594,12 +603,16 @@ def make_features(dataset: str, samples: dict[str, list[Sample]],
     print(f"{len(names) - len(failed)} of {len(names)} videos have features in {store.folder}"
           + (f"; without the {len(failed)} that failed (failed.txt) {lost} sentences are lost"
              if failed else ""))
+    if names and len(failed) == len(names):
+        raise ValueError(f"not one of {len(names)} videos could be read, see above")
 
 
 def check(which: str | None, root: str) -> bool:
     """Prints what is wrong with the features of one dataset, or of all below the root. Is all
     well?"""
-    stores = sorted(pathlib.Path(root).glob(f"{which or '*'}/features/*"))
+    which = which.removesuffix("-cg") if which in FILES else which
+    stores = sorted(path for path in pathlib.Path(root).glob(f"{which or '*'}/features/*")
+                    if list(path.glob("manifest*.json")))
     if not stores:
         raise FileNotFoundError(f"there are no features in {root}/{which or '*'}/features")
     well = True
@@ -616,6 +629,12 @@ def check(which: str | None, root: str) -> bool:
                 if missing:
                     problems.append(f"{name} {split}: {missing} of {len(stated_sec)} videos have "
                                     f"no features (see failed.txt)")
+                bare = [name for name in stated_sec if split == "train" and name in store
+                        and store.manifest["patch_frames"]
+                        and not store.path(name, "patches").exists()]
+                if bare:
+                    problems.append(f"{name} {split}: {len(bare)} videos have no patches, for "
+                                    f"instance {bare[0]}; run data.py again")
                 known = store.manifest["videos"]
                 problems += [f"{video}: its file is {known[video]['duration_sec']:.2f} s long, and "
                              f"its annotations say {stated:.2f} s"
@@ -672,7 +691,10 @@ def run(options: argparse.Namespace) -> None:
     dataset = options.dataset
     if options.which:
         raise ValueError(f"{options.which!r} is one name too many; only check is followed by one")
-    if dataset.startswith("shapes") or not all(c.isalnum() or c in "-_."
+    if options.frames is not None and options.frames < 1 or (
+            options.batch is not None and options.batch < 1):
+        raise ValueError("--frames and --batch are at least 1")
+    if not dataset or dataset.startswith("shapes") or not all(c.isalnum() or c in "-_."
                                                for c in dataset) or dataset[0] == ".":
         raise ValueError(f"{dataset!r} cannot be the name of a dataset of one's own")
     with contextlib.redirect_stdout(None if int(os.environ.get("RANK", 0)) else sys.stdout):
@@ -689,7 +711,7 @@ def prepare(dataset: str, options: argparse.Namespace) -> dict[str, list[Sample]
     family = [name for name in FILES if name.removesuffix("-cg") == dataset.removesuffix("-cg")]
     for name in family:
         try:
-            install(name, root, options.annotations)
+            install(name, root, options.annotations, name == dataset)
         except (FileNotFoundError, RuntimeError) as error:
             if name == dataset:
                 raise RuntimeError(f"{error}; or name a folder that has the annotations with "
@@ -697,7 +719,7 @@ def prepare(dataset: str, options: argparse.Namespace) -> dict[str, list[Sample]
             print(f"note: {name} is left out: {error}", file=sys.stderr)
     if not family and options.annotations:
         videos = find_files(options.videos, VIDEOS) if options.videos else {}
-        adopt(dataset, options.split, options.annotations, videos, root)
+        adopt(dataset, options.split, options.annotations, videos, root, bool(options.features))
     samples = {f"{name} {split}": read_annotations(name, split, root)
                for name in family or [dataset] for split in splits(name, root)
                if annotation_file(name, split, root).exists()}

@@ -89,7 +89,7 @@ def event_accuracy(predicted: Tensor, samples: list[data.Sample],
 
 # ------------------------------------------------------------------- predictions of any system
 
-MAP_IOUS = tuple(0.5 + 0.05 * i for i in range(10))             # QVHighlights: 0.5:0.05:0.95
+MAP_IOUS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))   # QVHighlights: 0.5:0.05:0.95
 
 
 def average_precision(predicted: Tensor, truth: Tensor, iou: float) -> float:
@@ -110,19 +110,29 @@ def average_precision(predicted: Tensor, truth: Tensor, iou: float) -> float:
 
 def score_predictions(predictions: list[dict], truth: list[dict]) -> dict[str, float]:
     """Scores of predictions in QVHighlights' submission form, in percent: R@1 and R@5 (the true
-    moment that fits best counts), mIoU, and mAP as that benchmark defines it (ten moments a
-    sentence at most, in order of score; mean over sentences).
+    moment that fits best counts), mIoU, and mAP as that benchmark defines it (the first ten moments
+    of a sentence, in order of score; mean over sentences). ValueError where "vid" or "query" tell
+    that the two number their sentences otherwise.
 
     predictions  {"qid", "pred_relevant_windows": [[start, end, score], ...]}, best first
     truth        {"qid", "relevant_windows": [[start, end], ...]}
     """
-    answers = {str(row["qid"]): row["pred_relevant_windows"] for row in predictions}
-    wanted = {str(row["qid"]): row["relevant_windows"] for row in truth}
+    answers, wanted = by_qid(predictions), by_qid(truth)
     if answers.keys() != wanted.keys():
         raise ValueError(f"the predictions are not those of this truth: "
                          f"{len(wanted.keys() - answers.keys())} of its {len(wanted)} sentences "
                          f"(qid) have none, and {len(answers.keys() - wanted.keys())} others have "
                          f"one")
+    if not wanted:
+        raise ValueError("there is no sentence to score")
+    for qid, row in wanted.items():
+        for name in ("vid", "query"):
+            ours, theirs = (" ".join(str(x.get(name, "")).split()) for x in (row, answers[qid]))
+            if ours and theirs and ours != theirs:
+                raise ValueError(f"qid {qid} is \"{theirs}\" in the predictions and \"{ours}\" in "
+                                 f"the truth: they number their sentences otherwise")
+    answers = {qid: row["pred_relevant_windows"] for qid, row in answers.items()}
+    wanted = {qid: row["relevant_windows"] for qid, row in wanted.items()}
     if empty := [qid for qid, windows in answers.items() if not windows]:
         raise ValueError(f"{len(empty)} sentences have no predicted moment, for instance qid "
                          f"{empty[0]}; every sentence needs at least one")
@@ -132,9 +142,10 @@ def score_predictions(predictions: list[dict], truth: list[dict]) -> dict[str, f
         true = torch.tensor(windows, dtype=torch.double)
         best = mmn.interval_iou(predicted[:, None], true[None]).amax(1)     # [K]
         rows.append([best[0].item(), best[:5].max().item()])
-        if all(len(window) > 2 for window in answers[qid]):
-            rank = torch.tensor([window[2] for window in answers[qid]]).argsort(descending=True,
-                                                                                stable=True)
+        first = answers[qid][:10]
+        if all(len(window) > 2 for window in first):
+            rank = torch.tensor([window[2] for window in first]).argsort(descending=True,
+                                                                         stable=True)
             predicted = predicted[rank]
         precision.append([average_precision(predicted[:10], true, iou) for iou in MAP_IOUS])
     best = torch.tensor(rows, dtype=torch.double)                       # [S, 2]
@@ -146,24 +157,40 @@ def score_predictions(predictions: list[dict], truth: list[dict]) -> dict[str, f
             "mAP@0.75": 100 * precision[:, 5].mean().item()}
 
 
+def by_qid(rows: list[dict]) -> dict[str, dict]:
+    found = {str(row["qid"]): row for row in rows}
+    if len(found) < len(rows):
+        seen = [str(row["qid"]) for row in rows]
+        twice = next(qid for qid in seen if seen.count(qid) > 1)
+        raise ValueError(f"qid {twice} stands in two lines of one file")
+    return found
+
+
 def read_rows(path: str | pathlib.Path, key: str) -> list[dict]:
-    """Json lines that have "qid" and `key`; a Charades-STA text or an ActivityNet json file, whose
-    sentences are numbered from 0 after cleaning. A ValueError lists every bad line."""
+    """Json lines that have `key` (and "qid"; else they are numbered from 0); a Charades-STA text or
+    an ActivityNet json file, whose sentences are numbered from 0 after cleaning. A ValueError lists
+    every bad line."""
     path = pathlib.Path(path)
     if path.suffix != ".jsonl":
+        if key != "relevant_windows":
+            raise ValueError(f"{path} is no file of predictions, which are json lines (.jsonl)")
         samples = data.clean(data.read_file(path))[0]
-        return [{"qid": i, "relevant_windows": [[s.start_sec, s.end_sec]]}
-                for i, s in enumerate(samples)]
+        return [{"qid": i, "vid": s.video, "query": s.sentence,
+                 "relevant_windows": [[s.start_sec, s.end_sec]]} for i, s in enumerate(samples)]
 
-    def row(line: str) -> list[dict]:
-        content = json.loads(line)
+    def row(numbered: tuple[int, str]) -> list[dict]:
+        content = json.loads(numbered[1])
         windows = [[float(v) for v in window] for window in content[key]]
         if not all(len(w) >= 2 and all(map(math.isfinite, w)) for w in windows):
             raise ValueError(f"{key} holds what is no moment")
-        return [{"qid": content["qid"], key: windows}]
+        if key == "relevant_windows" and not windows:
+            raise ValueError("a sentence has no true moment")
+        return [{"qid": content.get("qid", numbered[0]), key: windows,
+                 **{name: content[name] for name in ("vid", "query") if name in content}}]
 
-    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-    return data.read_lines(path, ((i, line) for i, line in lines if line.strip()), row)
+    lines = [(i, line) for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
+             if line.strip()]
+    return data.read_lines(path, ((i, (k, line)) for k, (i, line) in enumerate(lines)), row)
 
 
 # --------------------------------------------------------------------------------------- prediction
@@ -361,6 +388,9 @@ def main() -> None:
             raise ValueError("name a checkpoint, or --predictions and --truth")
         if options.predictions and (len(options.checkpoint) > 1 or len(options.split or []) != 1):
             raise ValueError("--predictions takes the answers of one checkpoint to one --split")
+        if options.predictions and pathlib.Path(options.predictions).exists():
+            raise FileExistsError(f"{options.predictions} is there already; to score it name its "
+                                  f"--truth and no checkpoint, to write choose another name")
         device, results, methods = data.pick_device(options.device), [], set()
         for path in options.checkpoint:
             run = load(path, device)

@@ -350,39 +350,52 @@ def draw_curve(options: argparse.Namespace) -> None:
     save_figure(figure, "curve.png")
 
 
+def tabulate(what: str, options: argparse.Namespace) -> dict:
+    """A table as data: for each row the values of all seeds, the paper's figures and the file of
+    each run; and paired differences of R@1, IoU=0.5."""
+    rows, runs = TABLES[what], collect(what, options)
+    there = runs[0][0]["results"]
+    columns = [column for column in SHOWN.get(what, NOVEL + SPLITS[:1]) if column[0] in there]
+    content = {"table": what, "dataset": options.dataset, "seeds": len(runs[0]), "rows": [],
+               "queries": {split: float(np.mean([r["results"][split]["queries"] for r in runs[0]]))
+                           for split, _ in columns},
+               "minutes": sum(r["minutes"] for row in runs for r in row), "differences": []}
+    for row, results in zip(rows, runs):
+        files = [kept_file(config_of(row, options.dataset, seed, options)).name
+                 for seed in range(len(results))]
+        content["rows"].append({
+            "row": row.name, "paper": row.paper, "runs": files,
+            "values": {f"{split} {metric}": [r["results"][split][metric] for r in results]
+                       for split, metric in columns}})
+    for a, b in PAIRS.get(what, []):
+        content["differences"].append({"row": rows[a].name, "minus": rows[b].name, "splits": {
+            split: dict(zip(("mean", "low", "high", "seeds"), paired(runs[a], runs[b], split)))
+            for split in FINAL if split in there}})
+    return content
+
+
 def show(what: str, options: argparse.Namespace) -> str:
     """A table as Markdown: mean ± standard deviation over seeds, the paper's figures, and paired
     differences."""
-    rows, runs = TABLES[what], collect(what, options)
+    content = tabulate(what, options)
     if what == "curve" and options.figures:
         draw_curve(options)
-    columns = SHOWN.get(what, NOVEL + SPLITS[:1])
-    paper = any(row.paper for row in rows)
-    there = runs[0][0]["results"]
-    columns = [column for column in columns if column[0] in there]
-    heads = [f"{split} {metric.replace(',IoU=', ' ')}" for split, metric in columns]
-    beside = f"paper, {BESIDE.get(what, 'Charades-CG novel-word')}"
-    lines = ["| | " + " | ".join(heads + [beside] * paper) + " |",
-             "|---" * (len(columns) + 1 + paper) + "|"]
-    for row, results in zip(rows, runs):
-        cells = [mean_and_deviation([r["results"][split][metric] for r in results])
-                 for split, metric in columns]
-        cells += [" / ".join(f"{value:.2f}" for value in row.paper)] * paper
-        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
-    sizes = {split: np.mean([r["results"][split]["queries"] for r in runs[0]])
-             for split, _ in columns}
-    queries = ", ".join(f"{split} {size:.0f}" for split, size in sizes.items())
-    seeds = f"{len(runs[0])} seed{'s' * (len(runs[0]) > 1)}"
-    lines += ["", f"{seeds}; sentences of a seed: {queries}; "
-                  f"{sum(r['minutes'] for row in runs for r in row):.0f} minutes of runs."]
-    for a, b in PAIRS.get(what, []):
-        parts = []
-        for split in (split for split in FINAL if split in there):
-            mean, low, high, each = paired(runs[a], runs[b], split)
-            seeds = ", ".join(f"{d:+.1f}" for d in each)
-            parts.append(f"{split} {mean:+.1f} [{low:+.1f}, {high:+.1f}] ({seeds})")
-        lines.append(f"- {rows[a].name} minus {rows[b].name}: " + "; ".join(parts))
-    return "\n".join(lines)
+    paper = any(row["paper"] for row in content["rows"])
+    heads = [name.replace(",IoU=", " ") for name in content["rows"][0]["values"]]
+    heads += [f"paper, {BESIDE.get(what, 'Charades-CG novel-word')}"] * paper
+    lines = [[row["row"], *map(mean_and_deviation, row["values"].values()),
+              *[" / ".join(f"{value:.2f}" for value in row["paper"])] * paper]
+             for row in content["rows"]]
+    seeds = f"{content['seeds']} seed{'s' * (content['seeds'] > 1)}"
+    queries = ", ".join(f"{split} {size:.0f}" for split, size in content["queries"].items())
+    text = [markdown(["", *heads], lines), "",
+            f"{seeds}; sentences of a seed: {queries}; {content['minutes']:.0f} minutes of runs."]
+    for pair in content["differences"]:
+        parts = [f"{split} {d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}] ("
+                 + ", ".join(f"{seed:+.1f}" for seed in d["seeds"]) + ")"
+                 for split, d in pair["splits"].items()]
+        text.append(f"- {pair['row']} minus {pair['minus']}: " + "; ".join(parts))
+    return "\n".join(text)
 
 
 def seeds_of(options: argparse.Namespace) -> range:
@@ -684,6 +697,11 @@ def main() -> None:
         for what in options.what:
             text = show(what, options) if what in TABLES else OTHERS[what](options)
             print(f"\n{what}, {options.dataset}\n\n{text}")
+            folder = RESULTS / options.dataset / "tables"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{what}.md").write_text(text + "\n")
+            if what in TABLES:
+                (folder / f"{what}.json").write_text(json.dumps(tabulate(what, options), indent=1))
     except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 

@@ -26,6 +26,7 @@ import math
 import os
 import pathlib
 import sys
+import zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -108,10 +109,15 @@ class Retriever:
         if not path.is_file():
             raise FileNotFoundError(f"there is no video {path}")
         kept = self.cache / f"{self.key(path)}.npz" if self.cache else None
+        frames = None
         if kept and kept.exists():
-            with np.load(kept, allow_pickle=False) as file:
-                frames, duration_sec = torch.from_numpy(file["frames"]), float(file["duration_sec"])
-        else:
+            try:
+                with np.load(kept, allow_pickle=False) as file:
+                    frames = torch.from_numpy(file["frames"])
+                    duration_sec = float(file["duration_sec"])
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                frames = None                                           # damaged: made anew
+        if frames is None:
             frames, duration_sec = self.extract(path)
             if kept:
                 try:
@@ -366,34 +372,38 @@ def as_page(out: str, encoded: Encoded, resolution_sec: float, sentences: list[s
 def write_clips(folder: str, path: str, answers: list[list[Moment]]) -> list[pathlib.Path]:
     """Each moment as an mp4 of its own: <video>-<sentence>-<rank>.mp4, both from 1."""
     av = video.pyav()
-    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    written = []
-    for i, moments in enumerate(answers, 1):
-        for k, moment in enumerate(moments, 1):
-            out = pathlib.Path(folder) / f"{pathlib.Path(path).stem}-{i}-{k}.mp4"
-            with video.open_video(path) as source, av.open(str(out), "w") as target:
-                rate = source.streams.video[0].average_rate or 25
-                stream = None
-                for time_sec, frame in video.decoded(source):
-                    if time_sec >= moment.end_sec:
-                        break
-                    if time_sec < moment.start_sec - 0.5 / float(rate):
-                        continue
-                    image = video.to_rgb(frame)
-                    image = image[:, :image.shape[1] // 2 * 2, :image.shape[2] // 2 * 2]
-                    if stream is None:                          # h264 wants even sides
-                        stream = target.add_stream("libx264", rate=rate)
-                        stream.height, stream.width = image.shape[1:]
-                        stream.pix_fmt = "yuv420p"
-                    target.mux(stream.encode(av.VideoFrame.from_ndarray(
-                        np.ascontiguousarray(image.permute(1, 2, 0).numpy()), format="rgb24")))
-                if stream is not None:
-                    target.mux(stream.encode())
-            written.append(out)
-    return written
+    folder, stem = pathlib.Path(folder), pathlib.Path(path).stem
+    moments = {folder / f"{stem}-{i}-{k}.mp4": moment for i, row in enumerate(answers, 1)
+               for k, moment in enumerate(row, 1)}
+    for out in moments:
+        if out.exists():
+            raise FileExistsError(f"{out} is there already; choose another folder for --clips")
+    folder.mkdir(parents=True, exist_ok=True)
+    with video.open_video(path) as source:
+        rate = min(60, max(10, round(source.streams.video[0].average_rate or 25)))
+    for out, moment in moments.items():
+        times_sec = np.arange(moment.start_sec, moment.end_sec, 1 / rate)
+        with av.open(str(out), "w") as target:
+            stream = None
+            for image in video.frames_at(path, times_sec):
+                image = image[:, :image.shape[1] // 2 * 2, :image.shape[2] // 2 * 2]
+                if stream is None:                              # h264 wants even sides
+                    stream = target.add_stream("libx264", rate=rate)
+                    stream.height, stream.width = image.shape[1:]
+                    stream.pix_fmt = "yuv420p"
+                target.mux(stream.encode(av.VideoFrame.from_ndarray(
+                    np.ascontiguousarray(image.permute(1, 2, 0).numpy()), format="rgb24")))
+            target.mux(stream.encode())
+    return list(moments)
 
 
 # ------------------------------------------------------------------------------------ many videos
+
+def state_of(path: pathlib.Path) -> dict[str, int]:
+    """What tells that a file has changed."""
+    stat = path.stat()
+    return {"size": stat.st_size, "changed_ns": stat.st_mtime_ns}
+
 
 class Index:
     """The moments of many videos, in a folder:
@@ -450,21 +460,26 @@ class Index:
         that are gone are left out. Returns file -> reason for those that cannot be read."""
         files = {str(path.relative_to(folder)): path
                  for path in sorted(pathlib.Path(folder).rglob("*"))
-                 if path.suffix.lower() in data.VIDEOS}
+                 if path.suffix.lower() in data.VIDEOS and path.is_file()}
         known, failed = self.content["videos"], {}
+        if known and not files:
+            raise FileNotFoundError(f"{folder} holds no video, and the index holds {len(known)}: "
+                                    f"is it the right folder, and is its disk there? To empty "
+                                    f"the index remove {self.folder}")
         self.content["folder"] = str(pathlib.Path(folder).resolve())
-        for name in [name for name in known if name not in files]:
-            print(f"gone: {name}")
-            del known[name]
-        bar = tqdm(files.items(), desc="index", unit="video", disable=None)
-        for name, path in bar:
-            stat = path.stat()
-            about = {"size": stat.st_size, "changed_ns": stat.st_mtime_ns}
-            if name in known and all(known[name][key] == value for key, value in about.items()):
-                continue
-            if name in known:
+        for name in list(known):
+            if name not in files:
+                print(f"gone: {name}")
+                del known[name]
+            elif any(known[name][key] != value for key, value in state_of(files[name]).items()):
                 print(f"changed: {name}")
                 del known[name]
+        self.save()             # before `add` writes over the rows of what is gone
+        bar = tqdm(files.items(), desc="index", unit="video", disable=None)
+        for name, path in bar:
+            if name in known:
+                continue
+            about = state_of(path)
             try:
                 encoded = retriever.encode(path)
             except video.VideoError as error:
@@ -542,6 +557,9 @@ def main_index(argv: list[str]) -> None:
     if not pathlib.Path(options.folder).is_dir():
         raise FileNotFoundError(f"there is no folder {options.folder}")
     retriever = Retriever(options.checkpoint, options.device, options.clip, cache=None)
+    if retriever.run.config["fusion"] != "published":
+        raise ValueError(f"an index is searched by MMN's published fusion, and "
+                         f"{options.checkpoint} was trained with another one")
     index = Index(options.out, options.checkpoint)
     failed = index.update(retriever, options.folder)
     for name, reason in failed.items():
@@ -563,6 +581,8 @@ def main_search(argv: list[str]) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--json", action="store_true", help="print json")
     options = arguments.parse_args(argv)
+    if options.top < 1 or options.per_video < 1:
+        raise ValueError("--top and --per-video are at least 1")
     index = Index(options.index)
     checkpoint = index.content["checkpoint"]
     if not pathlib.Path(checkpoint).exists() or clip.sha256(checkpoint) != index.content["sha256"]:
@@ -580,7 +600,7 @@ def main_search(argv: list[str]) -> None:
     folder = pathlib.Path(index.content["folder"])
     for name in sorted({name for answers in results for name, _ in answers}):
         known, path = index.content["videos"][name], folder / name
-        if not path.exists() or path.stat().st_mtime_ns != known["changed_ns"]:
+        if not path.is_file() or state_of(path).items() - known.items():
             print(f"note: {name} is gone or has changed since it was indexed; run index again",
                   file=sys.stderr)
     for sentence, answers in zip(options.sentences, results):

@@ -64,7 +64,7 @@ def pyav():
 def open_video(path: str | os.PathLike):
     av = pyav()
     try:
-        container = av.open(str(path))
+        container = av.open(os.path.abspath(str(path)))         # "12:30.mp4" is no address
     except (av.FFmpegError, OSError) as error:
         raise VideoError(f"{path} cannot be opened as a video: {error}") from error
     if not container.streams.video:
@@ -221,10 +221,17 @@ class FeatureStore:
             raise FileNotFoundError(f"there are no features in {folder}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.manifest = {**(made or {}), "normalised": False, "videos": {}}
-        for i, path in enumerate(parts):
-            there = json.loads(path.read_text())
-            if made is None and i == 0:
+        for path in parts:
+            try:
+                there = json.loads(path.read_text())
+                there["videos"].items()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path} is damaged ({error}); remove it and run data.py again, "
+                                 f"which makes what is missing") from error
+            if made is None and not self.manifest["videos"]:
                 self.manifest = {**there, "videos": {}}
+            if not there["videos"]:                     # every video failed: nothing was made
+                continue
             for key, value in self.manifest.items():
                 if key != "videos" and there.get(key) != value:
                     raise ValueError(f"the features in {folder} were made with {key} "
@@ -242,9 +249,9 @@ class FeatureStore:
         return video in self.manifest["videos"]
 
     def write(self, video: str, frames: Tensor, patches: Tensor | None,
-              duration_sec: float) -> None:
+              duration_sec: float, size: int | None = None) -> None:
         """Keeps frames [T, D] and, unless None, patches [T', D', H, W]; `save_manifest` makes them
-        known, as this does every ten seconds."""
+        known, as this does every ten seconds. `size` is that of the video file in bytes."""
         if not (torch.isfinite(frames).all() and math.isfinite(duration_sec)):
             raise VideoError(f"{video}: its features or its duration are not finite")
         save_atomically(self.path(video, "frames"), lambda file: np.save(file, frames.numpy()))
@@ -252,7 +259,8 @@ class FeatureStore:
             save_atomically(self.path(video, "patches"),
                             lambda file: np.save(file, patches.numpy()))
         self.manifest["videos"][video] = {"duration_sec": duration_sec,
-                                          "seconds_per_feature": duration_sec / len(frames)}
+                                          "seconds_per_feature": duration_sec / len(frames),
+                                          **({"bytes": size} if size is not None else {})}
         if time.monotonic() - self.saved > 10:
             self.save_manifest()
 
@@ -380,7 +388,9 @@ def extract(store: FeatureStore, model: clip.CLIP, videos: dict[str, pathlib.Pat
     T, R = store.manifest["frames"], model.visual.resolution
     kept = patch_frames(T, store.manifest["patch_frames"])
     missing = [name for name in names if name not in store
-               or name in training and not store.path(name, "patches").exists()]
+               or name in training and not store.path(name, "patches").exists()
+               or name in videos and store.manifest["videos"][name].get("bytes") not in (
+                   None, os.path.getsize(str(videos[name])))]           # another video by now
     failed = {name: f"there is no video file named {name}" for name in missing
               if name not in videos}
     paths = {name: videos[name] for name in missing if name in videos}
@@ -401,7 +411,8 @@ def extract(store: FeatureStore, model: clip.CLIP, videos: dict[str, pathlib.Pat
                 x, patches = encode_frames(model, pixels, batch, precision)
                 for (name, (_, duration_sec, _)), a, b in zip(group, x.split(T), patches.split(T)):
                     try:
-                        store.write(name, a, b[kept] if name in training else None, duration_sec)
+                        store.write(name, a, b[kept] if name in training else None, duration_sec,
+                                    os.path.getsize(str(videos[name])))
                     except VideoError as error:
                         failed[name] = str(error)
                 group.clear()

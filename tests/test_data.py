@@ -332,6 +332,48 @@ def test_extraction_resumes_and_adds_missing_patches(tmp_path, world):
     assert store.path("b", "frames").stat().st_mtime_ns == before
 
 
+def test_a_video_that_was_replaced_is_read_again(tmp_path, world):
+    model = clip.load(world / "shapes" / "clip.pt")
+    greys(tmp_path / "v", "ab")
+    found = data.find_files(tmp_path / "v", data.VIDEOS)
+    video.extract(video.FeatureStore(tmp_path / "f", MADE), model, found, ["a", "b"], set())
+    before = contents(tmp_path / "f")
+    make_video(tmp_path / "v" / "a.mp4", range(0, 250, 5))
+    video.extract(video.FeatureStore(tmp_path / "f"), model, found, ["a", "b"], set())
+    after = contents(tmp_path / "f")
+    assert before["b.frames.npy"] == after["b.frames.npy"]
+    assert before["a.frames.npy"] != after["a.frames.npy"]
+
+
+def test_mistakes_on_the_command_line_leave_nothing(published, world, tmp_path):
+    """Frames below 1; no video that can be read; annotations of one dataset named by their own
+    folder are installed without the sibling's."""
+    def run(*arguments):
+        done = subprocess.run([sys.executable, pathlib.Path(data.__file__), *arguments, "--root",
+                               tmp_path / "data"], capture_output=True, text=True)
+        assert "Traceback" not in done.stderr
+        return done
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "shapes").symlink_to(world / "shapes")
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "a.mp4").write_text("no video")
+    (tmp_path / "a.jsonl").write_text('{"vid": "a", "query": "q\u2028r", "duration": 9, '
+                                      '"relevant_windows": [[0, 1]]}\n')
+    mine = ("mine", "--annotations", tmp_path / "a.jsonl", "--videos", tmp_path / "v", "--clip",
+            "shapes", "--workers", "0")
+    done = run(*mine, "--frames", "-1")
+    assert done.returncode == 1 and "at least 1" in done.stderr
+    assert not (tmp_path / "data" / "mine").exists()
+    done = run(*mine)
+    assert done.returncode == 1 and "not one of 1 videos could be read" in done.stderr
+    make_video(tmp_path / "v" / "a.mp4", range(0, 200, 10))
+    assert run(*mine).returncode == 0
+    assert run("").returncode == 1
+    done = run("activitynet", "--annotations", published / "activitynet")
+    assert done.returncode == 0 and "note: activitynet-cg is left out" in done.stderr
+
+
 MADE = {"clip": "shapes", "frames": 4, "patch_frames": 2, "width": 64, "patch_width": 64, "grid": 4,
         "precision": "float32"}
 
@@ -459,6 +501,7 @@ def test_check_names_every_fault(tmp_path, capsys):
         store.write(name, torch.randn(4, 64).half(), torch.randn(2, 64, 4, 4).half(), 8.0)
     store.save_manifest()
     rows = [data.Sample(name, "q", 0, 1, 8.0) for name in "abcdefg"]
+    (root / "mine/features/stray").mkdir()                      # no store: passed over
     data.write_jsonl(root / "mine/train.jsonl", rows)
     assert data.check("mine", root) and "7 videos" in capsys.readouterr().out
     np.save(store.path("a", "frames"), np.zeros((5, 64), np.float16))
@@ -467,13 +510,15 @@ def test_check_names_every_fault(tmp_path, capsys):
     store.path("d", "frames").write_bytes(b"")
     store.manifest["videos"]["e"]["duration_sec"] = 9.0
     del store.manifest["videos"]["f"]
+    store.path("g", "patches").unlink()
     store.save_manifest()
     assert not data.check(None, root)
     out = capsys.readouterr().out
     for fault in ("a.frames.npy is float16 (5, 64), not float16 (4, 64)", "b.patches.npy is not",
                   "c.frames.npy is missing", "d.frames.npy is damaged", "e is 9.0 s long, and its",
                   "e: its file is 9.00 s long, and its annotations say 8.00 s",
-                  "f.frames.npy is in no manifest", "train: 1 of 7 videos have no features"):
+                  "f.frames.npy is in no manifest", "train: 1 of 7 videos have no features",
+                  "train: 1 videos have no patches, for instance g"):
         assert fault in out, (fault, out)
     assert "g" not in [line.split()[0].split(".")[0].strip(":") for line in out.splitlines()[1:]]
     with pytest.raises(FileNotFoundError, match="no features in"):

@@ -148,3 +148,37 @@ def test_a_checkpoint_writes_what_scores_the_same(world, tmp_path):
     for row, line in zip(rows, written):
         assert (line["vid"], line["query"]) == (row.video, row.sentence)
         assert line["pred_relevant_windows"] == [pytest.approx([row.start_sec, row.end_sec, 0.9])]
+
+
+def test_details_of_the_benchmarks_definition():
+    """An IoU of exactly 0.85 is a hit at 0.85: [0, 17) of [0, 20) hits at 8 of 10 thresholds. Ten
+    moments are taken as they are listed, and then ordered: an eleventh with the best score is
+    late."""
+    truth = [{"qid": 0, "relevant_windows": [[0, 20]]}]
+    score = lambda windows: evaluate.score_predictions(
+        [{"qid": 0, "pred_relevant_windows": windows}], truth)["mAP"]
+    assert score([[0, 17, 1.0]]) == pytest.approx(80)
+    misses = [[50 + i, 60 + i, 0.1] for i in range(10)]
+    assert score([*misses, [0, 20, 0.9]]) == 0
+    assert score([*misses[:9], [0, 20, 0.9]]) == pytest.approx(100)
+
+
+def test_numbering_is_checked(tmp_path):
+    rows = [{"qid": i, "query": f"q{i}", "vid": "v", "pred_relevant_windows": [[0, 1, 1.0]]}
+            for i in range(3)]
+    truth = [{"qid": i, "query": f"q{2 - i}", "vid": "v", "relevant_windows": [[0, 1]]}
+             for i in range(3)]
+    with pytest.raises(ValueError, match="number their sentences otherwise"):
+        evaluate.score_predictions(rows, truth)
+    with pytest.raises(ValueError, match="qid 0 stands in two lines"):
+        evaluate.score_predictions(rows + rows[:1], truth)
+    with pytest.raises(ValueError, match="no sentence to score"):
+        evaluate.score_predictions([], [])
+    (tmp_path / "t.jsonl").write_text('{"qid": 0, "relevant_windows": []}\n')
+    with pytest.raises(ValueError, match="line 1: a sentence has no true moment"):
+        evaluate.read_rows(tmp_path / "t.jsonl", "relevant_windows")
+    with pytest.raises(ValueError, match="is no file of predictions"):
+        evaluate.read_rows(tmp_path / "t.txt", "pred_relevant_windows")
+    (tmp_path / "t.jsonl").write_text('{"vid": "v", "relevant_windows": [[0, 1]]}\n' * 2)
+    rows = evaluate.read_rows(tmp_path / "t.jsonl", "relevant_windows")
+    assert [row["qid"] for row in rows] == [0, 1]

@@ -343,7 +343,7 @@ def test_an_interrupted_addition_leaves_nothing(retriever, checkpoint, folder, t
 
     def full(self):
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 3:                                     # at the start, 0.mp4, 1.mp4
             raise OSError("no space left on device")
         save(self)
 
@@ -357,6 +357,60 @@ def test_an_interrupted_addition_leaves_nothing(retriever, checkpoint, folder, t
     iou, contrastive = retriever.read(SENTENCES)
     assert [name for name, _ in index.search(iou[0], contrastive[0])] == [
         name for name, _ in brute_force(retriever, folder, SENTENCES[0], 10, 3)]
+
+
+def test_an_interruption_after_a_video_is_gone_leaves_the_others(retriever, checkpoint, folder,
+                                                                  videos, tmp_path, monkeypatch):
+    """The last video is gone, another is written over its rows, and the disk is full: nothing is
+    found under the name of the one that is gone."""
+    index = retrieve.Index(tmp_path / "index", checkpoint)
+    index.update(retriever, folder)
+    (folder / "2.mp4").unlink()
+    shutil.copy(videos / "test-0007.mp4", folder / "7.mp4")
+    monkeypatch.setattr(retrieve.Index, "add", lambda self, *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        index.update(retriever, folder)
+    assert list(retrieve.Index(tmp_path / "index").content["videos"]) == ["0.mp4", "1.mp4"]
+
+
+def test_an_empty_folder_does_not_empty_the_index(retriever, checkpoint, folder, tmp_path):
+    index = retrieve.Index(tmp_path / "index", checkpoint)
+    index.update(retriever, folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no video, and the index holds 3"):
+        index.update(retriever, tmp_path / "empty")
+    assert len(retrieve.Index(tmp_path / "index").content["videos"]) == 3
+
+
+def test_clips_overwrite_nothing_and_keep_the_time(videos, tmp_path):
+    """A video of one picture for 20 s: a clip of it is as long as its moment, though no frame
+    begins in it; and a file that is there stays."""
+    import av
+    path = tmp_path / "still: 12:30.mkv"                        # a name that is no address
+    with av.open(f"file:{path}", "w") as container:
+        stream = container.add_stream("ffv1", rate=1)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "bgr0"
+        for pts in (0, 20):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 99, dtype=np.uint8),
+                                               format="rgb24")
+            frame.pts = pts
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    moments = [[retrieve.Moment(2.0, 12.0, 0.5)]]
+    out, = retrieve.write_clips(tmp_path / "clips", path, moments)
+    assert video.probe_duration(out) == pytest.approx(10, abs=0.2)
+    before = out.read_bytes()
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        retrieve.write_clips(tmp_path / "clips", path, moments)
+    assert out.read_bytes() == before
+
+
+def test_a_damaged_cache_is_made_anew(retriever, videos):
+    first = retriever.encode(videos / "test-0008.mp4")
+    kept = retriever.cache / f"{retriever.key(videos / 'test-0008.mp4')}.npz"
+    for content in (b"", kept.read_bytes()[:100]):
+        kept.write_bytes(content)
+        assert torch.equal(retriever.encode(videos / "test-0008.mp4").frames, first.frames)
 
 
 def test_index_commands(checkpoint, folder, tmp_path):
