@@ -463,7 +463,7 @@ class Videos(torch.utils.data.Dataset):
         self.store, self.patches = store, patches
         divide = parser.halve if halve else parser.split
         self.queries = [divide(sample.sentence) for sample in self.samples]
-        self.scale = (lambda x: F.normalize(x, dim=1)) if normalise else (lambda x: x)
+        self.normalise = normalise
         self.tokens = torch.stack([clip.tokenize(list(half), truncate=True)
                                    for half in zip(*self.queries)])
         self.spoken = torch.tensor([[any(c.isalnum() for c in text) for text in half]
@@ -478,11 +478,11 @@ class Videos(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor | None]:
         name = self.videos[i]
-        frames = torch.from_numpy(self.store.read(name, "frames").astype(np.float32))  # [T, D]
-        if not self.patches:
-            return i, self.scale(frames), None
-        patches = torch.from_numpy(self.store.read(name, "patches").astype(np.float32))
-        return i, self.scale(frames), self.scale(patches)
+        kinds = ("frames", "patches") if self.patches else ("frames",)
+        x = [torch.from_numpy(self.store.read(name, kind).astype(np.float32)) for kind in kinds]
+        if self.normalise:
+            x = [F.normalize(features, dim=1) for features in x]    # [T, D], [T', D', H, W]
+        return i, x[0], x[1] if self.patches else None
 
     def collate(self, items: list[tuple[int, Tensor, Tensor | None]]) -> Batch:
         which = [range(self.first[i], self.first[i + 1]) for i, _, _ in items]
@@ -617,35 +617,38 @@ def check(which: str | None, root: str) -> bool:
         raise FileNotFoundError(f"there are no features in {root}/{which or '*'}/features")
     well = True
     for folder in stores:
-        store = video.FeatureStore(folder)
-        problems = list(store.problems())
-        dataset = folder.parts[-3]
-        for name in (dataset, dataset + "-cg"):
-            for split in splits(name, root):
-                path = annotation_file(name, split, root)
-                rows = read_annotations(name, split, root) if path.exists() else []
-                stated_sec = {row.video: row.duration_sec for row in rows}
-                missing = sum(video not in store for video in stated_sec)
-                if missing:
-                    problems.append(f"{name} {split}: {missing} of {len(stated_sec)} videos have "
-                                    f"no features (see failed.txt)")
-                bare = [name for name in stated_sec if split == "train" and name in store
-                        and store.manifest["patch_frames"]
-                        and not store.path(name, "patches").exists()]
-                if bare:
-                    problems.append(f"{name} {split}: {len(bare)} videos have no patches, for "
-                                    f"instance {bare[0]}; run data.py again")
-                known = store.manifest["videos"]
-                problems += [f"{video}: its file is {known[video]['duration_sec']:.2f} s long, and "
-                             f"its annotations say {stated:.2f} s"
-                             for video, stated in stated_sec.items() if video in known
-                             and abs(known[video]["duration_sec"] - stated) > 0.05 * stated]
-        made = ", ".join(f"{key} {store.manifest.get(key)}" for key in ("clip", "frames",
-                                                                        "precision"))
+        store, dataset = video.FeatureStore(folder), folder.parts[-3]
+        problems = [*store.problems(), *(
+            problem for name in (dataset, dataset + "-cg") for split in splits(name, root)
+            if annotation_file(name, split, root).exists()
+            for problem in gaps(store, name, split, root))]
+        problems = list(dict.fromkeys(problems))        # a video may be in several splits
+        made = ", ".join(f"{key} {store.manifest.get(key)}"
+                         for key in ("clip", "frames", "precision"))
         print(f"{folder}: {len(store.manifest['videos'])} videos, {made}, {len(problems)} problems")
-        print("".join(f"  {problem}\n" for problem in dict.fromkeys(problems)), end="")
+        print("".join(f"  {problem}\n" for problem in problems), end="")
         well &= not problems
     return well
+
+
+def gaps(store: video.FeatureStore, dataset: str, split: str, root: str):
+    """A sentence for what the annotations of a split ask of a store and do not find."""
+    stated_sec = {row.video: row.duration_sec for row in read_annotations(dataset, split, root)}
+    known = store.manifest["videos"]
+    missing = [name for name in stated_sec if name not in known]
+    if missing:
+        yield (f"{dataset} {split}: {len(missing)} of {len(stated_sec)} videos have no features "
+               f"(see failed.txt)")
+    bare = [name for name in stated_sec if name in known
+            and not store.path(name, "patches").exists()]
+    if split == "train" and store.manifest["patch_frames"] and bare:
+        yield (f"{dataset} {split}: {len(bare)} videos have no patches, for instance {bare[0]}; "
+               f"run data.py again")
+    for name, stated in stated_sec.items():
+        found = known[name]["duration_sec"] if name in known else stated
+        if abs(found - stated) > 0.05 * stated:
+            yield (f"{name}: its file is {found:.2f} s long, and its annotations say "
+                   f"{stated:.2f} s")
 
 
 def main() -> None:
@@ -691,11 +694,10 @@ def run(options: argparse.Namespace) -> None:
     dataset = options.dataset
     if options.which:
         raise ValueError(f"{options.which!r} is one name too many; only check is followed by one")
-    if options.frames is not None and options.frames < 1 or (
-            options.batch is not None and options.batch < 1):
+    if any(number is not None and number < 1 for number in (options.frames, options.batch)):
         raise ValueError("--frames and --batch are at least 1")
-    if not dataset or dataset.startswith("shapes") or not all(c.isalnum() or c in "-_."
-                                               for c in dataset) or dataset[0] == ".":
+    plain = all(c.isalnum() or c in "-_." for c in dataset)
+    if not dataset or not plain or dataset.startswith((".", "shapes")):
         raise ValueError(f"{dataset!r} cannot be the name of a dataset of one's own")
     with contextlib.redirect_stdout(None if int(os.environ.get("RANK", 0)) else sys.stdout):
         samples = prepare(dataset, options)

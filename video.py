@@ -30,6 +30,7 @@ import pathlib
 import signal
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,6 +60,17 @@ def pyav():
     except ImportError as error:
         raise RuntimeError("reading videos needs PyAV: pip install av") from error
     return av
+
+
+def pyplot():
+    """matplotlib.pyplot, which draws into files; RuntimeError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise RuntimeError("drawing needs matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot
 
 
 def open_video(path: str | os.PathLike):
@@ -177,13 +189,6 @@ def encode_frames(model: clip.CLIP, pixels: Tensor, batch: int = 32,
     return x, patches
 
 
-def encode_video(model: clip.CLIP, path: str | os.PathLike,
-                 frames: int) -> tuple[Tensor, Tensor, float]:
-    """A video file -> frame features [T, D], patch features [T, D', H, W], duration in seconds."""
-    pixels, duration_sec = sample_frames(path, frames, model.visual.resolution)
-    return *encode_frames(model, pixels), duration_sec
-
-
 def patch_frames(frames: int, count: int) -> np.ndarray:
     """Which of T frames keep their patch features: the middles of `count` equal parts (all, if
     there are fewer)."""
@@ -219,7 +224,6 @@ class FeatureStore:
         parts = sorted(self.folder.glob("manifest*.json"))
         if not parts and made is None:
             raise FileNotFoundError(f"there are no features in {folder}")
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.manifest = {**(made or {}), "normalised": False, "videos": {}}
         for path in parts:
             try:
@@ -248,12 +252,19 @@ class FeatureStore:
     def __contains__(self, video: str) -> bool:
         return video in self.manifest["videos"]
 
+    def has(self, video: str, patches: bool, size: int | None) -> bool:
+        """Are all files of a video there, made from a video file of this size in bytes?"""
+        kinds = ("frames", "patches") if patches else ("frames",)
+        return (video in self and all(self.path(video, kind).exists() for kind in kinds)
+                and (size is None or self.manifest["videos"][video].get("bytes", size) == size))
+
     def write(self, video: str, frames: Tensor, patches: Tensor | None,
               duration_sec: float, size: int | None = None) -> None:
         """Keeps frames [T, D] and, unless None, patches [T', D', H, W]; `save_manifest` makes them
         known, as this does every ten seconds. `size` is that of the video file in bytes."""
         if not (torch.isfinite(frames).all() and math.isfinite(duration_sec)):
             raise VideoError(f"{video}: its features or its duration are not finite")
+        self.folder.mkdir(parents=True, exist_ok=True)
         save_atomically(self.path(video, "frames"), lambda file: np.save(file, frames.numpy()))
         if patches is not None:
             save_atomically(self.path(video, "patches"),
@@ -266,6 +277,7 @@ class FeatureStore:
 
     def save_manifest(self) -> None:
         """Videos in order of name: two stores of the same features are the same bytes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         content = self.manifest | {"videos": dict(sorted(self.manifest["videos"].items()))}
         text = json.dumps(content, indent=1)
         save_atomically(self.folder / f"manifest{self.part}.json",
@@ -319,16 +331,20 @@ class FeatureStore:
 
 # ------------------------------------------------------------------------- many videos -> the store
 
-Decoded = tuple[np.ndarray | None, float, str]  # frames uint8 [T, 3, R, R], duration in s, reason
+class Decoded(NamedTuple):
+    """What a decoding process sends back; without `frames`, the reason why."""
+    frames: np.ndarray | None                                           # uint8 [T, 3, R, R]
+    duration_sec: float
+    reason: str = ""
 
 
 def attempt(path: str | os.PathLike, count: int, resolution: int) -> Decoded:
-    """`sample_frames` for another process: the frames and the duration, or the reason why not."""
+    """`sample_frames`, of which nothing is raised."""
     try:
         pixels, duration_sec = sample_frames(path, count, resolution)
-        return pixels.numpy(), duration_sec, ""
+        return Decoded(pixels.numpy(), duration_sec)
     except Exception as error:      # a decoder raises what it likes; one video must not end a night
-        return None, math.nan, str(error) or type(error).__name__
+        return Decoded(None, math.nan, str(error) or type(error).__name__)
 
 
 def be_a_worker() -> None:
@@ -374,7 +390,8 @@ def decode_all(paths: dict[str, pathlib.Path], count: int, resolution: int,
                 try:
                     yield from decode_in_pool(alone, count, resolution, 1)
                 except concurrent.futures.process.BrokenProcessPool:
-                    yield name, (None, math.nan, f"{alone[name]} kills the process that decodes it")
+                    yield name, Decoded(None, math.nan,
+                                        f"{alone[name]} kills the process that decodes it")
 
 
 def extract(store: FeatureStore, model: clip.CLIP, videos: dict[str, pathlib.Path],
@@ -387,10 +404,8 @@ def extract(store: FeatureStore, model: clip.CLIP, videos: dict[str, pathlib.Pat
     pyav()
     T, R = store.manifest["frames"], model.visual.resolution
     kept = patch_frames(T, store.manifest["patch_frames"])
-    missing = [name for name in names if name not in store
-               or name in training and not store.path(name, "patches").exists()
-               or name in videos and store.manifest["videos"][name].get("bytes") not in (
-                   None, os.path.getsize(str(videos[name])))]           # another video by now
+    sizes = {name: os.path.getsize(str(videos[name])) for name in names if name in videos}
+    missing = [name for name in names if not store.has(name, name in training, sizes.get(name))]
     failed = {name: f"there is no video file named {name}" for name in missing
               if name not in videos}
     paths = {name: videos[name] for name in missing if name in videos}
@@ -400,23 +415,23 @@ def extract(store: FeatureStore, model: clip.CLIP, videos: dict[str, pathlib.Pat
     try:
         while True:
             since = time.monotonic()
-            item = next(decoding, None)
+            name, decoded = next(decoding, (None, None))
             waited_sec += time.monotonic() - since
-            if item and item[1][0] is not None:
-                group.append(item)
-            elif item:
-                failed[item[0]] = item[1][2]
-            if group and (item is None or len(group) * T >= batch):
-                pixels = torch.from_numpy(np.concatenate([frames for _, (frames, *_) in group]))
+            if decoded and decoded.frames is not None:
+                group.append((name, decoded))
+            elif decoded:
+                failed[name] = decoded.reason
+            if group and (decoded is None or len(group) * T >= batch):
+                pixels = torch.from_numpy(np.concatenate([each.frames for _, each in group]))
                 x, patches = encode_frames(model, pixels, batch, precision)
-                for (name, (_, duration_sec, _)), a, b in zip(group, x.split(T), patches.split(T)):
+                for (name, each), a, b in zip(group, x.split(T), patches.split(T)):
                     try:
-                        store.write(name, a, b[kept] if name in training else None, duration_sec,
-                                    os.path.getsize(str(videos[name])))
+                        store.write(name, a, b[kept] if name in training else None,
+                                    each.duration_sec, sizes[name])
                     except VideoError as error:
                         failed[name] = str(error)
                 group.clear()
-            if item is None:
+            if decoded is None:
                 break
             bar.update()
             share = waited_sec / (time.monotonic() - started)

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import pickle
 import re
 import signal
 import struct
@@ -332,6 +333,19 @@ def test_extraction_resumes_and_adds_missing_patches(tmp_path, world):
     assert store.path("b", "frames").stat().st_mtime_ns == before
 
 
+def test_a_file_that_was_removed_is_made_again(tmp_path, world):
+    """As the error about a damaged one advises."""
+    model = clip.load(world / "shapes" / "clip.pt")
+    greys(tmp_path / "v", "a")
+    found = data.find_files(tmp_path / "v", data.VIDEOS)
+    video.extract(video.FeatureStore(tmp_path / "f", MADE), model, found, ["a"], {"a"})
+    whole = contents(tmp_path / "f")
+    for kind in ("frames", "patches"):
+        (tmp_path / "f" / f"a.{kind}.npy").unlink()
+        video.extract(video.FeatureStore(tmp_path / "f"), model, found, ["a"], {"a"})
+        assert contents(tmp_path / "f") == whole
+
+
 def test_a_video_that_was_replaced_is_read_again(tmp_path, world):
     model = clip.load(world / "shapes" / "clip.pt")
     greys(tmp_path / "v", "ab")
@@ -566,6 +580,13 @@ def test_a_batch_holds_every_sentence_of_its_videos(videos):
     assert torch.equal(batch.iou, mmn.iou_map(batch.moments_sec, batch.durations_sec, 16))
 
 
+def test_workers_read_the_same_also_where_processes_are_spawned(videos):
+    """As on macOS and Windows: all that a worker needs can be pickled."""
+    again = pickle.loads(pickle.dumps(videos))
+    ours, theirs = (next(iter(v.batches(3))) for v in (videos, again))
+    assert torch.equal(ours.frames, theirs.frames) and torch.equal(ours.patches, theirs.patches)
+
+
 def test_shuffling_is_seeded_and_complete(videos):
     orders = [[name for batch in videos.batches(5, torch.Generator().manual_seed(seed))
                for name in batch.videos]
@@ -581,19 +602,20 @@ def test_real_videos(published, world):
     file is one sentence."""
     model = clip.load(world / "shapes" / "clip.pt")
     for name, seconds in (("charades.mp4", 30.7), ("arm_wrestling.mp4", 10.0),
-                          ("flipping_a_pancake.mkv", 10.33),
-                          ("test.avi", 6.6)):
-        frames, patches, duration_sec = video.encode_video(model, published / "videos" / name, 32)
+                          ("flipping_a_pancake.mkv", 10.33), ("test.avi", 6.6)):
+        pixels, duration_sec = video.sample_frames(published / "videos" / name, 32, 32)
+        frames, patches = video.encode_frames(model, pixels)
         assert frames.shape == (32, 64) and patches.shape == (32, 64, 4, 4)
         assert torch.isfinite(frames).all() and duration_sec == pytest.approx(seconds, abs=0.15)
-        assert torch.equal(frames, video.encode_video(model, published / "videos" / name, 32)[0])
+        again, _ = video.sample_frames(published / "videos" / name, 32, 32)
+        assert torch.equal(frames, video.encode_frames(model, again)[0])
     with pytest.raises(video.VideoError, match="corrupted.mp4"):
-        video.encode_video(model, published / "videos" / "corrupted.mp4", 32)
+        video.sample_frames(published / "videos" / "corrupted.mp4", 32, 32)
 
 
 def test_preprocessing_agrees_with_pillow_on_real_frames(published):
     """Bicubic resize and centre crop: within 2/255 at every pixel, 0.3/255 on average."""
-    Image = pytest.importorskip("PIL.Image", reason="Pillow comes with matplotlib")
+    from PIL import Image                                       # comes with matplotlib
     for name in ("charades.mp4", "arm_wrestling.mp4", "flipping_a_pancake.mkv", "test.avi"):
         path = published / "videos" / name
         times_sec = video.frame_centres(video.probe_duration(path), 5)
