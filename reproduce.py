@@ -71,8 +71,9 @@ def config_of(row: Row, dataset: str, seed: int, options: argparse.Namespace,
               **row.fields, "seed": seed, "device": options.device, "root": options.root}
     if fields.get("clip") == "resnet":                  # the published one, or the world's own
         fields["clip"] = f"{world}-resnet" if dataset == "shapes" else "RN50"
-    if fields.get("text_clip") == "other":              # the tower of another world's CLIP
-        fields["text_clip"] = world_of(dataset, (seed + 1) % 3)
+    if fields.get("text_clip") == "other":              # of another CLIP, of the same width
+        fields["text_clip"] = (world_of(dataset, (seed + 1) % 3) if dataset == "shapes"
+                               else "ViT-B/16")
     fields.setdefault("mask", train.MASKS.get(fields.get("method"), ""))
     config = train.Config(**fields)
     return dataclasses.replace(config, out=f"runs/reproduce/{dataset}/{name_of(config)}")
@@ -277,8 +278,7 @@ TABLES = {
         Row("MMN, text rate 1, 60 epochs", TUNED | dict(epochs=60)),
         Row("`vdi-staged`", STAGED), Row("`vdi-staged`, 60 epochs", STAGED | dict(epochs=60))],
 }
-SEEDS = {"gain": 5, "tuning": 2, "table3": 2, "s-table3": 1, "s-table4": 2, "s-table5": 2,
-         "s-table6": 1, "choices": 1, "curve": 1}               # of a table; the others have three
+SEEDS = {"gain": 5}                                     # of a table; the others have three
 METRICS = ("R@1,IoU=0.5", "R@1,IoU=0.7", "mIoU")
 NOVEL = [("novel-word", metric) for metric in METRICS]
 SPLITS = [(split, "R@1,IoU=0.5") for split in FINAL]
@@ -303,25 +303,27 @@ PAIRS = {                                               # rows whose difference 
 
 # ---------------------------------------------------------------------------------------- reporting
 
+def seeds_of(what: str, options: argparse.Namespace) -> range:
+    """The seeds of a table: --seeds, else five of `gain` and three of the others."""
+    return range(options.seeds or SEEDS.get(what, 3))
+
+
+def seeds_kept(what: str, options: argparse.Namespace) -> int:
+    """Of how many seeds, from 0 on, every row of a table has been run."""
+    seeds = seeds_of(what, options)
+    return next((seed for seed in seeds for row in TABLES[what]
+                 if kept(config_of(row, options.dataset, seed, options, what)) is None), len(seeds))
+
+
 def collect(what: str, options: argparse.Namespace) -> list[list[dict]]:
-    """The kept results of a table: row -> seed -> result. FileNotFoundError where one is
-    missing."""
-    rows = []
-    for row in TABLES[what]:
-        configs = [config_of(row, options.dataset, seed, options, what)
-                   for seed in range(options.seeds or SEEDS.get(what, 3))]
-        found = [kept(config) for config in configs]
-        if None in found:
-            missing = kept_file(configs[found.index(None)])
-            raise FileNotFoundError(f"{what} has not been run: there is no {missing.name}; run "
-                                    f"python reproduce.py {what} --dataset {options.dataset}")
-        rows.append(found)
-    return rows
+    """The kept results of a table: row -> seed -> result."""
+    return [[kept(config_of(row, options.dataset, seed, options, what))
+             for seed in seeds_of(what, options)] for row in TABLES[what]]
 
 
-def mean_and_deviation(values: list[float]) -> str:
-    deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{deviation}"
+def mean_and_deviation(values: list[float], digits: int = 1) -> str:
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
 
 
 def paired(ours: list[dict], theirs: list[dict], split: str, draws: int = 2000
@@ -342,7 +344,7 @@ def paired(ours: list[dict], theirs: list[dict], split: str, draws: int = 2000
 def draw_curve(options: argparse.Namespace) -> None:
     """assets/curve.png: R@1 over the number of training videos."""
     counts, runs = (50, 100, 200, 400, 800), collect("curve", options)
-    plt = pyplot()
+    plt = video.pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(13, 3), sharey=True)
     for cell, split in zip(axes, FINAL):
         for k, name in enumerate(("MMN, tuned", "vdi-staged")):
@@ -354,7 +356,7 @@ def draw_curve(options: argparse.Namespace) -> None:
         cell.minorticks_off()
     axes[0].set_ylabel("R@1, IoU=0.5")
     axes[0].legend()
-    save_figure(figure, "curve.png")
+    save_figure(figure, "curve.png", options)
 
 
 def tabulate(what: str, options: argparse.Namespace) -> dict:
@@ -405,20 +407,16 @@ def show(what: str, options: argparse.Namespace) -> str:
     return "\n".join(text)
 
 
-def seeds_of(options: argparse.Namespace) -> range:
-    return range(options.seeds or 3)
-
-
 def keep(what: str, options: argparse.Namespace, make) -> dict:
     """What `make(seed)` returns for each seed, kept in results/<dataset>/<what>.json."""
     path = RESULTS / options.dataset / f"{what}.json"
     content = json.loads(path.read_text()) if path.exists() and not options.fresh else {}
-    if missing := [str(seed) for seed in seeds_of(options) if str(seed) not in content]:
+    if missing := [str(seed) for seed in seeds_of(what, options) if str(seed) not in content]:
         content |= {seed: make(int(seed)) for seed in missing}
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(dict(sorted(content.items())), indent=1) + "\n"
         video.save_atomically(path, lambda file: file.write(text.encode()))
-    return {seed: content[str(seed)] for seed in seeds_of(options)}
+    return {seed: content[str(seed)] for seed in seeds_of(what, options)}
 
 
 def clip_of(seed: int, options: argparse.Namespace) -> tuple[clip.CLIP, str]:
@@ -449,8 +447,9 @@ def s_table1(options: argparse.Namespace) -> str:
              "difference": ("0.64", "0.52", "0.72")}
     rows = []
     for name in ("right", "wrong", "difference", "right ahead"):
-        cells = [f"{np.mean([content[kind][name] for content in found.values()]):.2f}"
-                 for kind in probe.KINDS]
+        values = [[content[kind][name] for content in found.values() if kind in content]
+                  for kind in probe.KINDS]
+        cells = [f"{np.mean(each):.2f}" if each else "no images" for each in values]
         rows.append([name + (", %" if name == "right ahead" else ""), *cells,
                      *paper.get(name, ("", "", ""))])
     return markdown(["score", *probe.KINDS, *(f"paper, {kind}" for kind in probe.KINDS)], rows)
@@ -470,14 +469,14 @@ def s_fig1(options: argparse.Namespace) -> str:
 
     found = keep("s-fig1", options, make)
     if options.figures:
-        plt = pyplot()
+        plt = video.pyplot()
         figure, axes = plt.subplots(figsize=(7, 3))
         for kind in ("noun", "verb", "other"):
             counts = np.sum([content[kind]["histogram"] for content in found.values()], 0)
             axes.stairs(100 * counts / counts.sum(), np.linspace(0, 3, 31), label=kind, linewidth=2)
         axes.set(xlabel="weight in the last layer (1: an even share)", ylabel="% of the words")
         axes.legend()
-        save_figure(figure, "s-fig1.png")
+        save_figure(figure, "s-fig1.png", options)
     return markdown(["world", "noun", "verb", "other"],
                     [[str(seed), *(f"{content[kind]['mean']:.2f}" for kind in ("noun", "verb",
                                                                               "other"))]
@@ -524,10 +523,9 @@ def heat(options: argparse.Namespace) -> str:
     names = ("contrast", "warmest on the actor", "random patch on the actor")
     return markdown(["FC of Eq. 3", "contrast (standard deviations)",
                      "warmest patch on the actor, %", "random patch, %"],
-                    [[stage, *(f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
-                               for values in ([content[stage][name] for content in found.values()]
-                                              for name in names))]
-                     for stage in found[0]])
+                    [[stage, *(mean_and_deviation([content[stage][name]
+                                                   for content in found.values()], 2)
+                               for name in names)] for stage in found[0]])
 
 
 def draw_heat(options: argparse.Namespace) -> None:
@@ -543,7 +541,7 @@ def draw_heat(options: argparse.Namespace) -> None:
         _, _, x, patches = next(probe.moments_of(world, options.root, 1))
     maps = {"frame": None, "Eq. 3, FC = identity": probe.plain_heat(x, patches),
             "Eq. 3, after `vdi`": trained_heat(0, options).heatmap(x[None], patches[None])[0]}
-    plt = pyplot()
+    plt = video.pyplot()
     figure, axes = plt.subplots(3, 16, figsize=(16, 3.4))
     for (name, heatmap), line in zip(maps.items(), axes):
         for t, cell in zip(range(0, 32, 2), line):
@@ -553,7 +551,7 @@ def draw_heat(options: argparse.Namespace) -> None:
                 cell.imshow(heatmap[t], vmin=heatmap.min(), vmax=heatmap.max(), cmap="inferno")
             cell.axis("off")
         line[0].set_title(name, loc="left", fontsize=11)
-    save_figure(figure, "heat-of-a-video.png" if options.video else "heat.png")
+    save_figure(figure, "heat-of-a-video.png" if options.video else "heat.png", options)
 
 
 def fig3(options: argparse.Namespace) -> str:
@@ -567,7 +565,7 @@ def fig3(options: argparse.Namespace) -> str:
                 for run in results]
 
     if options.figures:
-        plt = pyplot()
+        plt = video.pyplot()
         figure, axes = plt.subplots(1, len(splits), figsize=(6 * len(splits), 3), sharey=True,
                                     squeeze=False)
         for cell, split in zip(axes[0], splits):
@@ -579,7 +577,7 @@ def fig3(options: argparse.Namespace) -> str:
             cell.set_xticks(range(3), ["Q", "Q^s", "Q^d"])
             cell.set(title=split, ylabel="R@1, IoU=0.5")
         axes[0][-1].legend(fontsize=8)
-        save_figure(figure, "fig3.png")
+        save_figure(figure, "fig3.png", options)
     heads = [f"{split}, {name}" for split in splits for name in ("Q", "Q^s", "Q^d")]
     return markdown(["", *heads], [
         [row.name, *(mean_and_deviation(rates(results, split, query)) for split in splits
@@ -595,7 +593,7 @@ def collapse(options: argparse.Namespace) -> str:
     plain = [[row for row in run["log"] if "epoch" in row] for run in runs[0]]
     names = ("var FC(x^qd), Eq. 2", "var x~^qs", "var FC(x^qd), Eq. 5", "var m~")
     if options.figures:
-        plt = pyplot()
+        plt = video.pyplot()
         figure, (left, right) = plt.subplots(1, 2, figsize=(13, 3.4))
         for name in names:
             left.plot([row["epoch"] for row in letter[0]],
@@ -609,7 +607,7 @@ def collapse(options: argparse.Namespace) -> str:
         right.set(xlabel="epoch (of vdi-staged: after stage 1)",
                   title="mean cosine between the verbs' x^qd")
         left.legend(fontsize=8), right.legend(fontsize=8)
-        save_figure(figure, "collapse.png")
+        save_figure(figure, "collapse.png", options)
     rows = []
     for name in (*names, "L_vc", "L_sd", "cos x^qd"):
         first, last = ([log[k][name] for log in letter] for k in (0, -1))
@@ -624,21 +622,13 @@ def collapse(options: argparse.Namespace) -> str:
     return markdown(["", "first", "last"], rows)
 
 
-def pyplot():
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise RuntimeError("drawing needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
-
-
-def save_figure(figure, name: str) -> None:
-    """Into assets/."""
+def save_figure(figure, name: str, options: argparse.Namespace) -> None:
+    """Into assets/, where the README shows them; of other datasets into results/<dataset>/."""
+    folder = HERE / "assets" if options.dataset == "shapes" else RESULTS / options.dataset
+    folder.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
-    figure.savefig(HERE / "assets" / name, dpi=80, metadata={"Software": None})
-    pyplot().close(figure)
+    figure.savefig(folder / name, dpi=80, metadata={"Software": None})
+    video.pyplot().close(figure)
 
 
 OTHERS = {"fig3": fig3, "s-table1": s_table1, "s-fig1": s_fig1, "collapse": collapse,
@@ -654,9 +644,16 @@ TEXT = HERE / "results" / "text.md"
 
 
 def section(options: argparse.Namespace) -> str:
-    """results/text.md, with each line "{{name}}" replaced by the table of that name."""
+    """results/text.md, with each line "{{name}}" replaced by the table of that name, over as many
+    seeds as have been run."""
     def table(name: str) -> str:
-        text = show(name, options) if name in TABLES else OTHERS[name](options)
+        if name in TABLES:
+            seeds = seeds_kept(name, options)
+            if not seeds:
+                return f"Not run here yet: `python reproduce.py {name}`"
+            text = show(name, argparse.Namespace(**vars(options) | {"seeds": seeds}))
+        else:
+            text = OTHERS[name](options)
         figure = f"![{name}](assets/{name}.png)\n\n" if name in FIGURES else ""
         return f"{figure}{text}\n\n`python reproduce.py {name}`"
 
@@ -681,7 +678,7 @@ def main() -> None:
     add("what", nargs="+", choices=[*TABLES, *OTHERS, "readme"], metavar="what",
         help=f"{', '.join((*TABLES, *OTHERS))}; or readme: put the kept results into README.md")
     add("--dataset", default="shapes", help="shapes, charades or activitynet")
-    add("--seeds", type=int, help="of each row (default 3; gain 5)")
+    add("--seeds", type=int, help="of each row (three, if not given; of gain five)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--root", default="data", help="folder of datasets")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; on one GPU take 1")
@@ -696,13 +693,15 @@ def main() -> None:
             options.figures = False
             print(put_into_readme(options))
             return
+        if bool(options.svo) != bool(options.images):
+            raise ValueError("--svo and --images go together: the table and the folder of images")
         if options.dataset != "shapes" and {"probes", "heat"} & set(options.what):
             raise ValueError("probes and heat need to know where the objects are, as only the "
                              "shapes world does")
         tables = [name for name in (NEEDS.get(what, what) for what in options.what)
                   if name in TABLES]
         configs = [config_of(row, options.dataset, seed, options, what) for what in tables
-                   for seed in range(options.seeds or SEEDS.get(what, 3)) for row in TABLES[what]]
+                   for seed in seeds_of(what, options) for row in TABLES[what]]
         run_all(list(dict.fromkeys(configs)), options)
         for what in options.what:
             text = show(what, options) if what in TABLES else OTHERS[what](options)
