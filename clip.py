@@ -565,14 +565,13 @@ def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
     path = download(path) if path in PUBLISHED else pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is neither a weight file nor the name of a published "
-                                f"CLIP: "
-                                f"{', '.join(PUBLISHED)}")
+                                f"CLIP: {', '.join(PUBLISHED)}")
     if zipfile.is_zipfile(path) and any("/code/" in name
                                         for name in zipfile.ZipFile(path).namelist()):
         if sha256(path) not in {digest for digest, _ in PUBLISHED.values()}:
             raise ValueError(f"{path} is a TorchScript archive, which holds code, and its SHA-256 "
-                             f"is not that of a "
-                             f"published CLIP; save its state dict with torch.save and load that")
+                             f"is not that of a published CLIP; save its state dict with "
+                             f"torch.save and load that")
         return torch.jit.load(path, map_location="cpu").state_dict()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -241,6 +241,7 @@ def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         config, metrics = saved["config"], saved["metrics"]
         sizes, weights, text = saved["mmn_sizes"], saved["mmn"], saved["text"]
+        _ = saved["window_sec"], config["fusion"], config["normalise"]  # not in older files
     except Exception as error:  # torch raises a dozen kinds for a damaged or a hostile file
         raise ValueError(f"{path} is not a checkpoint of train.py: {type(error).__name__} "
                          f"{str(error).splitlines()[0] if str(error) else ''}") from error

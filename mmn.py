@@ -110,8 +110,8 @@ class MMN(nn.Module):
         x = F.avg_pool1d(frames.transpose(1, 2), self.pool_kernel, self.pool_stride)  # [B, D, N]
         if x.shape[2] != self.num_clips:
             raise ValueError(f"{frames.shape[1]} frames pool to {x.shape[2]} clips, and this "
-                             f"model has "
-                             f"{self.num_clips}; sample as many frames as it was trained with")
+                             f"model has {self.num_clips}; sample as many frames as it was "
+                             f"trained with")
         diagonals = [x]
         for level, count in enumerate(self.pool_counts):
             for step in range(count):

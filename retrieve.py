@@ -20,12 +20,16 @@ Shapes: F features of a video, W windows of T of them, P candidate moments of a 
 R moments of an index (rows), J width of MMN's joint space.
 """
 import argparse
+import base64
 import hashlib
+import html
 import json
 import math
+import mimetypes
 import os
 import pathlib
 import sys
+import urllib.parse
 import zipfile
 from typing import NamedTuple
 
@@ -233,8 +237,8 @@ def printable(text: str) -> str:
 
 def as_text(encoded: Encoded, resolution_sec: float, sentences: list[str],
             answers: list[list[Moment]]) -> str:
-    lines = [f"{encoded.path}, {clock(encoded.duration_sec)} long; moments begin and end on steps "
-             f"of {resolution_sec:.2f} s"]
+    lines = [f"{printable(encoded.path)}, {clock(encoded.duration_sec)} long; moments begin and "
+             f"end on steps of {resolution_sec:.2f} s"]
     for sentence, moments in zip(sentences, answers):
         lines += ["", f"\"{printable(sentence)}\"",
                   "       start       end   score (a rank, no probability)"]
@@ -256,12 +260,7 @@ def plot(path: str, retriever: Retriever, encoded: Encoded, sentences: list[str]
          answers: list[list[Moment]]) -> None:
     """A film strip; and for each sentence the score over time, the moments as bars, and the 2D map
     of the window that holds the best one, with its cell."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise RuntimeError("drawing needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = video.pyplot()
     spans, scores = retriever.scores(encoded, sentences)
     N, windows, rows = retriever.N, len(encoded.starts), len(sentences)
     figure = plt.figure(figsize=(13, 1.9 + 2.6 * rows))
@@ -347,10 +346,6 @@ EMBEDDED = 32 * 2 ** 20         # a larger video is not copied into the page but
 def as_page(out: str, encoded: Encoded, resolution_sec: float, sentences: list[str],
             answers: list[list[Moment]]) -> str:
     """One html page with the video, the sentences, and a button a moment."""
-    import base64
-    import html
-    import mimetypes
-    import urllib.parse
     path = pathlib.Path(encoded.path)
     kind = mimetypes.guess_type(path.name)[0] or "video/mp4"
     if path.stat().st_size <= EMBEDDED:
@@ -420,7 +415,11 @@ class Index:
         self.folder = pathlib.Path(folder)
         self.table = self.folder / "videos.json"
         if self.table.exists():
-            self.content = json.loads(self.table.read_text())
+            try:
+                self.content = json.loads(self.table.read_text())
+            except ValueError as error:
+                raise ValueError(f"{self.table} is damaged ({error}); remove {folder} and index "
+                                 f"again") from error
         elif checkpoint is None:
             raise FileNotFoundError(f"{folder} is no index; make one with: python retrieve.py "
                                     f"index ckpt.pt DIR --out {folder}")

@@ -484,12 +484,7 @@ def seed_of(dataset: str) -> int:
 def show(path: str, seed: int) -> None:
     """A contact sheet: a video of three splits, every second frame, and eight stills with their
     captions."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("drawing needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = video.pyplot()
     figure = plt.figure(figsize=(16, 8))
     splits = ("train", "novel-word", "novel-composition")
     for row, split in enumerate(splits):

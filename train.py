@@ -232,8 +232,9 @@ def terms(model: Model, batch: data.Batch,
              "relational": lambda a, b, video_of: inject.spatial_dynamic_loss(
                  b, a, video_of, config.same_video)}
     spread = {}
+    # UNSPECIFIED: what an empty query means; it has no term in Eq. 2, nor in Eq. 5
     if config.lambda_vc:
-        has_both = batch.spoken[1] & spoken     # UNSPECIFIED: an empty query has no term in Eq. 2
+        has_both = batch.spoken[1] & spoken                             # [S]
         context = into_video(model.context(asking, batch.frames, batch.video_of))   # x~^qs [S, D]
         projected = into_text(model.context.project(adapted))           # FC(x^qd) [S, D]
         loss = forms[config.vc_form](projected[has_both], context[has_both],
@@ -245,8 +246,7 @@ def terms(model: Model, batch: data.Batch,
         motion = model.dynamic(batch.frames[:, which], batch.patches)[batch.video_of]  # m~ [S, D]
         motion = into_video(motion)
         projected = into_text(model.dynamic.project(adapted))           # FC(x^qd) [S, D]
-        loss = forms[config.sd_form](projected[spoken], motion[spoken],     # UNSPECIFIED: nor in
-                                     batch.video_of[spoken])                # Eq. 5
+        loss = forms[config.sd_form](projected[spoken], motion[spoken], batch.video_of[spoken])
         result["L_sd"] = loss.sum() / spoken.sum().clamp(min=1)
         spread |= {"var FC(x^qd), Eq. 5": projected, "var m~": motion}
     return result, {name: inject.batch_variance(value.detach()) for name, value in spread.items()}

@@ -26,7 +26,8 @@ STRINGS = ["", "a person opens the door", "A PERSON'S  dog isn't\there!",
            "don't we'll they've I'm you're he'd it's",
            "3 4567 3.14 1,000", "naïve Åse coöperate", "\u00a0\u200b zero\u200bwidth",
            "tabs\tand\nnewlines\r\n",
-           "person begins to play on a phone.", "!!! ??? ...", "ﬁ ligature Ⅷ ½", "İstanbul ẞ",
+           "person begins to play on a phone.", "!!! ??? ...", "ﬁ ligature Ⅷ ½",
+           "İstanbul ẞ",
            "a\x00b", "\ud7ff",
            "The quick brown fox, jumps over the lazy dog; really?", "ᴀʙᴄ", "l'homme",
            "&#39;quoted&#39;"]
@@ -109,7 +110,7 @@ def main() -> None:
     result["open_clip_resnet"]["patches"] = x.tolist()
 
     tokenizer = load_open_clip("tokenizer").SimpleTokenizer()
-    # open_clip spells the two special tokens <start_of_text> and <end_of_text>; the ids are the same
+    # open_clip spells the two special tokens <start_of_text>, <end_of_text>; the ids are the same
     result["tokens"] = []
     for text in STRINGS:
         spelled = text.replace("<|startoftext|>", "<start_of_text>")
