@@ -90,6 +90,20 @@ def test_bootstrap_interval_is_that_of_the_normal_approximation():
     assert (low, high) == pytest.approx((5 - 1.96 * error, 5 + 1.96 * error), abs=0.3)
 
 
+def test_the_readme_shows_as_many_seeds_as_were_run(options, monkeypatch):
+    """Of two rows the first was run for seeds 0 and 1, the second for seed 0: one seed is shown."""
+    monkeypatch.setitem(reproduce.TABLES, "gain", reproduce.MAIN[:2])
+    options.seeds, ran = None, {(reproduce.MAIN[0].name, 0), (reproduce.MAIN[0].name, 1),
+                                (reproduce.MAIN[1].name, 0)}
+    monkeypatch.setattr(reproduce, "config_of", lambda row, dataset, seed, *_: (row.name, seed))
+    monkeypatch.setattr(reproduce, "kept", lambda config: {} if config in ran else None)
+    assert reproduce.seeds_kept("gain", options) == 1
+    ran.clear()
+    assert reproduce.seeds_kept("gain", options) == 0
+    assert len(reproduce.seeds_of("gain", options)) == 5
+    assert len(reproduce.seeds_of("table3", options)) == 3
+
+
 def test_the_readme_is_in_step_with_the_results():
     """What stands between the marks is what `python reproduce.py readme` would put there."""
     options = argparse.Namespace(dataset="shapes", seeds=None, device="cpu", root="data",

@@ -351,6 +351,14 @@ def test_another_parser_than_in_training_is_told(run, world, tmp_path):
             in done.stderr)
 
 
+def test_a_checkpoint_of_an_older_version_is_one_sentence(run, tmp_path):
+    saved = torch.load(run[1] / "ckpt.pt", weights_only=True)
+    del saved["window_sec"]
+    torch.save(saved, tmp_path / "ckpt.pt")
+    assert "is not a checkpoint of train.py: KeyError 'window_sec'" in command(
+        "evaluate.py", tmp_path / "ckpt.pt", status=1)
+
+
 def test_help_names_every_field_of_the_configuration():
     text = command("train.py", "--help")
     for field in dataclasses.fields(train.Config):
