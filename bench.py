@@ -94,7 +94,7 @@ def bench_search(options: argparse.Namespace) -> list[dict]:
     rows, J, each = 1_000_000, 256, 136
     with tempfile.TemporaryDirectory() as folder:
         index = retrieve.Index.__new__(retrieve.Index)
-        index.folder, n = pathlib.Path(folder), rows // each
+        index.folder, index.mapped, n = pathlib.Path(folder), None, rows // each
         index.content = {"joint": J, "videos": {
             f"{i}.mp4": {"first": i * each, "rows": each, "duration_sec": 30.0} for i in range(n)}}
         rng = np.random.default_rng(0)

@@ -21,6 +21,7 @@ R moments of an index (rows), J width of MMN's joint space.
 """
 import argparse
 import base64
+import bisect
 import hashlib
 import html
 import json
@@ -413,7 +414,7 @@ class Index:
 
     def __init__(self, folder: str | os.PathLike, checkpoint: str | None = None):
         self.folder = pathlib.Path(folder)
-        self.table = self.folder / "videos.json"
+        self.table, self.mapped = self.folder / "videos.json", None
         if self.table.exists():
             try:
                 self.content = json.loads(self.table.read_text())
@@ -435,6 +436,7 @@ class Index:
         return max((v["first"] + v["rows"] for v in self.content["videos"].values()), default=0)
 
     def save(self) -> None:
+        self.mapped = None                                      # the files may have changed
         text = json.dumps(self.content, indent=1)
         video.save_atomically(self.table, lambda file: file.write(text.encode()))
 
@@ -502,43 +504,51 @@ class Index:
         rows, J = self.rows(), self.content["joint"]
         if not rows:
             raise ValueError(f"{self.folder} holds no video")
-        iou, contrastive = (torch.from_file(str(self.folder / name), False, rows * J,
-                                            dtype=torch.half).view(rows, J)
-                            for name in ("iou.f16", "contrastive.f16"))
-        spans = torch.from_file(str(self.folder / "spans.f32"), False, rows * 2,
-                                dtype=torch.float32).view(rows, 2)
-        bounds, a, b = torch.empty(rows), iou_text.half(), contrastive_text.half()
+        if self.mapped is None or len(self.mapped[2]) != rows:
+            self.mapped = [torch.from_file(str(self.folder / name), False, rows * size,
+                                           dtype=dtype).view(rows, size)
+                           for name, size, dtype in (("iou.f16", J, torch.half),
+                                                     ("contrastive.f16", J, torch.half),
+                                                     ("spans.f32", 2, torch.float32))]
+        iou, contrastive, spans = self.mapped
+        a, b = iou_text.half(), contrastive_text.half()
+        bounds = torch.full((-(-rows // 64) * 64,), -math.inf)
         for first in range(0, rows, block):
-            part = slice(first, first + block)
+            part = slice(first, min(first + block, rows))
             bounds[part] = mmn.fuse(
                 torch.sigmoid(mmn.SCORE_SCALE * (torch.mv(iou[part], a).float() + ROUNDING)),
                 torch.mv(contrastive[part], b).float() + ROUNDING)
-        videos = sorted(self.content["videos"].items(), key=lambda item: item[1]["first"])
-        firsts = torch.tensor([about["first"] for _, about in videos])
-        ends = firsts + torch.tensor([about["rows"] for _, about in videos])
-        for start, end in zip([0, *ends.tolist()], [*firsts.tolist(), rows]):
-            bounds[start:end] = -math.inf                       # rows of videos that are gone
-        looked = min(rows, 1024)
+        videos = sorted((about["first"], about["first"] + about["rows"], name)
+                        for name, about in self.content["videos"].items())
+        firsts, ends, names = zip(*videos)
+        for start, end in zip((0, *ends), (*firsts, rows)):
+            if start < end:
+                bounds[start:end] = -math.inf                       # rows of videos that are gone
+        highest = bounds.view(-1, 64).amax(1)       # of every 64 rows: sixty-four times fewer to sort
+        looked = 1024
         while True:
-            limit, which = bounds.topk(looked)
+            # no moment that is not among `which` can score as much as `unseen`
+            unseen = (highest.topk(looked).values[-1].item() if looked < len(highest)
+                      else -math.inf)
+            which = (bounds[:rows] >= unseen).nonzero()[:, 0]
             scores = mmn.fuse(torch.sigmoid(mmn.SCORE_SCALE * iou[which].float() @ iou_text),
                               contrastive[which].float() @ contrastive_text)
-            scores[limit == -math.inf] = -math.inf
+            scores[bounds[which] == -math.inf] = -math.inf
             answers, taken = [], {}
             for k in scores.argsort(descending=True, stable=True).tolist():
-                score, row = scores[k].item(), int(which[k])
+                score, row = scores[k].item(), which[k].item()
                 if len(answers) == top_k or score == -math.inf:
                     break
-                of = int(torch.searchsorted(firsts, row, right=True)) - 1
-                span, mine = spans[row], taken.setdefault(of, [])
+                name = names[bisect.bisect_right(firsts, row) - 1]
+                span, mine = spans[row], taken.setdefault(name, [])
                 if len(mine) < per_video and (not mine or mmn.interval_iou(
                         span, torch.stack(mine)).max() <= NMS):
                     mine.append(span)
-                    answers.append((videos[of][0], Moment(*span.tolist(), score)))
-            unseen = limit[-1].item()                           # no moment beyond can score more
-            if looked == rows or len(answers) == top_k and answers[-1][1].score >= unseen:
+                    answers.append((name, Moment(*span.tolist(), score)))
+            if unseen == -math.inf or (len(answers) == top_k
+                                       and answers[-1][1].score >= unseen):
                 return answers
-            looked = min(rows, 4 * looked)
+            looked *= 4
 
 
 # -------------------------------------------------------------------------------- the command line
