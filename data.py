@@ -32,6 +32,7 @@ from torch import Tensor
 
 import clip
 import mmn
+import parallel
 import parse
 import video
 
@@ -434,6 +435,13 @@ class Batch(NamedTuple):
                        for value in self))
 
 
+class Shares(torch.utils.data.BatchSampler):
+    """Batches, of each of which a process gets its share."""
+
+    def __iter__(self):
+        return map(parallel.share, super().__iter__())
+
+
 class Videos(torch.utils.data.Dataset):
     """The videos of a split, each with all its sentences. Features are read when a video is asked
     for.
@@ -485,29 +493,38 @@ class Videos(torch.utils.data.Dataset):
         return i, x[0], x[1] if self.patches else None
 
     def collate(self, items: list[tuple[int, Tensor, Tensor | None]]) -> Batch:
+        some = items or [self[0]]       # a process may have no share of a small batch
         which = [range(self.first[i], self.first[i + 1]) for i, _, _ in items]
-        index = torch.tensor([s for sentences in which for s in sentences])     # [S]
-        video_of = torch.tensor([b for b, sentences in enumerate(which) for _ in sentences])  # [S]
-        return Batch([self.videos[i] for i, _, _ in items],
-                     torch.stack([frames for _, frames, _ in items]),
-                     torch.stack([patches for _, _, patches in items]) if self.patches else None,
+        index = torch.tensor([s for sentences in which for s in sentences], dtype=torch.long)
+        video_of = torch.tensor([b for b, sentences in enumerate(which) for _ in sentences],
+                                dtype=torch.long)                       # [S]
+        frames, patches = (torch.stack(part)[:len(items)] if part[0] is not None else None
+                           for part in list(zip(*some))[1:])
+        return Batch([self.videos[i] for i, _, _ in items], frames, patches,
                      self.tokens[:, index], self.spoken[:, index], video_of,
                      self.moments_sec[index], self.durations_sec[index], self.iou[index], index)
 
     def batches(self, size: int, generator: torch.Generator | None = None, workers: int = 0):
-        """Batches of `size` videos: shuffled by `generator` for training, in order without one."""
+        """Batches of `size` videos: shuffled by `generator` for training, of which each process gets
+        its share; or all of them, in order, without one."""
+        if generator is None:
+            return torch.utils.data.DataLoader(self, size, collate_fn=self.collate,
+                                               num_workers=workers)
+        order = torch.utils.data.RandomSampler(self, generator=generator)
         return torch.utils.data.DataLoader(
-            self, size, shuffle=generator is not None, generator=generator,
+            self, batch_sampler=Shares(order, size, drop_last=False), generator=generator,
             collate_fn=self.collate, num_workers=workers, persistent_workers=workers > 0)
 
 
 # --------------------------------------------------------------------------------- the command line
 
 def pick_device(name: str) -> torch.device:
-    """auto, cpu, cuda, cuda:N or mps. Asking for what is not there is an error, not a fallback."""
-    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    wanted = {"auto": there[0], "cuda": "cuda:0"}.get(name, name)
+    """auto, cpu, cuda, cuda:N or mps. Asking for what is not there is an error, not a fallback.
+    Each process of torchrun has a GPU of its own."""
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    there = cuda + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    wanted = {"auto": own if cuda else there[0], "cuda": own}.get(name, name)
     if wanted not in there:
         raise ValueError(f"there is no device {name!r} here, there is {', '.join(there)}")
     return torch.device(wanted)
@@ -564,8 +581,6 @@ def make_features(dataset: str, samples: dict[str, list[Sample]],
     Under torchrun each process takes every n-th video."""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(options.device)
-    if processes > 1 and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     path = clip_file(options.clip, options.root)
     if options.clip.startswith("shapes") and path == options.clip:
         raise FileNotFoundError(f"the small CLIP of {options.clip} has not been made; make it "

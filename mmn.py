@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import parallel
+
 SCORE_SCALE = 10.0  # of the IoU head: score = sigmoid(10 cos) (MMN's published code, both datasets)
 
 
@@ -65,6 +67,30 @@ def sparse_cells(num_clips: int, pool_counts: tuple[int, ...]) -> list[tuple[Ten
 
 # ---------------------------------------------------------------------------------------- the model
 
+class MapNorm(nn.BatchNorm2d):
+    """BatchNorm over a map of which only the middle is there, and over the maps of all processes."""
+
+    def forward(self, x: Tensor, around: Tensor, side: int) -> Tensor:
+        """x [B, C, n, n] is the middle of maps of `side` x `side` cells; every other cell holds
+        `around` [C] (a convolution of zeros is its bias), and counts in the mean and variance."""
+        B, _, n, _ = x.shape
+        outside = side ** 2 - n ** 2
+        if not self.training or not outside and parallel.size() == 1:
+            return super().forward(x)
+        count = parallel.total(torch.tensor(float(B * side ** 2), device=x.device))
+        y = x.to(self.weight.dtype)
+        mean = parallel.total(y.sum((0, 2, 3)) + B * outside * around) / count      # [C]
+        y = y - mean[:, None, None]
+        var = parallel.total(y.square().sum((0, 2, 3))
+                             + B * outside * (around - mean).square()) / count      # [C]
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        return (y * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
 class MMN(nn.Module):
     """Frames and sentences -> the two score maps of Eq. (6) and Eq. (9).
 
@@ -86,12 +112,17 @@ class MMN(nn.Module):
         candidates[starts, ends] = True
         self.register_buffer("candidates", candidates, persistent=False)  # [N, N], True = a moment
 
-        # The first layer pads for all of them, so that each later one shrinks the map back towards
-        # N x N.
+        # As published, the first layer pads for all of them and each later one shrinks the map back
+        # towards N x N. Cells that no moment has reached yet are zero, so only the middle is
+        # computed: the map grows by a kernel a layer until it has the published size.
+        grow = kernel - 1
+        self.sides = [num_clips + grow * (layers - 1 - i) for i in range(layers)]   # as published
+        middle = [num_clips, *(min(side, num_clips + grow * (i + 1))                # as computed
+                               for i, side in enumerate(self.sides))]
         self.convs = nn.ModuleList(nn.Conv2d(width if i == 0 else hidden, hidden, kernel,
-                                             padding=(kernel - 1) * layers // 2 if i == 0 else 0)
+                                             padding=(middle[i + 1] - middle[i] + grow) // 2)
                                    for i in range(layers))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(hidden) for _ in range(layers))
+        self.norms = nn.ModuleList(MapNorm(hidden) for _ in range(layers))
         valid, window = candidates[None, None].float(), torch.ones(1, 1, kernel, kernel)
         for i, conv in enumerate(self.convs):
             count = F.conv2d(valid, window, padding=conv.padding)
@@ -126,7 +157,8 @@ class MMN(nn.Module):
         """Both heads' unit vectors for every candidate moment: [B, T, D] -> two of [B, J, P]."""
         x = self.moment_map(frames)                                     # [B, D, N, N]
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
-            x = F.relu(norm(conv(x))) * self.get_buffer(f"weight{i}")
+            x = norm(conv(x), conv.bias, self.sides[i])                 # [B, C, n, n], n <= sides[i]
+            x = F.relu(x) * self.get_buffer(f"weight{i}")
         x = x.flatten(2)[:, :, self.cells].unsqueeze(3)                 # [B, C, P, 1]
         return tuple(F.normalize(head(x).squeeze(3), dim=1)             # [B, J, P]
                      for head in (self.iou_moment, self.contrastive_moment))

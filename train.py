@@ -3,6 +3,7 @@
     python train.py                                     # builds the shapes world, trains on it
     python train.py --method mmn --seed 1 --out runs/x  # every field of Config is an option
     python train.py --dataset charades --device cuda    # the paper's run, once features are there
+    torchrun --nproc-per-node 8 train.py ...            # the same run by eight processes
 
 Methods: `mmn` is the retriever alone; `vdi` adds Eq. 1-5 to the letter, all in one sum (Eq. 11);
 `vdi-staged` adapts the text tower first, as Algorithm 1 orders it, to a target that cannot
@@ -33,6 +34,7 @@ import data
 import evaluate
 import inject
 import mmn
+import parallel
 import parse
 import shapes
 import video
@@ -204,7 +206,9 @@ class Model(nn.Module):
 def terms(model: Model, batch: data.Batch,
           config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The terms of Eq. (11), each a mean over the batch, under the names of their equations; and
-    the variances of both sides of Eq. (2) and Eq. (5), which show whether they have collapsed."""
+    the variances of both sides of Eq. (2) and Eq. (5), which show whether they have collapsed.
+
+    `batch` is this process's share; the losses are those of all processes' shares together."""
     S = len(batch.video_of)
     queries = batch.tokens if model.context is not None else batch.tokens[:1]
     with torch.autocast(batch.frames.device.type, torch.bfloat16, enabled=config.bf16):
@@ -212,20 +216,25 @@ def terms(model: Model, batch: data.Batch,
         x = F.normalize(x, dim=1) if config.normalise else x
         iou_moments, contrastive_moments = model.retriever.moments(batch.frames)  # [B, J, P]
         iou_text, contrastive_text = model.retriever.sentences(x[:S])   # [S, J]
-    iou = model.retriever.at_candidates(batch.iou)                      # [S, P]
-    scores = mmn.overlap_scores(iou_moments.float(), iou_text.float(), batch.video_of)
+    iou = parallel.gather(model.retriever.at_candidates(batch.iou))     # [S, P]
+    video_of = parallel.gather(batch.video_of + parallel.before(len(batch.videos)))
+    iou_moments, contrastive_moments, iou_text, contrastive_text = (
+        parallel.gather(y.float()) for y in (iou_moments, contrastive_moments, iou_text,
+                                             contrastive_text))
+    scores = mmn.overlap_scores(iou_moments, iou_text, video_of)
     excluded = {"out": float("-inf"), "exp0": 0.0}[config.excluded]
     result = {"L_iou": mmn.iou_loss(scores, iou).mean(),
-              "L_cl": mmn.contrastive_loss(contrastive_moments.float(), contrastive_text.float(),
-                                           iou, batch.video_of, batch.moments_sec, config.tau,
+              "L_cl": mmn.contrastive_loss(contrastive_moments, contrastive_text, iou, video_of,
+                                           parallel.gather(batch.moments_sec), config.tau,
                                            config.margin, excluded=excluded).mean()}
     if model.context is None:
         return result, {}
 
-    full, static, dynamic = x.float().split(S)                          # x^q, x^qs, x^qd [S, D]
+    full, static, dynamic = x.float().view(3, S, x.shape[1])            # x^q, x^qs, x^qd [S, D]
     asking = {"full": full, "none": None}.get(config.context_query, static)
     adapted, spoken = ((full, batch.spoken[0]) if config.inject_into == "full"
                        else (dynamic, batch.spoken[2]))
+    spoken, static_spoken = map(parallel.gather, (spoken, batch.spoken[1]))     # [S]
     into_video = torch.Tensor.detach if config.stop_gradient == "video" else lambda y: y
     into_text = torch.Tensor.detach if config.stop_gradient == "text" else lambda y: y
     forms = {"consistent": lambda a, b, _: inject.visual_context_loss(a, b),
@@ -234,19 +243,19 @@ def terms(model: Model, batch: data.Batch,
     spread = {}
     # UNSPECIFIED: what an empty query means; it has no term in Eq. 2, nor in Eq. 5
     if config.lambda_vc:
-        has_both = batch.spoken[1] & spoken                             # [S]
-        context = into_video(model.context(asking, batch.frames, batch.video_of))   # x~^qs [S, D]
-        projected = into_text(model.context.project(adapted))           # FC(x^qd) [S, D]
-        loss = forms[config.vc_form](projected[has_both], context[has_both],
-                                     batch.video_of[has_both])
+        has_both = static_spoken & spoken                               # [S]
+        context = model.context(asking, batch.frames, batch.video_of)   # x~^qs [S, D]
+        context = into_video(parallel.gather(context))
+        projected = into_text(parallel.gather(model.context.project(adapted)))  # FC(x^qd) [S, D]
+        loss = forms[config.vc_form](projected[has_both], context[has_both], video_of[has_both])
         result["L_vc"] = loss.sum() / has_both.sum().clamp(min=1)
         spread |= {"var FC(x^qd), Eq. 2": projected, "var x~^qs": context}
     if config.lambda_sd:
         which = video.patch_frames(batch.frames.shape[1], batch.patches.shape[1])
         motion = model.dynamic(batch.frames[:, which], batch.patches)[batch.video_of]  # m~ [S, D]
-        motion = into_video(motion)
-        projected = into_text(model.dynamic.project(adapted))           # FC(x^qd) [S, D]
-        loss = forms[config.sd_form](projected[spoken], motion[spoken], batch.video_of[spoken])
+        motion = into_video(parallel.gather(motion))
+        projected = into_text(parallel.gather(model.dynamic.project(adapted)))  # FC(x^qd) [S, D]
+        loss = forms[config.sd_form](projected[spoken], motion[spoken], video_of[spoken])
         result["L_sd"] = loss.sum() / spoken.sum().clamp(min=1)
         spread |= {"var FC(x^qd), Eq. 5": projected, "var m~": motion}
     return result, {name: inject.batch_variance(value.detach()) for name, value in spread.items()}
@@ -325,18 +334,21 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config,
                                   weight_decay=config.weight_decay, fused=True)
     generator = torch.Generator().manual_seed(config.seed)
     log = []
-    for step in (bar := tqdm(range(config.stage_steps), desc="stage 1: text tower", disable=None)):
+    for step in (bar := tqdm(range(config.stage_steps), desc="stage 1: text tower",
+                             disable=parallel.rank() > 0 or None)):
         rate = min((step + 1) / 20, (1 + math.cos(math.pi * step / config.stage_steps)) / 2)
         optimiser.param_groups[0]["lr"] = config.stage_lr * rate
         chosen = usable[torch.randint(len(usable), (config.stage_batch,), generator=generator)]
         # DEVIATION: no FC, and x^qd as the tower gives it: nothing stands between the target and
         # the tower
-        x = text.encode_text(videos.tokens[into, chosen].to(device))    # x^qd [S, D]
+        tokens = videos.tokens[into, parallel.share(chosen)].to(device)
+        x = parallel.gather(text.encode_text(tokens))                   # x^qd [S, D]
         loss = inject.visual_context_loss(x, target[chosen]).mean()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"L_vc is {loss.item()} in step {step} of stage 1")
         optimiser.zero_grad()
         loss.backward()
+        parallel.sum_gradients(text)
         nn.utils.clip_grad_norm_(text.parameters(), config.clip_norm)
         optimiser.step()
         if step % 50 == 0 or step == config.stage_steps - 1:
@@ -360,18 +372,20 @@ def learning_rate(config: Config, progress: float) -> float:
 
 def train(config: Config, resume: bool = False) -> dict[str, dict]:
     """The whole of Algorithm 1. Returns evaluate.evaluate of the kept epoch and leaves the run in
-    config.folder."""
+    config.folder. Of several processes the first one returns it."""
     device = data.pick_device(config.device)
     folder = config.folder
     if folder.exists() and any(folder.iterdir()) and not resume:
         raise FileExistsError(f"{folder} holds a run already; continue it with --resume, or "
                               f"choose another --out")
-    if config.dataset.startswith("shapes"):
-        shapes.build(config.dataset, config.root)
-    if config.text_clip.startswith("shapes"):
-        shapes.build(config.text_clip, config.root)
-    if config.clip == f"{config.dataset}-resnet":
-        shapes.build_resnet(config.dataset, config.root)
+    first_process = parallel.rank() == 0                        # which alone writes and validates
+    if first_process:
+        for world in (config.dataset, config.text_clip):
+            if world.startswith("shapes"):
+                shapes.build(world, config.root)
+        if config.clip == f"{config.dataset}-resnet":
+            shapes.build_resnet(config.dataset, config.root)
+    parallel.wait()
 
     parser = parse.Parser(config.parser or None, config.mask)
     store = data.open_store(config.dataset, config.clip, config.root)
@@ -428,7 +442,8 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
         print(f"continuing after epoch {first}")
     elif config.method == "vdi-staged":
         for row in adapt_text_tower(model.text, videos["train"], config, device):
-            write_log(folder, {"stage": 1, **row})
+            if first_process:
+                write_log(folder, {"stage": 1, **row})
 
     started = time.time()
     for epoch in range(first, config.epochs):
@@ -439,8 +454,10 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
         model.text.requires_grad_(epoch >= config.text_from_epoch)
         shuffle = torch.Generator().manual_seed(1_000_003 * config.seed + epoch)
         loader, sums = videos["train"].batches(config.batch, shuffle, config.workers), {}
+        waited_sec, ready = 0.0, (epoch_started := time.perf_counter())
         for step, batch in enumerate(tqdm(loader, desc=f"epoch {epoch + 1}", leave=False,
-                                          disable=None)):
+                                          disable=not first_process or None)):
+            waited_sec += time.perf_counter() - ready
             batch = batch.to(device)
             for group in optimiser.param_groups:
                 group["lr"] = group["base"] * learning_rate(config, epoch + step / len(loader))
@@ -449,20 +466,25 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
             loss = total_loss(parts, config, epoch)
             optimiser.zero_grad()
             loss.backward()
+            parallel.sum_gradients(model)
             nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
             optimiser.step()
             for name, value in {**parts, **spread, "L": loss}.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
+            ready = time.perf_counter()
         row = {"epoch": epoch + 1,
                **{name: (value / len(loader)).item() for name, value in sums.items()},
+               "data %": 100 * waited_sec / (time.perf_counter() - epoch_started),
                "cos x^qd": query_cosine(model.text, videos["train"], device)}
-        if config.select_on in videos:
+        if config.select_on in videos and first_process:
             predicted = evaluate.predict(model.text, model.retriever, videos[config.select_on],
                                          config.batch, device, fusion=config.fusion,
                                          normalise=config.normalise)
             row |= evaluate.recall(predicted[..., :2], videos[config.select_on].moments_sec)
         row["minutes"] = (time.time() - started) / 60
-        history.append(row)
+        history.append(row := parallel.from_first(row))
+        if not first_process:
+            continue
         write_log(folder, row)
         tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
         better = best_epoch(history) == len(history)
@@ -480,6 +502,8 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
                                   "optimiser": optimiser.state_dict(),
                                   "rng": torch.get_rng_state()})
 
+    if not first_process:
+        return {}
     run = evaluate.load(folder / "ckpt.pt", device)
     results = evaluate.evaluate(run, device=device, allow_missing=True)
     video.save_atomically(folder / "results.json",
@@ -555,9 +579,10 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Config, bool]:
 def main() -> None:
     try:
         config, resume = parse_arguments()
-        print("  ".join(f"{name}={value}" for name,
-                        value in dataclasses.asdict(config).items() if value != ""))
-        train(config, resume)
+        with parallel.processes(data.pick_device(config.device)):
+            print("  ".join(f"{name}={value}" for name,
+                            value in dataclasses.asdict(config).items() if value != ""))
+            train(config, resume)
     except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
         reason = str(error)
         if "Original Traceback" in reason:              # what a worker of the DataLoader raised

@@ -1,0 +1,107 @@
+"""Several processes do what one does."""
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+HERE = pathlib.Path(__file__).parent.parent
+
+STEP = """
+import sys, torch
+import clip, data, parallel, parse, train
+world, out, training = sys.argv[1], sys.argv[2], sys.argv[3] == "training"
+torch.set_num_threads(1)
+results = {}
+with parallel.processes(torch.device("cpu")):
+    for count, changes in ((6, {}), (5, dict(sequence="lstm", layers=4, context_query="none")),
+                           (1, {}), (1, dict(sequence="lstm"))):
+        config = train.Config(**{"dataset": "shapes", **train.preset("shapes"), "root": world,
+                                 "method": "vdi", **changes})
+        store = data.open_store("shapes", "shapes", world)
+        videos = data.Videos(data.read_annotations("shapes", "train", world), store, 16,
+                             parse.Parser("rules"), True)
+        torch.manual_seed(0)
+        text = clip.build_text(clip.read_state(f"{world}/shapes/clip.pt"))
+        model = train.Model(config, text, store.manifest).train(training)
+        batch = next(iter(videos.batches(count, torch.Generator().manual_seed(5))))
+        terms, spread = train.terms(model, batch, config)
+        train.total_loss(terms, config, 0).backward()
+        parallel.sum_gradients(model)
+        results[f"{count} {changes}"] = {
+            "videos": batch.videos, "terms": terms, "spread": spread,
+            "gradients": {name: p.grad for name, p in model.named_parameters()},
+            "statistics": {name: b for name, b in model.named_buffers() if "running" in name}}
+    if parallel.rank() == 0:
+        torch.save(results, out)
+    print("printed by", parallel.rank())
+"""
+
+
+def torchrun(processes: int, *arguments, status: int = 0) -> str:
+    """What `processes` processes print on one machine, without torchrun where it is one."""
+    many = (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+            if processes > 1 else [])
+    done = subprocess.run([sys.executable, *many, *map(str, arguments)], cwd=HERE, text=True,
+                          capture_output=True, timeout=600,
+                          env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout
+
+
+def difference(a, b) -> float:
+    """Largest difference of two nested dictionaries of tensors, as a share of the largest value
+    where that is above 1. No gradient is zero."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return max([difference(a[key], b[key]) for key in a], default=0.0)
+    a, b = (torch.zeros(()) if x is None else x for x in (a, b))
+    return ((a - b).abs().max() / a.abs().max().clamp(min=1)).item()
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+def test_two_processes_compute_the_losses_and_gradients_of_one(world, tmp_path, mode):
+    """All terms of Eq. 11 over batches of 6, 5 and 1 videos (of which one process has 3, 2 and
+    none), every gradient, and BatchNorm's statistics: equal to 1e-5."""
+    (tmp_path / "step.py").write_text(STEP)
+    for processes in (1, 2):
+        printed = torchrun(processes, tmp_path / "step.py", world, tmp_path / f"{processes}.pt",
+                           mode)
+        assert printed == "printed by 0\n"
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
+    assert [len(case["videos"]) for case in one.values()] == [6, 5, 1, 1]
+    assert [len(case["videos"]) for case in two.values()] == [3, 2, 0, 0]
+    assert all(video in one[name]["videos"] for name in two for video in two[name]["videos"])
+    for name in one:
+        for part in ("terms", "spread", "gradients", "statistics"):
+            assert difference(one[name][part], two[name][part]) < 1e-5, (name, part)
+        assert all(g.abs().max() > 0 for key, g in one[name]["gradients"].items()
+                   if key.startswith("retriever.iou"))
+
+
+def test_a_run_of_two_processes_goes_on_with_one(world, tmp_path):
+    """Two epochs by two processes, the third by one: as three epochs by one, up to rounding, and one
+    line an epoch."""
+    options = ("--method", "vdi", "--root", world, "--epochs", 3, "--device", "cpu", "--batch", 7)
+    torchrun(1, "train.py", *options, "--out", tmp_path / "whole")
+    script = tmp_path / "killed.py"
+    script.write_text("import train\n"
+                      "keep = train.save\n"
+                      "def stop(path, content):\n"
+                      "    keep(path, content)\n"
+                      "    if path.name == 'last.pt' and content['epoch'] == 2:\n"
+                      "        raise SystemExit(1)\n"
+                      "train.save = stop\n"
+                      "train.main()\n")
+    torchrun(2, script, *options, "--out", tmp_path / "parts", status=1)
+    printed = torchrun(1, "train.py", *options, "--out", tmp_path / "parts", "--resume")
+    assert "continuing after epoch 2" in printed and not (tmp_path / "parts" / "2").exists()
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+            for name in ("whole", "parts")]
+    assert [[row["epoch"] for row in log] for log in logs] == [[1, 2, 3], [1, 2, 3]]
+    for one, two in zip(*logs):
+        for name in ("L_iou", "L_cl", "L_vc", "L_sd", "L"):
+            assert one[name] == pytest.approx(two[name], rel=2e-2), (one["epoch"], name)
