@@ -1,42 +1,46 @@
-"""How fast it is: figures measured in one run on one machine, so that they can be compared.
+"""How fast is it? Ratios measured in one run on one machine.
 
-    python bench.py video --videos DIR              # decoding against encoding
-    python bench.py video --videos DIR --json
-    python bench.py search                          # a sentence in an index of a million moments
+    python bench.py                                 # all that needs no GPU, ten minutes on two cores
+    python bench.py step search                     # some of it
+    python bench.py video --videos DIR              # extraction, of real videos
+    python bench.py train --device cuda             # training at the settings of both datasets
+    python bench.py --json
 
-Weights are random: speed does not depend on them. The README's performance section is what this
-prints. Left out: anything that decides whether a result is right; that is what tests are for.
+Each row is set against something else: the plain way of doing the same, a peer, or what the machine
+can do. Where both compute something, the results are compared before any time is taken, and
+another result is an error. Weights are random (speed does not depend on them). The README's
+performance section is what this prints. Left out: anything that decides whether a result is right;
+that is what tests are for.
 """
 import argparse
+import dataclasses
 import json
+import math
+import multiprocessing
 import os
 import pathlib
 import platform
+import resource
 import sys
 import tempfile
 import time
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import clip
 import data
+import mmn
 import retrieve
+import train
 import video
 
 
-def random_vit_b32(device: torch.device) -> clip.CLIP:
-    """A CLIP of the sizes of ViT-B/32."""
-    torch.manual_seed(0)
-    visual = clip.VisionTransformer(224, 32, 768, 12, 12, 512, clip.QuickGELU)
-    model = clip.CLIP(visual, 49408, 77, 512, 12, 8, 512, clip.QuickGELU)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    return model.to(device).eval()
+# ------------------------------------------------------------------------------------------- clocks
 
-
-def seconds_of(work, device: torch.device, at_least: float = 3.0) -> float:
+def seconds_of(work, device: torch.device = torch.device("cpu"), at_least: float = 3.0) -> float:
     """Mean seconds of `work()`, repeated for `at_least` seconds after one call that does not
     count."""
     work()
@@ -50,42 +54,322 @@ def seconds_of(work, device: torch.device, at_least: float = 3.0) -> float:
     return (time.perf_counter() - started) / count
 
 
-def bench_video(options: argparse.Namespace) -> list[dict]:
-    """Frames a second of the two halves of extraction: file -> frames [T, 3, 224, 224], by 32
-    frames a video, and frames -> features, by batches."""
-    device, T = data.pick_device(options.device), 32
-    rows, good = [], {}
-    for name, path in data.find_files(options.videos, data.VIDEOS).items():
+def row(what: str, value: float, unit: str, ratio: float | None = None, to: str = "") -> dict:
+    """A line of the table; `ratio` is how this compares with the line named `to`."""
+    return {"what": what, "value": value, "unit": unit, "ratio": ratio, "to": to}
+
+
+def same(ours: Tensor, theirs: Tensor, what: str, tolerance: float = 1e-5) -> None:
+    difference = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)
+    if not difference <= tolerance:
+        raise RuntimeError(f"{what}: the two ways differ by {difference:.2g}, so that comparing "
+                           f"their speed says nothing")
+
+
+# -------------------------------------------------------------------------------------------- queries
+
+def queries_of(options: argparse.Namespace, *names: str) -> list[str]:
+    """The sentences of published datasets, from --annotations."""
+    for name in names:
+        missing = [split for split in data.splits(name, options.annotations)
+                   if not data.annotation_file(name, split, options.annotations).exists()]
+        if missing or not data.splits(name, options.annotations):
+            raise FileNotFoundError(f"there are no annotations of {name} in {options.annotations}; "
+                                    f"get them with: python data.py {name}")
+    return [sample.sentence for name in names for split in data.splits(name, options.annotations)
+            for sample in data.read_annotations(name, split, options.annotations)]
+
+
+def bench_tokens(options: argparse.Namespace) -> list[dict]:
+    """CLIP's byte-pair encoding of all published sentences, against the same without memory."""
+    sentences = queries_of(options, "charades", "activitynet")
+    some = sentences[::50]
+
+    def without() -> list[tuple[int, ...]]:
+        remembered, clip.word_ids = clip.word_ids, clip.word_ids.__wrapped__
         try:
-            pixels, duration_sec = video.sample_frames(path, T, 224)
-        except video.VideoError as error:
-            print(f"left out: {error}", file=sys.stderr)
-            continue
-        good[name] = path
-        seconds = seconds_of(lambda: video.sample_frames(path, T, 224), device, 1.0)
-        rows.append({"what": f"decode {path.name} ({duration_sec:.0f} s), 1 process",
-                     "frames/s": T / seconds, "videos/s": 1 / seconds})
-    if not good:
-        raise FileNotFoundError(f"{options.videos} holds no video that can be read")
-    for workers in sorted({1, max(1, (os.cpu_count() or 2) - 1), os.cpu_count() or 2}):
-        many = {f"{name} {i}": path for i in range(4 * workers) for name, path in good.items()}
-        decoding = video.decode_all(many, T, 224, workers)
-        next(decoding)                                  # the processes have started
-        started = time.perf_counter()
-        count = sum(1 for _ in decoding)
-        seconds = time.perf_counter() - started
-        rows.append({"what": f"decode all, {workers} processes", "frames/s": count * T / seconds,
-                     "videos/s": count / seconds})
+            return [clip.sentence_ids.__wrapped__(sentence) for sentence in some]
+        finally:
+            clip.word_ids = remembered
+
+    if without() != [clip.sentence_ids(sentence) for sentence in some]:
+        raise RuntimeError("tokens: remembered sentences have other tokens")
+    plain = len(some) / seconds_of(without, at_least=1.0)
+    clip.sentence_ids.cache_clear(), clip.word_ids.cache_clear()
+    started = time.perf_counter()
+    for sentence in sentences:
+        clip.sentence_ids(sentence)
+    first = len(sentences) / (time.perf_counter() - started)
+    again = len(sentences) / seconds_of(lambda: [clip.sentence_ids(s) for s in sentences],
+                                        at_least=1.0)
+    name = f"tokens: {len(sentences):,} sentences"
+    return [row("tokens: byte pairs of every word anew", plain, "sentences/s"),
+            row(f"{name}, words remembered", first, "sentences/s", first / plain, "anew"),
+            row(f"{name}, seen before", again, "sentences/s", again / plain, "anew")]
+
+
+def random_vit_b32(device: torch.device = torch.device("cpu")) -> clip.CLIP:
+    """A CLIP of the sizes of ViT-B/32."""
+    torch.manual_seed(0)
+    visual = clip.VisionTransformer(224, 32, 768, 12, 12, 512, clip.QuickGELU)
+    model = clip.CLIP(visual, 49408, 77, 512, 12, 8, 512, clip.QuickGELU)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return model.to(device).eval()
+
+
+@torch.no_grad()
+def bench_text(options: argparse.Namespace) -> list[dict]:
+    """The text tower on a batch's sentences, against running all 77 positions."""
+    device = data.pick_device(options.device)
     model = random_vit_b32(device)
-    precisions = ["float32"] if device.type == "cpu" else ["float32", "fp16", "bf16"]
-    for precision in precisions:
-        for batch in (32, 128) if device.type == "cpu" else (32, 256, 1024):
-            frames = pixels.repeat(batch // T, 1, 1, 1)
-            seconds = seconds_of(lambda: video.encode_frames(model, frames, batch,
-                                                             video.PRECISIONS[precision]), device)
-            rows.append({"what": f"encode ViT-B/32 {precision}, batch {batch}",
-                         "frames/s": batch / seconds, "videos/s": batch / T / seconds})
+
+    def all_positions(tokens: Tensor) -> Tensor:
+        x = model.token_embedding(tokens) + model.positional_embedding
+        x = model.transformer(x, causal=True)[torch.arange(len(x)), tokens.argmax(1)]
+        return model.ln_final(x) @ model.text_projection
+
+    rows = []
+    for name in ("charades", "activitynet"):
+        sentences = queries_of(options, name)
+        chosen = np.random.default_rng(0).choice(len(sentences), 112, replace=False)
+        tokens = clip.tokenize([sentences[i] for i in chosen], truncate=True).to(device)
+        same(model.encode_text(tokens), all_positions(tokens), "text tower")
+        plain = seconds_of(lambda: all_positions(tokens), device)
+        ours = seconds_of(lambda: model.encode_text(tokens), device)
+        L = int(tokens.argmax(1).max()) + 1
+        rows += [row(f"text: {name}, 112 sentences, 77 positions", 1000 * plain, "ms"),
+                 row(f"text: {name}, to the last end token ({L})", 1000 * ours, "ms",
+                     plain / ours, "77")]
     return rows
+
+
+# ---------------------------------------------------------------------------------------- image tower
+
+@torch.no_grad()
+def bench_image(options: argparse.Namespace) -> list[dict]:
+    """ViT-B/32 on 32 frames in float32, against Hugging Face's on the same weights and images, and
+    against its matrix products alone."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("image is measured against Hugging Face's CLIP; for this bench only: "
+                          "pip install transformers") from error
+    device, B = data.pick_device(options.device), 32
+    torch.manual_seed(0)
+    theirs = transformers.CLIPModel(transformers.CLIPConfig()).to(device).eval()
+    ours = clip.build(clip.from_hugging_face(theirs.state_dict())).to(device)
+    images = torch.randn(B, 3, 224, 224, device=device)
+
+    def peer() -> Tensor:
+        return theirs.visual_projection(theirs.vision_model(images).pooler_output)
+
+    same(ours.encode_image(images)[0], peer(), "image tower")
+
+    # [m, k] x [k, n] of the patches, of 12 blocks and of the projection; 12 heads of 64
+    shapes = [(B * 49, 3072, 768), *[(B * 50, 768, 2304), (B * 50, 768, 768), (B * 50, 768, 3072),
+                                     (B * 50, 3072, 768)] * 12, (B * 50, 768, 512)]
+    pairs = [(torch.randn(m, k, device=device), torch.randn(k, n, device=device))
+             for m, k, n in shapes]
+    q, k = (torch.randn(B * 12, 50, 64, device=device) for _ in range(2))
+
+    def products() -> None:
+        for a, b in pairs:
+            a @ b
+        for _ in range(12):
+            torch.bmm(torch.bmm(q, k.transpose(1, 2)), k)
+
+    def class_token_only() -> Tensor:
+        visual = ours.visual
+        x = visual.conv1(images).flatten(2).transpose(1, 2)
+        x = torch.cat([visual.class_embedding.expand(B, 1, -1), x], 1)
+        x = visual.transformer(visual.ln_pre(x + visual.positional_embedding))
+        return visual.ln_post(x[:, 0]) @ visual.proj
+
+    times = [seconds_of(work, device, 6.0) for work in
+             (products, peer, class_token_only, lambda: ours.encode_image(images))]
+    bound, hugging_face, without, with_patches = times
+    name = "image: ViT-B/32 float32, "
+    return [row(name + "its matrix products alone", B / bound, "images/s"),
+            row(name + "Hugging Face", B / hugging_face, "images/s", bound / hugging_face,
+                "products"),
+            row(name + "ours, class token only", B / without, "images/s", hugging_face / without,
+                "Hugging Face"),
+            row(name + "ours, with patches", B / with_patches, "images/s",
+                hugging_face / with_patches, "Hugging Face")]
+
+
+# --------------------------------------------------------------------------------------- training step
+
+def published_losses(model: mmn.MMN, frames: Tensor, text: Tensor, video_of: Tensor, iou: Tensor,
+                     moments_sec: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 6-9 by MMN's published algorithm, with the weights of `model`: the whole padded map is
+    convolved, and losses are taken video by video and sentence by sentence. Two means, [] each."""
+    N, k, L = model.num_clips, model.convs[0].kernel_size[0], len(model.convs)
+    x = F.avg_pool1d(frames.transpose(1, 2), model.pool_kernel, model.pool_stride)
+    grid = x.new_zeros(*x.shape[:2], N, N)
+    for starts, ends in mmn.sparse_cells(N, model.pool_counts):
+        for i, j in zip(starts.tolist(), ends.tolist()):
+            grid[:, :, i, j] = x[:, :, i:j + 1].amax(2)
+    x, valid = grid, model.candidates[None, None].float()
+    for layer, (conv, norm) in enumerate(zip(model.convs, model.norms)):
+        pad = (k - 1) * L // 2 if layer == 0 else 0
+        x = F.conv2d(x, conv.weight, conv.bias, padding=pad)
+        x = F.batch_norm(x, None, None, norm.weight, norm.bias, True)
+        count = F.conv2d(valid, torch.ones(1, 1, k, k), padding=pad)
+        valid = (count > 0).float()
+        x = F.relu(x) * valid / count.clamp(min=1)
+    overlaps = F.normalize(model.iou_moment(x), dim=1)                  # [B, J, N, N]
+    contrasts = F.normalize(model.contrastive_moment(x), dim=1)[:, :, model.candidates]
+    iou_text, contrastive_text = model.sentences(text)
+    overlap_losses, contrastive_losses = [], []
+    for b in range(len(frames)):
+        for s in (video_of == b).nonzero()[:, 0].tolist():
+            cosines = (iou_text[s][:, None, None] * overlaps[b]).sum(0)     # [N, N]
+            score = torch.sigmoid(mmn.SCORE_SCALE * cosines)
+            target = ((iou[s] - 0.5) / 0.5).clamp(min=0)
+            overlap_losses.append(F.binary_cross_entropy(score[model.candidates],
+                                                         target[model.candidates]))
+            own = iou[s][model.candidates]
+            best = own.argmax()
+            positive = (contrasts[b, :, best] @ contrastive_text[s] - 0.4) / 0.1
+            negative = (own < 0.5) & (torch.arange(len(own)) != best)
+            others = torch.cat([(contrasts[b].T @ contrastive_text[s])[negative],
+                                *[contrasts[c].T @ contrastive_text[s]
+                                  for c in range(len(frames)) if c != b]]) / 0.1
+            sentences = torch.stack([
+                contrasts[b, :, best] @ contrastive_text[t] for t in range(len(text)) if t != s
+                and (video_of[t] != b or mmn.interval_iou(moments_sec[s], moments_sec[t]) < 0.5)
+            ]) / 0.1
+            contrastive_losses.append(sum(torch.cat([positive[None], rest]).logsumexp(0) - positive
+                                          for rest in (others, sentences)))
+    return torch.stack(overlap_losses).mean(), torch.stack(contrastive_losses).mean()
+
+
+def our_losses(model: mmn.MMN, frames: Tensor, text: Tensor, video_of: Tensor, iou: Tensor,
+               moments_sec: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by mmn.py."""
+    overlaps, contrasts = model.moments(frames)
+    iou_text, contrastive_text = model.sentences(text)
+    iou = model.at_candidates(iou)
+    return (mmn.iou_loss(mmn.overlap_scores(overlaps, iou_text, video_of), iou).mean(),
+            mmn.contrastive_loss(contrasts, contrastive_text, iou, video_of, moments_sec).mean())
+
+
+def random_batch(config: train.Config, device: torch.device, per_video: int = 2) -> tuple:
+    """Features of real shape: frames, text, video_of, iou, moments_sec."""
+    generator = torch.Generator().manual_seed(0)
+    B, T, S = config.batch, config.frames, config.batch * per_video
+    frames = F.normalize(torch.randn(B, T, 512, generator=generator), dim=2)
+    text = F.normalize(torch.randn(S, 512, generator=generator), dim=1)
+    video_of = torch.arange(B).repeat_interleave(per_video)
+    moments_sec = (30 * torch.rand(S, 2, generator=generator)).sort(1).values
+    iou = mmn.iou_map(moments_sec, torch.full((S,), 30.0), config.num_clips)
+    return tuple(x.to(device) for x in (frames, text, video_of, iou, moments_sec))
+
+
+def retriever_of(config: train.Config, device: torch.device) -> mmn.MMN:
+    torch.manual_seed(0)
+    pool = config.frames // config.num_clips
+    return mmn.MMN(512, config.num_clips, pool, pool, config.pool_counts, config.kernel,
+                   config.layers, config.hidden, config.joint).to(device)
+
+
+def one_step(published: bool, config: train.Config) -> tuple[Tensor, float, float, float]:
+    """Losses [2], seconds of forward and of backward, and GiB that the process grew by at most."""
+    batch = random_batch(config, torch.device("cpu"))
+    model = retriever_of(config, torch.device("cpu"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    losses = (published_losses if published else our_losses)(model, *batch)
+    between = time.perf_counter()
+    sum(losses).backward()
+    ended = time.perf_counter()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return torch.stack(losses).detach(), between - started, ended - between, grown / 2 ** 20
+
+
+def bench_step(options: argparse.Namespace) -> list[dict]:
+    """A training step of the retriever, forward and backward, at the setting of Charades-STA,
+    against MMN's published algorithm. Each in a process of its own, so that its memory is its
+    own."""
+    config, results = train.Config(dataset="charades"), []
+    for published in (True, False):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            results.append(pool.apply(one_step, (published, config)))
+    (theirs, *published), (ours, *mine) = results
+    same(ours, theirs, "losses of a step")
+    name = f"step: {config.batch} videos, N={config.num_clips}, "
+    rows = []
+    for k, (what, unit) in enumerate((("forward", "s"), ("backward", "s"), ("memory", "GiB"))):
+        rows += [row(f"{name}published algorithm, {what}", published[k], unit),
+                 row(f"{name}ours, {what}", mine[k], unit, published[k] / mine[k], "published")]
+    both = [sum(times[:2]) for times in (published, mine)]
+    return rows + [row(f"{name}ours, forward and backward", both[1], "s", both[0] / both[1],
+                       "published")]
+
+
+def bench_loader(options: argparse.Namespace) -> list[dict]:
+    """Reading a batch of features from disk (of Charades-STA's shape), against the step that it
+    waits for. `train.py` prints the share of the time as `data %`."""
+    config = train.Config(dataset="charades")
+    with tempfile.TemporaryDirectory() as folder:
+        made = {"clip": "random", "sha256": "", "resolution": 224, "frames": config.frames,
+                "patch_frames": 32, "width": 512, "patch_width": 512, "grid": 7,
+                "precision": "float32"}
+        store = video.FeatureStore(pathlib.Path(folder), made)
+        x, patches = torch.randn(32, 512), torch.randn(32, 512, 7, 7)
+        samples = []
+        for i in range(96):
+            store.write(f"v{i}", x, patches, 30.0)
+            samples += [data.Sample(f"v{i}", "a person opens the door", 3.0, 9.0, 30.0)] * 2
+        store.save_manifest()
+        rows = []
+        for method, with_patches in (("mmn", False), ("vdi", True)):
+            videos = data.Videos(samples, store, 16, data.parse.Parser("rules"), with_patches)
+            loader = videos.batches(config.batch)
+            seconds = seconds_of(lambda: [None for _ in loader]) / len(loader)
+            rows.append(row(f"loader: {config.batch} videos for --method {method}, one process",
+                            1000 * seconds, "ms"))
+    return rows
+
+
+# ----------------------------------------------------------------------------------------- evaluation
+
+def greedy_nms(moments: Tensor, scores: Tensor, top_k: int, nms: float) -> Tensor:
+    """The published way: sort a query's candidates, and let each one that is left drop those after
+    it that overlap it more than `nms`. [top_k, 2]"""
+    moments = moments[scores.argsort(descending=True)]
+    dropped = torch.zeros(len(moments), dtype=torch.bool)
+    for i in range(len(moments) - 1):
+        if not dropped[i]:
+            dropped[i + 1:] |= mmn.interval_iou(moments[i], moments[i + 1:]) > nms
+    return moments[~dropped][:top_k]
+
+
+def bench_nms(options: argparse.Namespace) -> list[dict]:
+    """R@5 of ActivityNet-Captions' 17,031 test queries: five moments a query out of 1,104."""
+    model = retriever_of(train.Config(**{"dataset": "activitynet", **train.preset("activitynet")}),
+                         torch.device("cpu"))
+    N, count, block = model.num_clips, 17_031, 256
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(block, N, N, generator=generator)       # the same for each block
+    durations_sec = torch.full((block,), float(N))
+    i, j = model.candidates.nonzero().unbind(1)
+    moments = torch.stack([i, j + 1], 1).float()
+
+    def theirs(n: int) -> Tensor:
+        return torch.stack([greedy_nms(moments, s[model.candidates], 5, 0.5) for s in scores[:n]])
+
+    def ours(n: int) -> Tensor:
+        return mmn.decode(scores[:n], durations_sec[:n], 5, 0.5, model.candidates)[..., :2]
+
+    same(ours(block), theirs(block), "moments after NMS", 0)
+    plain = seconds_of(lambda: theirs(block)) / block * count
+    fast = seconds_of(lambda: ours(block)) / block * count
+    return [row(f"NMS: {count:,} queries, {len(moments):,} candidates, a query at a time", plain,
+                "s"),
+            row(f"NMS: {count:,} queries, ours", fast, "s", plain / fast, "a query at a time")]
 
 
 def bench_search(options: argparse.Namespace) -> list[dict]:
@@ -93,8 +377,8 @@ def bench_search(options: argparse.Namespace) -> list[dict]:
     the index once from memory."""
     rows, J, each = 1_000_000, 256, 136
     with tempfile.TemporaryDirectory() as folder:
-        index = retrieve.Index.__new__(retrieve.Index)
-        index.folder, index.mapped, n = pathlib.Path(folder), None, rows // each
+        index, n = retrieve.Index.__new__(retrieve.Index), rows // each
+        index.folder, index.mapped = pathlib.Path(folder), None
         index.content = {"joint": J, "videos": {
             f"{i}.mp4": {"first": i * each, "rows": each, "duration_sec": 30.0} for i in range(n)}}
         rng = np.random.default_rng(0)
@@ -106,7 +390,7 @@ def bench_search(options: argparse.Namespace) -> list[dict]:
                     file.write(x.astype(np.float16).tobytes())
         spans = np.sort(rng.uniform(0, 30, (n * each, 2)).astype(np.float32), 1)
         (index.folder / "spans.f32").write_bytes(spans.tobytes())
-        q = torch.nn.functional.normalize(torch.randn(2, J), dim=1)
+        q = F.normalize(torch.randn(2, J, generator=torch.Generator().manual_seed(0)), dim=1)
         both = [np.memmap(index.folder / name, np.int16, "r")
                 for name in ("iou.f16", "contrastive.f16")]
 
@@ -115,19 +399,163 @@ def bench_search(options: argparse.Namespace) -> list[dict]:
                 for block in np.array_split(moments, 32):
                     block.max()
 
-        device = torch.device("cpu")
-        reading = seconds_of(read, device)
-        searching = seconds_of(lambda: index.search(*q), device)
-        size = sum(moments.nbytes for moments in both) + spans.nbytes
+        found = index.search(*q)
+        moments = [torch.from_file(str(index.folder / name), False, n * each * J, dtype=torch.half)
+                   .view(-1, J) for name in ("iou.f16", "contrastive.f16")]
+        best = max(float(mmn.fuse(torch.sigmoid(mmn.SCORE_SCALE * a.float() @ q[0]),
+                                  b.float() @ q[1]).max())
+                   for a, b in zip(*(x.split(1 << 16) for x in moments)))
+        same(torch.tensor(found[0][1].score), torch.tensor(best), "best moment of a search", 1e-6)
+        reading = seconds_of(read)
+        searching = seconds_of(lambda: index.search(*q))
+        size = sum(x.nbytes for x in both) + spans.nbytes
     hours = n * 30 / 3600
-    return [{"what": f"read {size / 1e6:.0f} MB once", "ms": 1000 * reading, "ratio": 1.0},
-            {"what": f"search {n * each:,} moments ({hours:.0f} hours of video at 30 s a window)",
-             "ms": 1000 * searching, "ratio": searching / reading},
-            {"what": f"10,000 hours, by these figures: {size / 1e9 * 1e4 / hours:.0f} GB",
-             "ms": 1000 * searching * 1e4 / hours, "ratio": searching / reading}]
+    return [row(f"search: reading {size / 1e6:.0f} MB once", 1000 * reading, "ms"),
+            row(f"search: {n * each:,} moments ({hours:.0f} h of video, 30 s a window)",
+                1000 * searching, "ms", reading / searching, "reading"),
+            row(f"search: 10,000 h, {size / 1e9 * 1e4 / hours:.0f} GB, by these figures",
+                searching * 1e4 / hours, "s")]
 
 
-BENCHES = {"video": bench_video, "search": bench_search}
+# ----------------------------------------------------------------------------------------- extraction
+
+def bench_video(options: argparse.Namespace) -> list[dict]:
+    """Extraction of 32 frames a video, against its two halves alone: file -> frames
+    [T, 3, 224, 224] -> features of ViT-B/32."""
+    device, T, repeats = data.pick_device(options.device), 32, 4
+    precision = video.PRECISIONS["fp16" if device.type == "cuda" else "float32"]
+    rows, good = [], {}
+    for name, path in data.find_files(options.videos, data.VIDEOS).items():
+        try:
+            pixels, duration_sec = video.sample_frames(path, T, 224)
+        except video.VideoError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        good[name] = path
+        seconds = seconds_of(lambda: video.sample_frames(path, T, 224), at_least=1.0)
+        rows.append(row(f"video: decode {path.name} ({duration_sec:.0f} s), one process",
+                        T / seconds, "frames/s"))
+    if not good:
+        raise FileNotFoundError(f"{options.videos} holds no video that can be read")
+    many = {f"{name} {i}": path for i in range(repeats) for name, path in good.items()}
+    workers = max(1, (os.cpu_count() or 2) - 1)
+    started = time.perf_counter()
+    for _ in video.decode_all(many, T, 224, workers):
+        pass
+    decoding = time.perf_counter() - started
+    model, batch = random_vit_b32(device), 256 if device.type == "cuda" else 32
+    frames = pixels.repeat(batch // T, 1, 1, 1)
+    encoding = len(many) * T / batch * seconds_of(
+        lambda: video.encode_frames(model, frames, batch, precision), device, 6.0)
+    made = {"clip": "random", "sha256": "", "resolution": 224, "frames": T, "patch_frames": T,
+            "width": 512, "patch_width": 512, "grid": 7, "precision": "bench"}
+    with tempfile.TemporaryDirectory() as folder:
+        store = video.FeatureStore(pathlib.Path(folder), made)
+        started = time.perf_counter()
+        failed = video.extract(store, model, many, list(many), set(), workers, batch, precision)
+        total = time.perf_counter() - started
+    if failed:
+        raise RuntimeError(f"{len(failed)} videos failed: {next(iter(failed.values()))}")
+    n, slower = len(many) * T, max(decoding, encoding)
+    return [*rows, row(f"video: decode all, {workers} processes", n / decoding, "frames/s"),
+            row("video: encode alone", n / encoding, "frames/s"),
+            row("video: extraction, decoding beside encoding", n / total, "frames/s",
+                slower / total, "the slower half")]
+
+
+# -------------------------------------------------------------------------- training, both datasets
+
+SETTINGS = {    # videos and sentences of a training split (data.py prints them)
+    "charades": (5336, 12404), "activitynet": (10009, 37417), "shapes": (400, 1600)}
+
+
+def bench_train(options: argparse.Namespace) -> list[dict]:
+    """Training steps with the text tower of ViT-B/32 on features of real shape: float32 (TF32 off,
+    as in train.py, and on) and bfloat16, each plainly, channels last, and compiled; share of the
+    time that the convolutions' multiplications take at the speed of a large matrix product; and
+    the losses of bfloat16 beside those of float32 over --steps steps."""
+    device = data.pick_device(options.device)
+    rows = []
+    for name in options.settings.split(","):
+        config = train.Config(**{"dataset": name, **train.preset(name)}, device=str(device))
+        videos, sentences = SETTINGS[name]
+        per_video = round(sentences / videos)
+        losses = {}
+        for precision in ("float32", "tf32", "bf16"):
+            for layout in ("plain", "channels last", "compiled"):
+                if device.type == "cpu" and (precision, layout) not in (("float32", "plain"),
+                                                                        ("bf16", "plain")):
+                    continue
+                seconds, gib, bound, losses[precision] = time_training(
+                    config, precision, layout, per_video, device, options.steps)
+                what = f"train: {name}, {precision}, {layout}"
+                rows += [row(what, 1 / seconds, "steps/s", bound / seconds, "product bound"),
+                         row(what, config.batch / seconds, "videos/s"),
+                         row(what, seconds * math.ceil(videos / config.batch) / 60, "min/epoch"),
+                         row(what, gib, "GiB")]
+        ours, reference = losses["bf16"], losses["float32"]
+        rows.append(row(f"train: {name}, loss after {options.steps} steps, float32",
+                        reference[-10:].mean().item(), ""))
+        rows.append(row(f"train: {name}, loss after {options.steps} steps, bf16",
+                        ours[-10:].mean().item(), "",
+                        ours[-10:].mean().item() / reference[-10:].mean().item(), "float32"))
+    return rows
+
+
+def time_training(config: train.Config, precision: str, layout: str, per_video: int,
+                  device: torch.device, steps: int) -> tuple[float, float, float, Tensor]:
+    """Seconds a step, peak GiB (0 on a CPU), seconds of its multiplications alone, losses."""
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    config = dataclasses.replace(config, method="mmn", bf16=precision == "bf16")
+    torch.manual_seed(0)
+    made = {"width": 512, "patch_width": 512, "grid": 7, "patch_frames": 32}
+    model = train.Model(config, random_vit_b32(device), made).to(device)
+    model.text.visual = None
+    if layout == "channels last":
+        model.retriever.to(memory_format=torch.channels_last)
+    elif layout == "compiled":
+        model.retriever.moments = torch.compile(model.retriever.moments)
+    frames, _, video_of, iou, moments_sec = random_batch(config, device, per_video)
+    S, generator = len(video_of), torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 49000, (3, S, 77), generator=generator)
+    tokens[..., 12], tokens[..., 13:] = 49407, 0
+    batch = data.Batch([""] * config.batch, frames, None, tokens.to(device),
+                       torch.ones(3, S, dtype=torch.bool, device=device), video_of, moments_sec,
+                       torch.full((S,), 30.0, device=device), iou, torch.arange(S))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    losses = []
+
+    def step() -> None:
+        terms, _ = train.terms(model, batch, config)
+        loss = train.total_loss(terms, config, 0)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        optimiser.step()
+        losses.append(loss.detach())
+
+    for _ in range(steps):
+        step()
+    seconds = seconds_of(step, device)
+    gib = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else 0.0
+    # multiplications of the convolutions, forward, and twice as many backward
+    flops = 3 * sum(2 * config.batch * conv.weight.numel()
+                    * model.retriever.get_buffer(f"weight{i}").shape[-1] ** 2
+                    for i, conv in enumerate(model.retriever.convs))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a = torch.randn(4096, 4096, device=device, dtype=dtype)
+    speed = 2 * 4096 ** 3 / seconds_of(lambda: a @ a, device, 1.0)
+    return seconds, gib, flops / speed, torch.stack(losses[:steps]).cpu()
+
+
+# ------------------------------------------------------------------------------------ the command line
+
+BENCHES = {"tokens": bench_tokens, "text": bench_text, "image": bench_image, "step": bench_step,
+           "loader": bench_loader, "nms": bench_nms, "search": bench_search, "video": bench_video,
+           "train": bench_train}
 
 
 def hardware(device: torch.device) -> str:
@@ -142,26 +570,42 @@ def hardware(device: torch.device) -> str:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    arguments.add_argument("bench", choices=BENCHES)
-    arguments.add_argument("--videos", default="videos", help="folder of video files")
-    arguments.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    arguments.add_argument("--json", action="store_true", help="print json")
+    arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = arguments.add_argument
+    add("bench", nargs="*",
+        help=f"{', '.join(BENCHES)}; all but train if none is named")
+    add("--annotations", default="data", help="folder with the published annotations "
+                                              "(tokens, text; python data.py charades gets them)")
+    add("--videos", default="videos", help="folder of video files (video)")
+    add("--settings", default="charades,activitynet", help="train: of which presets")
+    add("--steps", type=int, default=200, help="train: steps whose losses are compared")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--json", action="store_true", help="print json")
     options = arguments.parse_args()
+    if unknown := [name for name in options.bench if name not in BENCHES]:
+        arguments.error(f"there is no bench {unknown[0]!r}; there are {', '.join(BENCHES)}")
+    rows, failed = [], []
     try:
         machine = hardware(data.pick_device(options.device))
-        rows = BENCHES[options.bench](options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except ValueError as error:
         sys.exit(f"error: {error}")
+    for name in options.bench or [name for name in BENCHES if name != "train"]:
+        try:
+            rows += BENCHES[name](options)
+        except (ImportError, OSError, ValueError, RuntimeError) as error:
+            failed.append(f"{name}: {error}")
+            print(f"left out: {failed[-1]}", file=sys.stderr)
     if options.json:
-        print(json.dumps({"bench": options.bench, "machine": machine, "rows": rows}))
-        return
-    print(machine)
-    width = max(len(row["what"]) for row in rows)
-    columns = [name for name in rows[0] if name != "what"]
-    print(" " * width + "".join(f"  {name:>10}" for name in columns))
-    for row in rows:
-        print(row["what"].ljust(width) + "".join(f"  {row[name]:10.1f}" for name in columns))
+        print(json.dumps({"machine": machine, "rows": rows, "left out": failed}))
+    elif rows:
+        print(machine)
+        width = max(len(line["what"]) for line in rows)
+        for line in rows:
+            ratio = f"{line['ratio']:9.2f} x {line['to']}" if line["ratio"] else ""
+            print(f"{line['what'].ljust(width)}  {line['value']:11,.4g} {line['unit']:11}{ratio}")
+    if failed and options.bench:
+        sys.exit("error: not all that was asked for could be measured, see above")
 
 
 if __name__ == "__main__":

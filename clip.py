@@ -94,9 +94,15 @@ def word_ids(word: str) -> tuple[int, ...]:
 
 def encode(text: str) -> list[int]:
     """Token ids of any string, without start and end. `encode("a person")` is [320, 2533]."""
+    return list(sentence_ids(text))
+
+
+@functools.lru_cache(maxsize=2 ** 17)
+def sentence_ids(text: str) -> tuple[int, ...]:
+    """`encode`, remembered: an epoch, a table and an index ask for the same sentences again."""
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     text = regex.sub(r"\s+", " ", text).strip().lower()
-    return [i for word in WORD.findall(text) for i in word_ids(word)]
+    return tuple(i for word in WORD.findall(text) for i in word_ids(word))
 
 
 def decode(ids) -> str:
@@ -118,7 +124,7 @@ def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = 
     start, end = vocabulary()[0][START], vocabulary()[0][END]
     result = torch.zeros(len(texts), context_length, dtype=torch.long)
     for row, text in enumerate(texts):
-        ids = [start, *encode(text), end]
+        ids = [start, *sentence_ids(text), end]
         if len(ids) > context_length:
             if not truncate:
                 raise ValueError(f"this sentence has {len(ids)} tokens and CLIP reads "

@@ -505,8 +505,8 @@ class Videos(torch.utils.data.Dataset):
                      self.moments_sec[index], self.durations_sec[index], self.iou[index], index)
 
     def batches(self, size: int, generator: torch.Generator | None = None, workers: int = 0):
-        """Batches of `size` videos: shuffled by `generator` for training, of which each process gets
-        its share; or all of them, in order, without one."""
+        """Batches of `size` videos: for training shuffled by `generator`, each process gets its
+        share; without one all of them, in order."""
         if generator is None:
             return torch.utils.data.DataLoader(self, size, collate_fn=self.collate,
                                                num_workers=workers)

@@ -68,7 +68,7 @@ def sparse_cells(num_clips: int, pool_counts: tuple[int, ...]) -> list[tuple[Ten
 # ---------------------------------------------------------------------------------------- the model
 
 class MapNorm(nn.BatchNorm2d):
-    """BatchNorm over a map of which only the middle is there, and over the maps of all processes."""
+    """BatchNorm over maps of which only the middle is there, and over those of all processes."""
 
     def forward(self, x: Tensor, around: Tensor, side: int) -> Tensor:
         """x [B, C, n, n] is the middle of maps of `side` x `side` cells; every other cell holds
@@ -157,7 +157,7 @@ class MMN(nn.Module):
         """Both heads' unit vectors for every candidate moment: [B, T, D] -> two of [B, J, P]."""
         x = self.moment_map(frames)                                     # [B, D, N, N]
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
-            x = norm(conv(x), conv.bias, self.sides[i])                 # [B, C, n, n], n <= sides[i]
+            x = norm(conv(x), conv.bias, self.sides[i])                 # [B, C, n, n]
             x = F.relu(x) * self.get_buffer(f"weight{i}")
         x = x.flatten(2)[:, :, self.cells].unsqueeze(3)                 # [B, C, P, 1]
         return tuple(F.normalize(head(x).squeeze(3), dim=1)             # [B, J, P]
@@ -310,12 +310,14 @@ def best_cell(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.lru_cache(maxsize=8)
-def cell_overlaps(num_clips: int, device: torch.device) -> Tensor:
-    """IoU of every two cells of the map, [N*N, N*N]; row i*N+j is cell (i, j)."""
+def near_cells(num_clips: int, nms: float, device: torch.device) -> Tensor:
+    """Which two cells of the map overlap by more than `nms`, or are one: [N*N, N*N] bool; row
+    i*N+j is cell (i, j)."""
     clip = torch.arange(num_clips, device=device)
     cells = torch.stack(torch.broadcast_tensors(clip[:, None], clip[None, :] + 1),
                         -1).flatten(0, 1).float()
-    return interval_iou(cells[:, None], cells[None, :])
+    near = interval_iou(cells[:, None], cells[None, :]) > nms
+    return near.fill_diagonal_(True)                            # also where nms >= 1
 
 
 def decode(scores: Tensor, durations_sec: Tensor, top_k: int = 1, nms: float = 0.5,
@@ -343,7 +345,6 @@ def decode(scores: Tensor, durations_sec: Tensor, top_k: int = 1, nms: float = 0
         result[:, k, :2] = torch.where(found[:, None], interval.to(scores.dtype), 0)
         result[:, k, 2] = best
         if k + 1 < top_k:
-            near = cell_overlaps(N, scores.device)[start * N + end].unflatten(1, (N, N)) > nms
-            near[torch.arange(S, device=scores.device), start, end] = True  # also where nms >= 1
-            left = left.masked_fill(near, float("-inf"))
+            near = near_cells(N, nms, scores.device)[start * N + end].unflatten(1, (N, N))
+            left.masked_fill_(near, float("-inf"))
     return result

@@ -524,7 +524,7 @@ class Index:
         for start, end in zip((0, *ends), (*firsts, rows)):
             if start < end:
                 bounds[start:end] = -math.inf                       # rows of videos that are gone
-        highest = bounds.view(-1, 64).amax(1)       # of every 64 rows: sixty-four times fewer to sort
+        highest = bounds.view(-1, 64).amax(1)                   # of every 64 rows: fewer to sort
         looked = 1024
         while True:
             # no moment that is not among `which` can score as much as `unseen`

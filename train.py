@@ -128,6 +128,7 @@ class Config:
     bf16: bool = option(False,
                         "bfloat16 autocast in both towers of the loop; weights and losses stay "
                         "float32")
+    compile: bool = option(False, "torch.compile the retriever")
     workers: int = option(0, "processes that read features")
     # vdi-staged, stage 1
     stage_steps: int = option(800, "steps of stage 1")
@@ -420,6 +421,8 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
         for p in text.parameters():                             # the same numbers, and no knowledge
             p.data = p.data.flatten()[torch.randperm(p.numel())].view_as(p)
     model = Model(config, text, store.manifest).to(device)
+    if config.compile:
+        model.retriever.moments = torch.compile(model.retriever.moments)
     groups = [{"params": list(model.text.parameters()), "base": config.lr * config.text_lr},
               {"params": [p for n, p in model.named_parameters() if not n.startswith("text.")],
                "base": config.lr}]

@@ -83,8 +83,8 @@ def test_two_processes_compute_the_losses_and_gradients_of_one(world, tmp_path, 
 
 
 def test_a_run_of_two_processes_goes_on_with_one(world, tmp_path):
-    """Two epochs by two processes, the third by one: as three epochs by one, up to rounding, and one
-    line an epoch."""
+    """Two epochs by two processes, the third by one: as three epochs by one, up to rounding, and
+    one line an epoch."""
     options = ("--method", "vdi", "--root", world, "--epochs", 3, "--device", "cpu", "--batch", 7)
     torchrun(1, "train.py", *options, "--out", tmp_path / "whole")
     script = tmp_path / "killed.py"

@@ -63,8 +63,9 @@ def test_exact_span_f1_on_real_sentences(name, at_least):
 
 
 @pytest.mark.parametrize("sentence",
-                         ["", "   ", "\n", "😀", "一个人打开门。", "the " * 200, "a" * 5000,
-                          "!!!", "\x00", "opens", "the door", "'", "a person\tthe\u00a0door",
+                         ["", "   ", "\n", "😀", "一个人打开门。", "the " * 200,
+                          "a" * 5000, "!!!", "\x00", "opens", "the door", "'",
+                          "a person\tthe\u00a0door",
                           "\ud800 a door", "person open a cabinet door get a cup out."])
 def test_any_string_is_read(sentence):
     query = RULES.split(sentence)
