@@ -275,18 +275,26 @@ def retriever_of(config: train.Config, device: torch.device) -> mmn.MMN:
                    config.layers, config.hidden, config.joint).to(device)
 
 
+def peak_gib() -> float:
+    """The most memory that this process has had."""
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():         # subtle: ru_maxrss of a new process begins at that of its parent
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
 def one_step(published: bool, config: train.Config) -> tuple[Tensor, float, float, float]:
     """Losses [2], seconds of forward and of backward, and GiB that the process grew by at most."""
     batch = random_batch(config, torch.device("cpu"))
     model = retriever_of(config, torch.device("cpu"))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_gib()
     started = time.perf_counter()
     losses = (published_losses if published else our_losses)(model, *batch)
     between = time.perf_counter()
     sum(losses).backward()
     ended = time.perf_counter()
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return torch.stack(losses).detach(), between - started, ended - between, grown / 2 ** 20
+    return (torch.stack(losses).detach(), between - started, ended - between,
+            peak_gib() - before)
 
 
 def bench_step(options: argparse.Namespace) -> list[dict]:

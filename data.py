@@ -479,7 +479,12 @@ class Videos(torch.utils.data.Dataset):
         self.moments_sec = torch.tensor([[sample.start_sec, sample.end_sec]
                                          for sample in self.samples])
         self.durations_sec = torch.tensor([sample.duration_sec for sample in self.samples])
-        self.iou = mmn.iou_map(self.moments_sec, self.durations_sec, num_clips)
+        self.num_clips = num_clips
+
+    def iou(self, index: Tensor) -> Tensor:
+        """[len(index), N, N], of sentences by their places in `samples`. For all of a large dataset
+        at once it would not fit in memory."""
+        return mmn.iou_map(self.moments_sec[index], self.durations_sec[index], self.num_clips)
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -502,7 +507,7 @@ class Videos(torch.utils.data.Dataset):
                            for part in list(zip(*some))[1:])
         return Batch([self.videos[i] for i, _, _ in items], frames, patches,
                      self.tokens[:, index], self.spoken[:, index], video_of,
-                     self.moments_sec[index], self.durations_sec[index], self.iou[index], index)
+                     self.moments_sec[index], self.durations_sec[index], self.iou(index), index)
 
     def batches(self, size: int, generator: torch.Generator | None = None, workers: int = 0):
         """Batches of `size` videos: for training shuffled by `generator`, each process gets its

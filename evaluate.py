@@ -295,7 +295,8 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
                             10 if predictions else 5, config["fusion"], config["normalise"])
         if predictions:
             write_predictions(predictions, rows, videos.samples, predicted)
-        iou = videos.iou.flatten(1)[:, candidates]                      # [S, P]
+        iou = torch.cat([videos.iou(part).flatten(1)[:, candidates]     # [S, P]
+                         for part in torch.arange(len(videos.samples)).split(1024)])
         results[split] = {
             "queries": len(videos.samples),
             **({"videos missing": len(videos.missing), "queries missing": videos.lost}
