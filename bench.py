@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clip
+import command
 import data
 import mmn
 import retrieve
@@ -594,26 +595,24 @@ def main() -> None:
     if unknown := [name for name in options.bench if name not in BENCHES]:
         arguments.error(f"there is no bench {unknown[0]!r}; there are {', '.join(BENCHES)}")
     rows, failed = [], []
-    try:
+    with command.sentences():
         machine = hardware(data.pick_device(options.device))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    for name in options.bench or [name for name in BENCHES if name != "train"]:
-        try:
-            rows += BENCHES[name](options)
-        except (ImportError, OSError, ValueError, RuntimeError) as error:
-            failed.append(f"{name}: {error}")
-            print(f"left out: {failed[-1]}", file=sys.stderr)
-    if options.json:
-        print(json.dumps({"machine": machine, "rows": rows, "left out": failed}))
-    elif rows:
-        print(machine)
-        width = max(len(line["what"]) for line in rows)
-        for line in rows:
-            ratio = f"{line['ratio']:9.2f} x {line['to']}" if line["ratio"] else ""
-            print(f"{line['what'].ljust(width)}  {line['value']:11,.4g} {line['unit']:11}{ratio}")
-    if failed and options.bench:
-        sys.exit("error: not all that was asked for could be measured, see above")
+        for name in options.bench or [name for name in BENCHES if name != "train"]:
+            try:
+                rows += BENCHES[name](options)
+            except (ImportError, OSError, ValueError, RuntimeError) as error:
+                failed.append(f"{name}: {error}")
+                print(f"left out: {failed[-1]}", file=sys.stderr)
+        if options.json:
+            print(json.dumps({"machine": machine, "rows": rows, "left out": failed}))
+        elif rows:
+            print(machine)
+            width = max(len(line["what"]) for line in rows)
+            for line in rows:
+                ratio = f"{line['ratio']:9.2f} x {line['to']}" if line["ratio"] else ""
+                print(f"{line['what'].ljust(width)}  {line['value']:11,.4g} {line['unit']:11}{ratio}")
+        if failed and options.bench:
+            raise ValueError("not all that was asked for could be measured, see above")
 
 
 if __name__ == "__main__":

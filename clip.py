@@ -149,10 +149,9 @@ def crop(frames: Tensor, resolution: int) -> Tensor:
                          f"{list(frames.shape)}")
     h, w = frames.shape[2:]
     size = [max(resolution, int(resolution * side / min(h, w))) for side in (h, w)]
-    for shape in ([h, size[1]], size):  # subtle: like Pillow, which rounds after either direction
-        if list(frames.shape[2:]) != shape:
-            frames = F.interpolate(frames.float(), shape, mode="bicubic", antialias=True,
-                                   align_corners=False).round().clamp(0, 255).byte()
+    if size != [h, w]:
+        # subtle: of uint8 this is Pillow's arithmetic, which rounds after either direction
+        frames = F.interpolate(frames, size, mode="bicubic", antialias=True)
     top, left = (round((side - resolution) / 2) for side in size)
     return frames[:, :, top:top + resolution, left:left + resolution]
 
@@ -388,7 +387,7 @@ def build_text(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU
     mode."""
     state = {key: value for key, value in state.items()
              if not key.startswith("visual.") and key not in ("logit_scale", *NOT_WEIGHTS)}
-    return _fill(TextTower(*_text_sizes(state, activation)), state)
+    return _fill(lambda: TextTower(*_text_sizes(state, activation)), state)
 
 
 def build(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> CLIP:
@@ -404,25 +403,33 @@ def build(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> 
         grid = round((len(_get(known, "visual.attnpool.positional_embedding")) - 1) ** 0.5)
         layers = tuple(_count(known, f"visual.layer{i}.") for i in (1, 2, 3, 4))
         width = len(known["visual.layer1.0.conv1.weight"])
-        visual = ModifiedResNet(32 * grid, layers, width, max(1, width * 32 // 64), output)
+        visual = functools.partial(ModifiedResNet, 32 * grid, layers, width,
+                                   max(1, width * 32 // 64), output)
     else:
         width, channels, patch = _get(known, "visual.conv1.weight").shape[:3]
         grid = round((len(_get(known, "visual.positional_embedding")) - 1) ** 0.5)
         stem = tuple(len(known[f"visual.stem.{i}.weight"])
                      for i in range(_count(known, "visual.stem.")))
-        heads = int(known.get("visual.transformer.heads", width // 64))
-        visual = VisionTransformer(grid * patch * 2 ** len(stem), patch, width,
+        heads = _heads(known, "visual.transformer.heads", width)
+        visual = functools.partial(VisionTransformer, grid * patch * 2 ** len(stem), patch, width,
                                    _count(known, "visual.transformer.resblocks."), heads, output,
                                    activation, stem)
-    return _fill(CLIP(visual, *sizes), known)
+    return _fill(lambda: CLIP(visual(), *sizes), known)
 
 
 def _text_sizes(state: dict[str, Tensor], activation: type[nn.Module]) -> tuple:
     vocabulary_size, width = _get(state, "token_embedding.weight").shape
-    heads = int(state.get("transformer.heads", width // 64))
+    heads = _heads(state, "transformer.heads", width)
     return (vocabulary_size, len(_get(state, "positional_embedding")), width,
             _count(state, "transformer.resblocks."), heads, _get(state, "text_projection").shape[1],
             activation)
+
+
+def _heads(state: dict[str, Tensor], key: str, width: int) -> int:
+    heads = int(state.get(key, width // 64))
+    if heads < 1 or width % heads:
+        raise ValueError(f"these are not the weights of a CLIP: {heads} heads of width {width}")
+    return heads
 
 
 def _get(state: dict[str, Tensor], key: str) -> Tensor:
@@ -432,17 +439,18 @@ def _get(state: dict[str, Tensor], key: str) -> Tensor:
 
 
 def _count(state: dict[str, Tensor], prefix: str) -> int:
-    """Number of modules in the list `prefix`: 1 + the largest index, 0 where there is none."""
-    return 1 + max((int(key[len(prefix):].split(".")[0]) for key in state
-                    if key.startswith(prefix)), default=-1)
+    """Number of modules in the list `prefix`."""
+    return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
 
 
-def _fill(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """Copies the weights in as float32; one sentence for a missing, unknown or misshapen key."""
-    expected = model.state_dict()
+def _fill(make, state: dict[str, Tensor]) -> nn.Module:
+    """The model that `make()` returns, with these weights as float32; one sentence for a missing,
+    unknown or misshapen key."""
+    with torch.device("meta"):              # shapes without memory, until they are known to agree
+        expected = make().state_dict()
     for key, value in expected.items():
         if key.endswith("num_batches_tracked"):
-            state.setdefault(key, value)
+            state.setdefault(key, torch.tensor(0))
         elif _get(state, key).shape != value.shape:
             raise ValueError(f"these are not the weights of a CLIP: {key!r} has shape "
                              f"{list(state[key].shape)} "
@@ -450,6 +458,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     unknown = [key for key in state if key not in expected]
     if unknown:
         raise ValueError(f"these are not the weights of a CLIP: the key {unknown[0]!r} is unknown")
+    model = make()
     model.load_state_dict({key: value.float() if value.is_floating_point() else value for key,
                            value in state.items()})
     return model.eval()
@@ -564,6 +573,39 @@ def fetch(address: str, digest: str, path: pathlib.Path) -> pathlib.Path:
     return path
 
 
+def read_torch(path: str | os.PathLike) -> object:
+    """What torch.save wrote: tensors and plain values. Nothing in the file is executed, and no more
+    memory is taken than the file has bytes. ValueError for anything else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            raise ValueError("it is compressed, as torch.save writes nothing")
+        if sum(part.file_size for part in parts) > os.path.getsize(path):
+            raise ValueError("its parts are larger than the whole")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_sizes(content)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises a dozen kinds for a damaged or a hostile file
+        raise ValueError(f"{path} is not a file of weights: {type(error).__name__} "
+                         f"{str(error).splitlines()[0] if str(error) else ''}") from error
+    return content
+
+
+def _check_sizes(content: object) -> None:
+    """A tensor may claim more numbers than it has (strides of 0) and would take them when copied."""
+    if isinstance(content, Tensor):
+        if content.is_sparse or content.numel() * content.element_size() \
+                > content.untyped_storage().nbytes():
+            raise ValueError(f"a tensor claims the shape {list(content.shape)}, and is not there")
+    elif isinstance(content, dict):
+        _check_sizes(list(content.values()))
+    elif isinstance(content, (list, tuple)):
+        for value in content:
+            _check_sizes(value)
+
+
 def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
     """The state dict of a weight file or a published model, under OpenAI's names. Nothing in the
     file is executed: plain pickles are read with weights_only=True, and a TorchScript archive only
@@ -579,11 +621,7 @@ def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
                              f"is not that of a published CLIP; save its state dict with "
                              f"torch.save and load that")
         return torch.jit.load(path, map_location="cpu").state_dict()
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for a damaged or a hostile file
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a file of weights: {reason}") from error
+    state = read_torch(path)
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

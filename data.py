@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import clip
+import command
 import mmn
 import parallel
 import parse
@@ -618,7 +619,7 @@ def make_features(dataset: str, samples: dict[str, list[Sample]],
                                workers, options.batch or (256 if device.type == "cuda" else 32),
                                video.PRECISIONS[precision])
     for name, reason in sorted(failed.items()):
-        print(f"failed: {name}: {reason}")
+        print(command.printable(f"failed: {name}: {reason}"))
     lost = sum(sample.video in failed for sample in rows)
     print(f"{len(names) - len(failed)} of {len(names)} videos have features in {store.folder}"
           + (f"; without the {len(failed)} that failed (failed.txt) {lost} sentences are lost"
@@ -699,15 +700,10 @@ def main() -> None:
         help="processes that decode (default: the number of cores less one; 0: none)")
     add("--batch", type=int, help="frames in a batch (default 256 on cuda, else 32)")
     options = arguments.parse_intermixed_args()
-    try:
+    with command.sentences():
         if options.dataset == "check":
-            sys.exit(0 if check(options.which, options.root) else 1)
+            sys.exit(0 if check(options.which, options.root) else 2)
         run(options)
-    except (OSError, ValueError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
 
 
 def run(options: argparse.Namespace) -> None:

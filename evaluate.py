@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import clip
+import command
 import data
 import mmn
 import parse
@@ -238,17 +239,22 @@ def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}; python train.py makes one")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = clip.read_torch(path)
         config, metrics = saved["config"], saved["metrics"]
         sizes, weights, text = saved["mmn_sizes"], saved["mmn"], saved["text"]
         _ = saved["window_sec"], config["fusion"], config["normalise"]  # not in older files
-    except Exception as error:  # torch raises a dozen kinds for a damaged or a hostile file
+        first, head = weights["convs.0.weight"].shape, weights["iou_moment.weight"].shape
+        told = tuple(sizes[name] for name in ("hidden", "width", "kernel", "kernel", "joint"))
+        if told != (*first, head[0]) or not 0 < sizes["num_clips"] <= 512 \
+                or f"convs.{sizes['layers'] - 1}.bias" not in weights:
+            raise ValueError(f"its weights are not of the sizes {sizes}")
+        retriever, text = mmn.MMN(**sizes), clip.build_text(text)
+        retriever.load_state_dict(weights)
+    except Exception as error:  # torch raises a dozen kinds for what does not fit
         raise ValueError(f"{path} is not a checkpoint of train.py: {type(error).__name__} "
                          f"{str(error).splitlines()[0] if str(error) else ''}") from error
-    retriever = mmn.MMN(**sizes)
-    retriever.load_state_dict(weights)
     rest = {key: value for key, value in saved.items() if key not in ("mmn", "text")}
-    return Run(config, clip.build_text(text).to(device), retriever.to(device).eval(), metrics, rest)
+    return Run(config, text.to(device), retriever.to(device).eval(), metrics, rest)
 
 
 def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
@@ -377,7 +383,7 @@ def main() -> None:
                            help="leave out videos without features")
     arguments.add_argument("--json", action="store_true", help="print one json object a checkpoint")
     options = arguments.parse_args()
-    try:
+    with command.sentences():
         if options.truth:
             if options.checkpoint or not options.predictions:
                 raise ValueError("--truth scores --predictions, without a checkpoint")
@@ -414,8 +420,6 @@ def main() -> None:
         if len(results) > 1 and not options.json:
             print(f"{len(results)} runs of {run.config['method']}, query {options.query}: mean and "
                   f"standard deviation\n{over_runs(results)}")
-    except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -62,13 +62,13 @@ def share(rows) -> list:
     return rows[bounds[rank()]:bounds[rank() + 1]]
 
 
-def before(count: int) -> int:
-    """How many rows the processes before this one have, if each has its `count`."""
+def everyone(value) -> list:
+    """The values of all processes, in order: anything that can be pickled."""
     if size() == 1:
-        return 0
-    counts = [None] * size()
-    dist.all_gather_object(counts, count)
-    return sum(counts[:rank()])
+        return [value]
+    values = [None] * size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def gather(x: Tensor) -> Tensor:
@@ -119,12 +119,3 @@ def sum_gradients(model: nn.Module) -> None:
     dist.all_reduce(every)
     for p, gradient in zip(parameters, every.split([p.numel() for p in parameters])):
         p.grad = gradient.view_as(p)
-
-
-def from_first(value):
-    """The first process's value (anything that can be pickled), in all of them."""
-    if size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]

@@ -28,6 +28,8 @@ from typing import NamedTuple
 
 import spacy
 
+import command
+
 WORDS = pathlib.Path(__file__).parent / "assets" / "words.txt"
 
 
@@ -353,15 +355,14 @@ def main() -> None:
     arguments.add_argument("--mask", default="",
                            help="word that stands for what is masked (default: none)")
     options = arguments.parse_args()
-    try:
+    with command.sentences():
         parser = Parser(options.parser, options.mask)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    print(f"parser: {parser.name}")
-    for sentence in options.sentences or (line.rstrip("\n") for line in sys.stdin):
-        query = parser.split(sentence)
-        print(f"Q    {query.full}\nQ^s  {query.static}\nQ^d  {query.dynamic}\n"
-              f"Q^h  {parser.halve(sentence).static}")
+        print(f"parser: {parser.name}")
+        for sentence in options.sentences or (line.rstrip("\n") for line in sys.stdin):
+            query = parser.split(sentence)
+            print(command.printable(
+                f"Q    {query.full}\nQ^s  {query.static}\nQ^d  {query.dynamic}\n"
+                f"Q^h  {parser.halve(sentence).static}"))
 
 
 if __name__ == "__main__":

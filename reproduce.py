@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 import clip
+import command
 import data
 import evaluate
 import inject
@@ -498,7 +499,7 @@ def trained_heat(seed: int, options: argparse.Namespace) -> inject.SpatialDynami
     path = config.folder / "last.pt"
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}; python reproduce.py table1 --fresh makes it")
-    state = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    state = clip.read_torch(path)["model"]
     state = {key.removeprefix("dynamic."): value for key, value in state.items()
              if key.startswith("dynamic.")}
     width, grid = state["patch_fc.weight"].shape[1], math.isqrt(state["flat_fc.weight"].shape[1])
@@ -688,7 +689,7 @@ def main() -> None:
     add("--video", help="heat: draw it for this video instead of the shapes world")
     options = arguments.parse_args()
     options.figures = True
-    try:
+    with command.sentences():
         if options.what == ["readme"]:
             options.figures = False
             print(put_into_readme(options))
@@ -711,8 +712,6 @@ def main() -> None:
             (folder / f"{what}.md").write_text(text + "\n")
             if what in TABLES:
                 (folder / f"{what}.json").write_text(json.dumps(tabulate(what, options), indent=1))
-    except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

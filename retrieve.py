@@ -41,6 +41,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import clip
+import command
 import data
 import evaluate
 import mmn
@@ -665,13 +666,9 @@ def main_video(argv: list[str]) -> None:
 
 
 def main() -> None:
-    command = {"index": main_index, "search": main_search}.get("".join(sys.argv[1:2]))
-    try:
-        command(sys.argv[2:]) if command else main_video(sys.argv[1:])
-    except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    chosen = {"index": main_index, "search": main_search}.get("".join(sys.argv[1:2]))
+    with command.sentences():
+        chosen(sys.argv[2:]) if chosen else main_video(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ import math
 import os
 import pathlib
 import shutil
-import sys
 import textwrap
 
 import numpy as np
@@ -36,6 +35,7 @@ from torch import Tensor
 from tqdm import trange
 
 import clip
+import command
 import data
 import video
 
@@ -520,7 +520,7 @@ def main() -> None:
                            help="write test videos as mp4, with sentences, instead of building")
     arguments.add_argument("-n", type=int, default=5, help="how many --export writes (default 5)")
     options = arguments.parse_args()
-    try:
+    with command.sentences():
         if options.show:
             show(options.show, options.seed)
         elif options.export:
@@ -528,8 +528,6 @@ def main() -> None:
             print(f"{options.n} videos and annotations.jsonl are in {options.export}")
         else:
             build("shapes" + (f"-{options.seed}" if options.seed else ""), options.root)
-    except (OSError, ValueError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,15 @@ A run is a folder: ckpt.pt (the best epoch on the validation split; all that eva
 last.pt (for --resume), log.jsonl (a line an epoch, and of stage 1), results.json.
 """
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import clip
+import command
 import data
 import evaluate
 import inject
@@ -128,6 +132,8 @@ class Config:
     bf16: bool = option(False,
                         "bfloat16 autocast in both towers of the loop; weights and losses stay "
                         "float32")
+    deterministic: bool = option(False, "only algorithms that give the same bits each time (on "
+                                        "CUDA slower; on a CPU all are)")
     compile: bool = option(False, "torch.compile the retriever")
     workers: int = option(0, "processes that read features")
     # vdi-staged, stage 1
@@ -218,13 +224,15 @@ def terms(model: Model, batch: data.Batch,
         iou_moments, contrastive_moments = model.retriever.moments(batch.frames)  # [B, J, P]
         iou_text, contrastive_text = model.retriever.sentences(x[:S])   # [S, J]
     iou = parallel.gather(model.retriever.at_candidates(batch.iou))     # [S, P]
-    video_of = parallel.gather(batch.video_of + parallel.before(len(batch.videos)))
+    before = sum(parallel.everyone(len(batch.videos))[:parallel.rank()])    # videos of the others
+    video_of = parallel.gather(batch.video_of + before)                 # [S]
     iou_moments, contrastive_moments, iou_text, contrastive_text = (
         parallel.gather(y.float()) for y in (iou_moments, contrastive_moments, iou_text,
                                              contrastive_text))
     scores = mmn.overlap_scores(iou_moments, iou_text, video_of)
     excluded = {"out": float("-inf"), "exp0": 0.0}[config.excluded]
-    result = {"L_iou": mmn.iou_loss(scores, iou).mean(),
+    # subtle: BCE of what is no number stops a CPU without naming it, and a GPU for good
+    result = {"L_iou": (mmn.iou_loss(scores, iou) if scores.isfinite().all() else scores).mean(),
               "L_cl": mmn.contrastive_loss(contrastive_moments, contrastive_text, iou, video_of,
                                            parallel.gather(batch.moments_sec), config.tau,
                                            config.margin, excluded=excluded).mean()}
@@ -271,11 +279,14 @@ def total_loss(terms: dict[str, Tensor], config: Config, epoch: int) -> Tensor:
     return sum(weights[name] * value for name, value in terms.items())
 
 
-def check_finite(terms: dict[str, Tensor], batch: data.Batch) -> None:
+def check_finite(terms: dict[str, Tensor], batch: data.Batch, folder: pathlib.Path) -> None:
+    """A term that is not finite stops the run, is named, and leaves its batch behind."""
     for name, value in terms.items():
         if not torch.isfinite(value):
+            path = folder / f"nonfinite-{parallel.rank()}.pt"
+            save(path, {"term": name, "batch": batch._asdict()})
             raise FloatingPointError(f"{name} is {value.item()} for the videos "
-                                     f"{', '.join(batch.videos)}")
+                                     f"{', '.join(batch.videos)}; the batch is in {path}")
 
 
 @torch.no_grad()
@@ -291,7 +302,7 @@ def query_cosine(text: clip.TextTower, videos: data.Videos, device: torch.device
 # ------------------------------------------------------------------------------ vdi-staged, stage 1
 
 def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config,
-                     device: torch.device) -> list[dict]:
+                     device: torch.device, signals: command.Signals) -> list[dict]:
     """Algorithm 1, line "Adapts the textual encoder f^q", as a stage of its own. Returns a log.
 
     Eq. (2) with another target: || f^q(Q^d) - target ||^2, where the target is
@@ -358,6 +369,9 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config,
                         "var target": inject.batch_variance(target[chosen]).item(),
                         "cos x^qd": query_cosine(text, videos, device)})
             bar.set_postfix(L_vc=f"{loss.item():.2f}")
+        if any(parallel.everyone(signals.received)):
+            raise command.Stopped("stopped in stage 1, of which nothing is kept; --resume starts "
+                                  "it again", signals.received or signal.SIGTERM)
     return log
 
 
@@ -372,22 +386,32 @@ def learning_rate(config: Config, progress: float) -> float:
 
 
 def train(config: Config, resume: bool = False) -> dict[str, dict]:
-    """The whole of Algorithm 1. Returns evaluate.evaluate of the kept epoch and leaves the run in
-    config.folder. Of several processes the first one returns it."""
-    device = data.pick_device(config.device)
+    """One run. Returns evaluate.evaluate of the kept epoch and leaves the run in config.folder. Of
+    several processes the first one returns it."""
     folder = config.folder
-    if folder.exists() and any(folder.iterdir()) and not resume:
+    if not resume and folder.exists() and any(p.name != command.LOCK for p in folder.iterdir()):
         raise FileExistsError(f"{folder} holds a run already; continue it with --resume, or "
                               f"choose another --out")
-    first_process = parallel.rank() == 0                        # which alone writes and validates
-    if first_process:
-        for world in (config.dataset, config.text_clip):
-            if world.startswith("shapes"):
-                shapes.build(world, config.root)
-        if config.clip == f"{config.dataset}-resnet":
-            shapes.build_resnet(config.dataset, config.root)
-    parallel.wait()
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    alone = parallel.rank() == 0
+    with command.locked(folder) if alone else contextlib.nullcontext():
+        if alone:
+            for world in (config.dataset, config.text_clip):
+                if world.startswith("shapes"):
+                    shapes.build(world, config.root)
+            if config.clip == f"{config.dataset}-resnet":
+                shapes.build_resnet(config.dataset, config.root)
+        parallel.wait()
+        with command.Signals() as signals:
+            return algorithm_1(config, resume, signals)
 
+
+def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[str, dict]:
+    """The whole of Algorithm 1."""
+    device, folder = data.pick_device(config.device), config.folder
+    first_process = parallel.rank() == 0                        # which alone writes and validates
     parser = parse.Parser(config.parser or None, config.mask)
     store = data.open_store(config.dataset, config.clip, config.root)
     there = [*data.splits(config.dataset, config.root),
@@ -429,25 +453,40 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
     optimiser = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99),
                                   weight_decay=config.weight_decay,
                                   fused=True)
-    history, first = [], 0
+    # `done` steps of epoch `first` are behind us; `sums` is what they add to its row of the log
+    history, staged, first, done, sums = [], [], 0, 0, {}
     if resume and (folder / "last.pt").exists():
-        saved = torch.load(folder / "last.pt", map_location=device, weights_only=True)
+        saved = clip.read_torch(folder / "last.pt")
         theirs, ours = saved["config"], dataclasses.asdict(config)
         other = [name for name in ours if theirs.get(name) != ours[name]
-                 and name not in ("device", "root", "out", "workers")]
+                 and name not in ("device", "root", "out", "workers", "compile", "deterministic")]
         if other:
             raise ValueError(f"{folder} holds a run with another {', '.join(other)}; resume it "
                              f"with its own settings, or choose another --out")
         model.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
-        torch.set_rng_state(saved["rng"].cpu())
-        history, first = saved["history"], saved["epoch"]
-        print(f"continuing after epoch {first}")
+        torch.set_rng_state(saved["rng"])
+        history, staged, first = saved["history"], saved["staged"], saved["epoch"]
+        done = saved["done"]
+        sums = {name: value.to(device) for name, value in saved["sums"].items()}
+        print(f"continuing after epoch {first}" + (f" and {done} steps" if done else ""))
     elif config.method == "vdi-staged":
-        for row in adapt_text_tower(model.text, videos["train"], config, device):
-            if first_process:
-                write_log(folder, {"stage": 1, **row})
+        staged = [{"stage": 1, **row}
+                  for row in adapt_text_tower(model.text, videos["train"], config, device, signals)]
 
+    def keep(epoch: int, done: int = 0) -> None:
+        """last.pt: all that it takes to go on from here, to the same bits."""
+        save(folder / "last.pt", {
+            "config": dataclasses.asdict(config), "epoch": epoch, "done": done, "sums": sums,
+            "history": history, "staged": staged, "model": model.state_dict(),
+            "optimiser": optimiser.state_dict(), "rng": torch.get_rng_state()})
+
+    if first_process and (staged or history):
+        if not history and not done:
+            keep(0)
+        text = "".join(json.dumps(row) + "\n" for row in (*staged, *history))
+        # without what a killed run added after its checkpoint: it comes again
+        video.save_atomically(folder / "log.jsonl", lambda file: file.write(text.encode()))
     started = time.time()
     for epoch in range(first, config.epochs):
         if len(history) - best_epoch(history) >= config.patience:
@@ -456,27 +495,39 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
         # UNSPECIFIED: whether the text tower waits; MMN freezes it for the first epochs
         model.text.requires_grad_(epoch >= config.text_from_epoch)
         shuffle = torch.Generator().manual_seed(1_000_003 * config.seed + epoch)
-        loader, sums = videos["train"].batches(config.batch, shuffle, config.workers), {}
+        loader = videos["train"].batches(config.batch, shuffle, config.workers)
         waited_sec, ready = 0.0, (epoch_started := time.perf_counter())
         for step, batch in enumerate(tqdm(loader, desc=f"epoch {epoch + 1}", leave=False,
                                           disable=not first_process or None)):
             waited_sec += time.perf_counter() - ready
+            if step < done:                                     # before the run was stopped
+                continue
             batch = batch.to(device)
             for group in optimiser.param_groups:
                 group["lr"] = group["base"] * learning_rate(config, epoch + step / len(loader))
             parts, spread = terms(model, batch, config)
-            check_finite(parts, batch)
+            check_finite(parts, batch, folder)
             loss = total_loss(parts, config, epoch)
             optimiser.zero_grad()
             loss.backward()
             parallel.sum_gradients(model)
-            nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-            optimiser.step()
-            for name, value in {**parts, **spread, "L": loss}.items():
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+            if norm.isfinite():
+                optimiser.step()
+            elif not config.bf16:                               # under autocast it is skipped
+                check_finite({"the gradient's norm": norm}, batch, folder)
+            for name, value in {**parts, **spread, "L": loss,
+                                "skipped": (~norm.isfinite()).float()}.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
+            if any(parallel.everyone(signals.received)):
+                if first_process:
+                    keep(epoch, step + 1)
+                raise command.Stopped(f"stopped after {step + 1} steps of epoch {epoch + 1}; go on "
+                                      f"with --resume", signals.received or signal.SIGTERM)
             ready = time.perf_counter()
         row = {"epoch": epoch + 1,
-               **{name: (value / len(loader)).item() for name, value in sums.items()},
+               **{name: (value / len(loader)).item() for name, value in sums.items()
+                  if name != "skipped" or value},
                "data %": 100 * waited_sec / (time.perf_counter() - epoch_started),
                "cos x^qd": query_cosine(model.text, videos["train"], device)}
         if config.select_on in videos and first_process:
@@ -485,25 +536,23 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
                                          normalise=config.normalise)
             row |= evaluate.recall(predicted[..., :2], videos[config.select_on].moments_sec)
         row["minutes"] = (time.time() - started) / 60
-        history.append(row := parallel.from_first(row))
+        history.append(row := parallel.everyone(row)[0])
+        done, sums = 0, {}
         if not first_process:
             continue
         write_log(folder, row)
         tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
         better = best_epoch(history) == len(history)
-        common = {"config": dataclasses.asdict(config), "epoch": epoch + 1, "history": history}
         if better:
             save(folder / "ckpt.pt", {
-                **common, "metrics": row, "mmn_sizes": model.sizes,
-                "mmn": model.retriever.state_dict(),
+                "config": dataclasses.asdict(config), "epoch": epoch + 1, "history": history,
+                "metrics": row, "mmn_sizes": model.sizes, "mmn": model.retriever.state_dict(),
                 "text": model.text.state_dict(), "clip_sha256": store.manifest["sha256"],
                 "clip_name": store.manifest["clip"],
                 "features": {k: v for k, v in store.manifest.items() if k != "videos"},
                 "window_sec": float(videos["train"].durations_sec.quantile(0.95)),
                 "parser": parser.name, "versions": versions()})
-        save(folder / "last.pt", {**common, "model": model.state_dict(),
-                                  "optimiser": optimiser.state_dict(),
-                                  "rng": torch.get_rng_state()})
+        keep(epoch + 1)
 
     if not first_process:
         return {}
@@ -580,17 +629,16 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Config, bool]:
 
 
 def main() -> None:
-    try:
+    with command.sentences():
         config, resume = parse_arguments()
         with parallel.processes(data.pick_device(config.device)):
             print("  ".join(f"{name}={value}" for name,
                             value in dataclasses.asdict(config).items() if value != ""))
+            made = versions()
+            print(f"python {made['python']}  torch {made['torch']}  commit "
+                  f"{made['commit'][:12] or 'unknown'}  {data.pick_device(config.device)}  "
+                  f"{torch.get_num_threads()} threads")
             train(config, resume)
-    except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
-        reason = str(error)
-        if "Original Traceback" in reason:              # what a worker of the DataLoader raised
-            reason = reason.strip().splitlines()[-1]
-        sys.exit(f"error: {reason}")
 
 
 if __name__ == "__main__":

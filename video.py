@@ -29,6 +29,7 @@ import os
 import pathlib
 import signal
 import time
+import zipfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -120,6 +121,7 @@ def probe_duration(path: str | os.PathLike) -> float:
         return times[-1] + (times[-1] / (len(times) - 1) if len(times) > 1 else 0.04)
 
 
+LARGEST = 1 << 30   # bytes of a packed file of features, unpacked
 TOLERATED = 0.9     # share of a video that has to decode; its last frame stands for a missing end
 
 
@@ -456,12 +458,16 @@ def read_features(path: str | os.PathLike) -> np.ndarray:
     path = pathlib.Path(path)
     try:
         if path.suffix == ".pt":
-            x = torch.load(path, map_location="cpu", weights_only=True).float().numpy()
+            x = clip.read_torch(path).float().numpy()
         elif path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                if sum(part.file_size for part in archive.infolist()) > LARGEST:
+                    raise ValueError(f"unpacked it would be larger than {LARGEST >> 20} MiB")
             with np.load(path, allow_pickle=False) as file:
                 x = file["features"]
         else:
-            x = np.load(path, allow_pickle=False)
+            # mapped, so that a header cannot claim more than the file holds
+            x = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
     except Exception as error:  # a dozen kinds for a damaged or a hostile file
         raise VideoError(f"{path} cannot be read as features: {type(error).__name__} "
                          f"{str(error).splitlines()[0] if str(error) else ''}") from error

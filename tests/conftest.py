@@ -35,3 +35,24 @@ def published() -> pathlib.Path:
         pytest.skip(f"the published annotations are not in {SHARED} (set VDI_SHARED to their "
                     f"folder)")
     return SHARED
+
+
+@pytest.fixture
+def fault(record_property):
+    """fault(what, how, times, lost): a line of the table of faults."""
+    return lambda what, how, times, lost="nothing": record_property(
+        "fault", (what, how, times, lost))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What was tried to go wrong, as a table: the one in the README."""
+    lines: dict[tuple, int] = {}
+    for report in terminalreporter.getreports("passed"):
+        for key, value in report.user_properties:
+            if key == "fault":
+                what, how, times, lost = value
+                lines[what, how, lost] = lines.get((what, how, lost), 0) + times
+    if lines:
+        terminalreporter.write_line("\n| fault | how it is tried | times | lost |\n|---|---|---|---|")
+        for (what, how, lost), times in lines.items():
+            terminalreporter.write_line(f"| {what} | {how} | {times:,} | {lost} |")

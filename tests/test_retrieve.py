@@ -151,18 +151,18 @@ def test_a_long_video_is_seen_as_densely_as_in_training_and_to_its_end(retriever
 def test_mistakes_are_one_sentence(checkpoint, videos, world, tmp_path):
     good = videos / "test-0000.mp4"
     (tmp_path / "text.mp4").write_text("no video")
-    assert "cannot be opened" in command(checkpoint, tmp_path / "text.mp4", "a", status=1)
-    assert "there is no video" in command(checkpoint, tmp_path / "none.mp4", "a", status=1)
-    assert "a sentence is empty" in command(checkpoint, good, "a", " ", status=1)
-    assert "asks for no moment" in command(checkpoint, good, "a", "--top", 0, status=1)
-    assert "no checkpoint" in command(tmp_path / "none.pt", good, "a", status=1)
-    assert "is no index" in command("search", tmp_path, "a", status=1)
+    assert "cannot be opened" in command(checkpoint, tmp_path / "text.mp4", "a", status=2)
+    assert "there is no video" in command(checkpoint, tmp_path / "none.mp4", "a", status=2)
+    assert "a sentence is empty" in command(checkpoint, good, "a", " ", status=2)
+    assert "asks for no moment" in command(checkpoint, good, "a", "--top", 0, status=2)
+    assert "no checkpoint" in command(tmp_path / "none.pt", good, "a", status=2)
+    assert "is no index" in command("search", tmp_path, "a", status=2)
     other = torch.load(world / "shapes" / "clip.pt", weights_only=True)
     torch.save({key: value + 1 for key, value in other.items()}, tmp_path / "clip.pt")
-    error = command(checkpoint, good, "a", "--clip", tmp_path / "clip.pt", "--cache", "", status=1)
+    error = command(checkpoint, good, "a", "--clip", tmp_path / "clip.pt", "--cache", "", status=2)
     digest = clip.sha256(world / "shapes" / "clip.pt")
     assert "another CLIP" in error and digest in error
-    error = command(checkpoint, good, "a", "--clip", tmp_path / "gone.pt", "--cache", "", status=1)
+    error = command(checkpoint, good, "a", "--clip", tmp_path / "gone.pt", "--cache", "", status=2)
     assert "needs the weights of the CLIP 'shapes'" in error and digest in error
 
 
@@ -428,4 +428,4 @@ def test_index_commands(checkpoint, folder, tmp_path):
     saved = torch.load(checkpoint, weights_only=True)
     torch.save(saved | {"epoch": 99}, other)
     assert "made with another checkpoint" in command("index", other, folder, "--out",
-                                                     tmp_path / "index", status=1)
+                                                     tmp_path / "index", status=2)

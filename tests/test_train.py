@@ -170,10 +170,11 @@ def test_batch_mates_do_not_change_a_sentences_scores(step):
     model.train()
 
 
-def test_a_term_that_is_not_finite_is_named(step):
+def test_a_term_that_is_not_finite_is_named(step, tmp_path):
     _, batch, _ = step
     with pytest.raises(FloatingPointError, match=f"L_vc is nan for the videos {batch.videos[0]}"):
-        train.check_finite({"L_iou": torch.tensor(1.0), "L_vc": torch.tensor(float("nan"))}, batch)
+        train.check_finite({"L_iou": torch.tensor(1.0), "L_vc": torch.tensor(float("nan"))}, batch,
+                           tmp_path)
 
 
 def test_learning_rates():
@@ -312,21 +313,21 @@ def test_a_resumed_run_ends_like_one_that_was_not_interrupted(world, tmp_path):
 def test_mistakes_are_one_sentence(run, world, tmp_path):
     _, folder, _ = run
     before = (folder / "ckpt.pt").read_bytes()
-    assert "--resume" in command("train.py", "--root", world, "--out", folder, status=1)
+    assert "--resume" in command("train.py", "--root", world, "--out", folder, status=2)
     assert (folder / "ckpt.pt").read_bytes() == before
     assert "python data.py charades" in command("train.py", "--dataset", "charades", "--root",
                                                 tmp_path, "--out",
-                                                tmp_path / "r", status=1)
-    assert "no checkpoint" in command("evaluate.py", tmp_path / "none.pt", status=1)
+                                                tmp_path / "r", status=2)
+    assert "no checkpoint" in command("evaluate.py", tmp_path / "none.pt", status=2)
     (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
-    assert "is not a checkpoint" in command("evaluate.py", tmp_path / "bad.pt", status=1)
+    assert "is not a checkpoint" in command("evaluate.py", tmp_path / "bad.pt", status=2)
     if not torch.cuda.is_available():
         assert "there is no device 'cuda'" in command("train.py", "--root", world, "--device",
                                                       "cuda", "--out",
-                                                      tmp_path / "r", status=1)
+                                                      tmp_path / "r", status=2)
     assert "cannot choose the epoch" in command("train.py", "--root", world, "--select-on", "train",
-                                                "--out", tmp_path / "r", status=1)
-    assert "multiple of" in command("train.py", "--frames", 33, status=1)
+                                                "--out", tmp_path / "r", status=2)
+    assert "multiple of" in command("train.py", "--frames", 33, status=2)
 
 
 def test_a_damaged_feature_file_is_named_also_by_a_worker(world, tmp_path):
@@ -335,7 +336,7 @@ def test_a_damaged_feature_file_is_named_also_by_a_worker(world, tmp_path):
     (root / "shapes/features/shapes/train-0003.frames.npy").write_bytes(b"")
     for workers in (0, 1):
         error = command("train.py", "--root", root, "--out", tmp_path / "run", "--method", "mmn",
-                        "--device", "cpu", "--workers", workers, status=1)
+                        "--device", "cpu", "--workers", workers, status=2)
         assert "train-0003.frames.npy is damaged" in error and len(error.splitlines()) == 1
 
 
@@ -356,7 +357,7 @@ def test_a_checkpoint_of_an_older_version_is_one_sentence(run, tmp_path):
     del saved["window_sec"]
     torch.save(saved, tmp_path / "ckpt.pt")
     assert "is not a checkpoint of train.py: KeyError 'window_sec'" in command(
-        "evaluate.py", tmp_path / "ckpt.pt", status=1)
+        "evaluate.py", tmp_path / "ckpt.pt", status=2)
 
 
 def test_help_names_every_field_of_the_configuration():
@@ -402,7 +403,7 @@ def test_real_videos_go_through_extraction_training_and_evaluation(published, wo
                    "--epochs", 400,
                    "--method", "mmn", "--device", "cpu")
     assert "1 videos with 1 sentences have no features" in text
-    assert "--allow-missing" in command("evaluate.py", tmp_path / "run" / "ckpt.pt", status=1)
+    assert "--allow-missing" in command("evaluate.py", tmp_path / "run" / "ckpt.pt", status=2)
     answer = json.loads(command("evaluate.py", tmp_path / "run" / "ckpt.pt", "--json",
                                 "--allow-missing"))
     result = answer["splits"]["train"]

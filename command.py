@@ -1,0 +1,140 @@
+"""What does a command do when something goes wrong? One sentence, and an exit status.
+
+    status 2    the user's mistake: a file, an option, an environment
+    status 1    ours
+    130, 143    stopped by Ctrl-C, by SIGTERM
+
+VDI_TRACEBACK=1 in the environment shows the traceback as well.
+"""
+import contextlib
+import os
+import pathlib
+import signal
+import sys
+import traceback
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+
+LOCK = "lock"                                   # the file that `locked` leaves in a folder
+
+OURS = (AssertionError, AttributeError, IndexError, KeyError, NameError, NotImplementedError,
+        TypeError, UnboundLocalError)
+
+
+def printable(text: object) -> str:
+    """Text without control characters: what stands in a file, or is its name, must not steer a
+    terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
+                   for c in str(text))
+
+
+class Stopped(SystemExit):
+    """Stopped by a signal, which is what the exit status tells."""
+
+    def __init__(self, sentence: str, number: int = signal.SIGTERM):
+        super().__init__(sentence)
+        self.status = 128 + number
+
+
+@contextlib.contextmanager
+def sentences():
+    """Around all that a command does: turns what is raised into one sentence on stderr and an exit
+    status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):      # a letter that the terminal has not is escaped
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        before = signal.signal(signal.SIGTERM, _stop)
+    except ValueError:                          # not the main thread
+        before = None
+    try:
+        yield
+    except KeyboardInterrupt:
+        _leave("stopped; what was finished has been kept", 130)
+    except Stopped as error:
+        _leave(str(error.code), error.status)
+    except BrokenPipeError:                     # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except MemoryError as error:
+        _leave(f"error: the memory is too small; lower --batch or --workers ({error})", 2)
+    except OURS as error:
+        _leave(unexpected(error), 1)
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":          # torch's, of a GPU
+            _leave(f"error: the GPU's memory is too small; lower --batch, or for features and "
+                   f"training see --precision and --bf16 ({first_line(error)})", 2)
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        if type(error) is RuntimeError and not place.line.startswith("raise "):
+            _leave(unexpected(error), 1)                        # torch's, for a fault of ours
+        # what a worker of a DataLoader raised holds its traceback
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        _leave(f"error: {lines[-1] if 'Traceback' in str(error) else str(error)}", 2)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def unexpected(error: BaseException) -> str:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return (f"error: this should not have happened, please report it: {type(error).__name__}: "
+            f"{first_line(error)} ({os.path.basename(place.filename)}, line {place.lineno})")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _stop(number: int, frame) -> None:
+    raise Stopped("stopped by SIGTERM; what was finished has been kept")
+
+
+def _leave(sentence: str, status: int) -> None:
+    if os.environ.get("VDI_TRACEBACK"):
+        traceback.print_exc()
+    print(printable(sentence), file=sys.stderr)
+    sys.exit(status)
+
+
+class Signals:
+    """While this is entered, a first SIGINT or SIGTERM is only remembered, in `received`, so that
+    the work at hand can be finished and saved; a second one stops at once."""
+
+    def __init__(self):
+        self.received = 0
+
+    def __enter__(self) -> "Signals":
+        try:
+            self.before = {number: signal.signal(number, self.remember)
+                           for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:                      # not the main thread
+            self.before = {}
+        return self
+
+    def remember(self, number: int, frame) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = number
+        print("stopping after this step; a second Ctrl-C stops at once", file=sys.stderr)
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path):
+    """Of two processes that write into one folder, the second raises FileExistsError. The lock ends
+    with its process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as file:
+        try:
+            if fcntl:                           # not there on Windows
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"another process is writing into {folder}; wait for it, or "
+                                  f"choose another --out") from None
+        yield
