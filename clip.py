@@ -500,6 +500,7 @@ def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+SILENCE_SEC = 60                                        # a server that sends nothing for so long
 ADDRESS = "https://openaipublic.azureedge.net/clip/models"
 PUBLISHED = {  # name: (sha256 of the file, which is also in its address; file name)
     "RN50": ("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762", "RN50.pt"),
@@ -544,7 +545,7 @@ def fetch(address: str, digest: str, path: pathlib.Path) -> pathlib.Path:
         if not done or sha256(part) != digest:
             request = urllib.request.Request(address,
                                              headers={"Range": f"bytes={done}-"} if done else {})
-            with urllib.request.urlopen(request, timeout=60) as reply:
+            with urllib.request.urlopen(request, timeout=SILENCE_SEC) as reply:
                 if reply.status != 206:                 # the server sends the file from its start
                     done = 0
                 total = done + int(reply.headers.get("Content-Length", 0))

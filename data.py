@@ -235,7 +235,7 @@ def read_json(path: pathlib.Path) -> list[Sample]:
     text = path.read_text(encoding="utf-8")
     try:
         videos = json.loads(text).items()
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not in the form {{video: {{duration, timestamps, "
                          f"sentences}}}}: {type(error).__name__} {error}") from error
 
@@ -264,7 +264,8 @@ def read_lines(path: pathlib.Path, lines, read) -> list[Sample]:
     for number, line in lines:
         try:
             samples += read(line)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError,
+                RecursionError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else error
             bad.append(f"\n  {'line ' * isinstance(number, int)}{number}: {what}")
     if bad:

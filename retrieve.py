@@ -419,7 +419,12 @@ class Index:
         if self.table.exists():
             try:
                 self.content = json.loads(self.table.read_text())
-            except ValueError as error:
+                _ = str(self.content["checkpoint"]) + self.content["sha256"]
+                places = [(about["first"], about["rows"], self.content["joint"])
+                          for about in self.content["videos"].values()]
+                if not all(type(n) is int and n >= 0 for place in places for n in place):
+                    raise ValueError("a number of rows is none")
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{self.table} is damaged ({error}); remove {folder} and index "
                                  f"again") from error
         elif checkpoint is None:

@@ -10,6 +10,7 @@ import json
 import pathlib
 import pickle
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -287,9 +288,16 @@ def server(tmp_path, monkeypatch):
     `limit` bytes."""
     class Handler(http.server.BaseHTTPRequestHandler):
         content, limit, requests = bytes(range(256)) * 9000, None, []
+        status, place, pause_sec = None, None, 0.0
 
         def do_GET(self):
             self.requests.append(self.headers.get("Range"))
+            if self.status and not self.path.startswith("/elsewhere"):
+                self.send_response(self.status)
+                self.send_header("Location", f"{self.place}/elsewhere")
+                self.end_headers()
+                return
+            time.sleep(self.pause_sec)
             start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
             body = self.content[start:]
             self.send_response(206 if start else 200)
@@ -327,6 +335,41 @@ def test_a_damaged_download_is_removed(server, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="damaged"):
         clip.download("tiny", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("status", [404, 403, 500])
+def test_a_file_that_is_not_there(server, tmp_path, monkeypatch, status, fault):
+    monkeypatch.setattr(server, "status", status)
+    with pytest.raises(RuntimeError, match=f"{status}.*download it by hand to .*tiny.pt"):
+        clip.download("tiny", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    fault("download: 404, 403, 500", "a server on this machine", 1)
+
+
+def test_a_server_that_falls_silent(server, tmp_path, monkeypatch, fault):
+    """Stopped by the clock, and continued where it was."""
+    monkeypatch.setattr(clip, "SILENCE_SEC", 0.3)
+    monkeypatch.setattr(server, "pause_sec", 1.0)
+    with pytest.raises(RuntimeError, match="timed out.*run the command again"):
+        clip.download("tiny", tmp_path)
+    assert not (tmp_path / "tiny.pt").exists()
+    monkeypatch.setattr(server, "pause_sec", 0.0)
+    assert clip.download("tiny", tmp_path).read_bytes() == server.content
+    fault("download: silence, broken connection, wrong bytes", "a server on this machine; "
+          "continued or removed, never used", 3)
+
+
+def test_a_redirection_is_verified_like_everything_else(server, tmp_path, monkeypatch, fault):
+    """Also to plain http: what arrives counts only with the right SHA-256."""
+    monkeypatch.setattr(server, "status", 302)
+    monkeypatch.setattr(server, "place", clip.ADDRESS)
+    assert clip.download("tiny", tmp_path).read_bytes() == server.content
+    (tmp_path / "tiny.pt").unlink()
+    monkeypatch.setattr(server, "content", b"something else")
+    with pytest.raises(RuntimeError, match="damaged"):
+        clip.download("tiny", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    fault("download: redirected to http", "used only with the right SHA-256", 2)
 
 
 def test_offline_the_manual_way_is_told(tmp_path, monkeypatch):
