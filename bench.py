@@ -4,6 +4,7 @@
     python bench.py step search                     # some of it
     python bench.py video --videos DIR              # extraction, of real videos
     python bench.py train --device cuda             # training at the settings of both datasets
+    python bench.py stages                          # videos first, then moments in the best of them
     python bench.py --json
 
 Each row is set against something else: the plain way of doing the same, a peer, or what the machine
@@ -31,10 +32,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clip
+import clip2video
 import command
 import data
 import mmn
 import retrieve
+import shapes
 import train
 import video
 
@@ -426,6 +429,49 @@ def bench_search(options: argparse.Namespace) -> list[dict]:
                 searching * 1e4 / hours, "s")]
 
 
+@torch.no_grad()
+def bench_stages(options: argparse.Namespace) -> list[dict]:
+    """Moments in the M videos only that CLIP2Video ranks first, against the exact search of all:
+    the share of the exact ten best moments that is found, and the time. Sentences and videos are
+    those of all splits of the shapes world but the training one."""
+    model, config = clip2video.load(options.clip2video, options.root)
+    retriever = retrieve.Retriever(options.moments, "cpu", cache=None)
+    dataset = retriever.run.config["dataset"]
+    store = data.open_store(dataset, retriever.run.config["clip"], options.root)
+    samples = [sample for split in shapes.SPLITS if split != "train"
+               for sample in data.read_annotations(dataset, split, options.root)]
+    names, sentences = list(dict.fromkeys(s.video for s in samples)), [
+        sample.sentence for sample in samples[::10]]
+    with tempfile.TemporaryDirectory() as folder:
+        index, whole = retrieve.Index(folder, options.moments), []
+        for name in names:
+            about = store.manifest["videos"][name]
+            x = torch.from_numpy(store.read(name, "frames").astype(np.float32))
+            encoded = retrieve.Encoded(name, about["duration_sec"], about["seconds_per_feature"],
+                                       F.normalize(x, dim=1), [0])
+            index.add(name, {"duration_sec": about["duration_sec"]}, *retriever.moments(encoded))
+            whole.append(x[::len(x) // config.frames])
+        x = torch.stack(whole)
+        clip2video.save_vectors(folder, options.clip2video, names, clip2video.joined(
+            *model.encode_video(x, (x != 0).any(2)), config.weight))
+        ranker, texts = clip2video.Ranker(folder), list(zip(*retriever.read(sentences)))
+        exact = [index.search(*text) for text in texts]
+        plain = seconds_of(lambda: [index.search(*text) for text in texts]) / len(texts)
+        rows = [row(f"stages: all {len(names)} videos", 1000 * plain, "ms/sentence")]
+        for count in (10, 50, 100, 200, 400):
+            def search() -> list:
+                best = ranker.best(sentences, count)
+                return [index.search(*text, among=[name for name, _ in near])
+                        for text, near in zip(texts, best)]
+
+            shared = np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(exact, search())])
+            seconds = seconds_of(search) / len(texts)
+            rows += [row(f"stages: best {count} videos", 1000 * seconds, "ms/sentence",
+                         plain / seconds, "all"),
+                     row(f"stages: best {count} videos, of the exact ten found", 100 * shared, "%")]
+    return rows
+
+
 # ----------------------------------------------------------------------------------------- extraction
 
 def bench_video(options: argparse.Namespace) -> list[dict]:
@@ -564,7 +610,8 @@ def time_training(config: train.Config, precision: str, layout: str, per_video: 
 
 BENCHES = {"tokens": bench_tokens, "text": bench_text, "image": bench_image, "step": bench_step,
            "loader": bench_loader, "nms": bench_nms, "search": bench_search, "video": bench_video,
-           "train": bench_train}
+           "train": bench_train, "stages": bench_stages}
+ON_REQUEST = ("train", "stages")
 
 
 def hardware(device: torch.device) -> str:
@@ -583,12 +630,15 @@ def main() -> None:
                                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = arguments.add_argument
     add("bench", nargs="*",
-        help=f"{', '.join(BENCHES)}; all but train if none is named")
+        help=f"{', '.join(BENCHES)}; all but the last two if none is named")
     add("--annotations", default="data", help="folder with the published annotations "
                                               "(tokens, text; python data.py charades gets them)")
     add("--videos", default="videos", help="folder of video files (video)")
     add("--settings", default="charades,activitynet", help="train: of which presets")
     add("--steps", type=int, default=200, help="train: steps whose losses are compared")
+    add("--clip2video", default="runs/clip2video/shapes-both/ckpt.pt", help="checkpoint (stages)")
+    add("--moments", default="runs/shapes-vdi-staged/ckpt.pt", help="checkpoint (stages)")
+    add("--root", default="data", help="folder of datasets (stages)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--json", action="store_true", help="print json")
     options = arguments.parse_args()
@@ -597,7 +647,7 @@ def main() -> None:
     rows, failed = [], []
     with command.sentences():
         machine = hardware(data.pick_device(options.device))
-        for name in options.bench or [name for name in BENCHES if name != "train"]:
+        for name in options.bench or [name for name in BENCHES if name not in ON_REQUEST]:
             try:
                 rows += BENCHES[name](options)
             except (ImportError, OSError, ValueError, RuntimeError) as error:

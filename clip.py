@@ -181,12 +181,14 @@ class QuickGELU(nn.Module):
 class Attention(nn.MultiheadAttention):
     """Parameters and names of nn.MultiheadAttention; computed by scaled_dot_product_attention."""
 
-    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, causal: bool = False, hidden: Tensor | None = None) -> Tensor:
         B, L, C = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)       # [B, L, 3C]
         q, k, v = qkv.view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1,
                                                                 4)  # each [B, heads, L, C/heads]
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        # `hidden` [B, L] is added to what is looked at: 0, or a large negative number
+        bias = None if hidden is None else hidden[:, None, None]
+        x = F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal)
         return self.out_proj(x.transpose(1, 2).reshape(B, L, C))
 
 
@@ -203,8 +205,8 @@ class Block(nn.Module):
         self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        x = x + self.attn(self.ln_1(x), causal)
+    def forward(self, x: Tensor, causal: bool = False, hidden: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), causal, hidden)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -349,14 +351,19 @@ class TextTower(nn.Module):
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, output))
 
+    def states(self, tokens: Tensor) -> Tensor:
+        """Token ids [B, L <= 77] -> the state of every position, [B, L, C], of which
+        `ln_final(state) @ text_projection` is the feature."""
+        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
+        return self.transformer(x, causal=True)
+
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids [B, L <= 77] -> [B, D], not normalised. An empty batch gives [0, D]."""
         if not len(tokens):
             return self.text_projection.new_zeros(0, self.text_projection.shape[1])
         end = tokens.argmax(1)  # the end token has the largest id; the first one counts
         L = int(end.max()) + 1  # exact: nothing after the end token can be seen by it
-        x = self.token_embedding(tokens[:, :L]) + self.positional_embedding[:L]  # [B, L, C]
-        x = self.transformer(x, causal=True)[torch.arange(len(x), device=x.device), end]  # [B, C]
+        x = self.states(tokens[:, :L])[torch.arange(len(tokens), device=tokens.device), end]
         return self.ln_final(x) @ self.text_projection                  # [B, D]
 
 

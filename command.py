@@ -67,6 +67,8 @@ def sentences():
         if type(error).__name__ == "OutOfMemoryError":          # torch's, of a GPU
             _leave(f"error: the GPU's memory is too small; lower --batch, or for features and "
                    f"training see --precision and --bf16 ({first_line(error)})", 2)
+        if "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
+            _leave("error: another process of torchrun has stopped; its message says why", 2)
         place = traceback.extract_tb(error.__traceback__)[-1]
         if type(error) is RuntimeError and not place.line.startswith("raise "):
             _leave(unexpected(error), 1)                        # torch's, for a fault of ours

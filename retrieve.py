@@ -498,7 +498,8 @@ class Index:
         return failed
 
     def search(self, iou_text: Tensor, contrastive_text: Tensor, top_k: int = 10,
-               per_video: int = 3, block: int = 1 << 16) -> list[tuple[str, Moment]]:
+               per_video: int = 3, block: int = 1 << 16, among: list[str] | None = None
+               ) -> list[tuple[str, Moment]]:
         """The best moments of all videos for one sentence, best first.
 
         Exact: a pass in float16, in blocks of rows, gives each moment the best score it could have
@@ -506,6 +507,7 @@ class Index:
 
         iou_text, contrastive_text  [J] unit vectors (Retriever.read)
         per_video                   answers of one video at most, after NMS
+        among                       look in these videos only
         """
         rows, J = self.rows(), self.content["joint"]
         if not rows:
@@ -517,6 +519,33 @@ class Index:
                                                      ("contrastive.f16", J, torch.half),
                                                      ("spans.f32", 2, torch.float32))]
         iou, contrastive, spans = self.mapped
+        videos = sorted((about["first"], about["first"] + about["rows"], name)
+                        for name, about in self.content["videos"].items())
+        firsts, ends, names = zip(*videos)
+
+        def answers(which: Tensor) -> list[tuple[str, Moment]]:
+            """The best of the rows `which`, after NMS."""
+            scores = mmn.fuse(torch.sigmoid(mmn.SCORE_SCALE * iou[which].float() @ iou_text),
+                              contrastive[which].float() @ contrastive_text)
+            found, taken = [], {}
+            for k in scores.argsort(descending=True, stable=True).tolist():
+                row = which[k].item()
+                name = names[bisect.bisect_right(firsts, row) - 1]
+                span, mine = spans[row], taken.setdefault(name, [])
+                if len(mine) < per_video and (not mine or mmn.interval_iou(
+                        span, torch.stack(mine)).max() <= NMS):
+                    mine.append(span)
+                    found.append((name, Moment(*span.tolist(), scores[k].item())))
+                    if len(found) == top_k:
+                        break
+            return found
+
+        if among is not None:
+            known = [self.content["videos"][name] for name in among
+                     if name in self.content["videos"]]
+            places = sorted((about["first"], about["first"] + about["rows"]) for about in known)
+            return answers(torch.cat([torch.arange(0), *(torch.arange(*p) for p in places)]))
+
         a, b = iou_text.half(), contrastive_text.half()
         bounds = torch.full((-(-rows // 64) * 64,), -math.inf)
         for first in range(0, rows, block):
@@ -524,36 +553,18 @@ class Index:
             bounds[part] = mmn.fuse(
                 torch.sigmoid(mmn.SCORE_SCALE * (torch.mv(iou[part], a).float() + ROUNDING)),
                 torch.mv(contrastive[part], b).float() + ROUNDING)
-        videos = sorted((about["first"], about["first"] + about["rows"], name)
-                        for name, about in self.content["videos"].items())
-        firsts, ends, names = zip(*videos)
         for start, end in zip((0, *ends), (*firsts, rows)):
             if start < end:
                 bounds[start:end] = -math.inf                       # rows of videos that are gone
         highest = bounds.view(-1, 64).amax(1)                   # of every 64 rows: fewer to sort
         looked = 1024
         while True:
-            # no moment that is not among `which` can score as much as `unseen`
+            # no moment that is not looked at can score as much as `unseen`
             unseen = (highest.topk(looked).values[-1].item() if looked < len(highest)
                       else -math.inf)
-            which = (bounds[:rows] >= unseen).nonzero()[:, 0]
-            scores = mmn.fuse(torch.sigmoid(mmn.SCORE_SCALE * iou[which].float() @ iou_text),
-                              contrastive[which].float() @ contrastive_text)
-            scores[bounds[which] == -math.inf] = -math.inf
-            answers, taken = [], {}
-            for k in scores.argsort(descending=True, stable=True).tolist():
-                score, row = scores[k].item(), which[k].item()
-                if len(answers) == top_k or score == -math.inf:
-                    break
-                name = names[bisect.bisect_right(firsts, row) - 1]
-                span, mine = spans[row], taken.setdefault(name, [])
-                if len(mine) < per_video and (not mine or mmn.interval_iou(
-                        span, torch.stack(mine)).max() <= NMS):
-                    mine.append(span)
-                    answers.append((name, Moment(*span.tolist(), score)))
-            if unseen == -math.inf or (len(answers) == top_k
-                                       and answers[-1][1].score >= unseen):
-                return answers
+            found = answers(((bounds >= unseen) & (bounds > -math.inf)).nonzero()[:, 0])
+            if unseen == -math.inf or len(found) == top_k and found[-1][1].score >= unseen:
+                return found
             looked *= 4
 
 
@@ -593,11 +604,13 @@ def main_search(argv: list[str]) -> None:
     add("sentences", nargs="+", help="what to look for")
     add("--top", type=int, default=10, help="answers a sentence")
     add("--per-video", type=int, default=3, help="answers of one video at most")
+    add("--videos", type=int, help="look in so many videos only, those that CLIP2Video ranks first "
+                                   "(clip2video.py index CKPT DIR --out INDEX); not given: in all")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--json", action="store_true", help="print json")
     options = arguments.parse_args(argv)
-    if options.top < 1 or options.per_video < 1:
-        raise ValueError("--top and --per-video are at least 1")
+    if min(options.top, options.per_video, options.videos or 1) < 1:
+        raise ValueError("--top, --per-video and --videos are at least 1")
     index = Index(options.index)
     checkpoint = index.content["checkpoint"]
     if not pathlib.Path(checkpoint).exists() or clip.sha256(checkpoint) != index.content["sha256"]:
@@ -605,8 +618,14 @@ def main_search(argv: list[str]) -> None:
                                 f"{checkpoint}, SHA-256 {index.content['sha256']}")
     retriever = Retriever(checkpoint, options.device, cache=None)
     iou_text, contrastive_text = (x.cpu() for x in retriever.read(options.sentences))
-    results = [index.search(a, b, options.top, options.per_video)
-               for a, b in zip(iou_text, contrastive_text)]
+    among = [None] * len(options.sentences)
+    if options.videos:
+        import clip2video                       # only who asks for it needs it
+        ranked = clip2video.Ranker(options.index, retriever.device)
+        among = [[name for name, _ in best]
+                 for best in ranked.best(options.sentences, options.videos)]
+    results = [index.search(a, b, options.top, options.per_video, among=names)
+               for a, b, names in zip(iou_text, contrastive_text, among)]
     if options.json:
         print(json.dumps([{"sentence": sentence, "moments": [
             {"video": name, **moment._asdict()} for name, moment in answers]}

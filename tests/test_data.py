@@ -501,7 +501,7 @@ def test_features_made_elsewhere(tmp_path):
     for name in "abc":
         assert np.array_equal(store.read(name, "frames"), x[[1, 3, 6, 8]])
     for name, reason in dict(wide="4 numbers, and this CLIP of 2", flat=r"float32 \[10\]",
-                             text="text", empty=r"\[0, 2\]", nan="finite", objects="Object arrays",
+                             text="text", empty=r"\[0, 2\]", nan="finite", objects="Python objects",
                              other="features", none="no file of features named none").items():
         assert re.search(reason, failed[name]), failed[name]
     with pytest.raises(ValueError, match="no patches, which spatial dynamics .* --method mmn"):
@@ -614,7 +614,7 @@ def test_real_videos(published, world):
 
 
 def test_preprocessing_agrees_with_pillow_on_real_frames(published):
-    """Bicubic resize and centre crop: within 1/255 at every pixel, 0.3/255 on average."""
+    """Bicubic resize and centre crop: within 2/255 at every pixel, 0.3/255 on average."""
     from PIL import Image                                       # comes with matplotlib
     for name in ("charades.mp4", "arm_wrestling.mp4", "flipping_a_pancake.mkv", "test.avi"):
         path = published / "videos" / name
@@ -627,7 +627,7 @@ def test_preprocessing_agrees_with_pillow_on_real_frames(published):
             image = image.resize((w, h), Image.BICUBIC).crop((left, top, left + 224, top + 224))
             expected = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
             difference = (clip.crop(frame[None], 224)[0].float() - expected).abs()
-            assert difference.max() <= 1 and difference.mean() <= 0.3
+            assert difference.max() <= 2 and difference.mean() <= 0.3
 
 
 def test_real_videos_by_the_command(published, world, tmp_path):

@@ -5,15 +5,12 @@ import errno
 import json
 import os
 import pathlib
-import random
 import signal
 import subprocess
 import sys
-import time
 
 import hypothesis
 import hypothesis.strategies as st
-import numpy as np
 import pytest
 import torch
 

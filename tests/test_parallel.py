@@ -96,7 +96,7 @@ def test_a_run_of_two_processes_goes_on_with_one(world, tmp_path):
                       "        raise SystemExit(1)\n"
                       "train.save = stop\n"
                       "train.main()\n")
-    torchrun(2, script, *options, "--out", tmp_path / "parts", status=2)
+    torchrun(2, script, *options, "--out", tmp_path / "parts", status=1)
     printed = torchrun(1, "train.py", *options, "--out", tmp_path / "parts", "--resume")
     assert "continuing after epoch 2" in printed and not (tmp_path / "parts" / "2").exists()
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]

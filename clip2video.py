@@ -1,0 +1,836 @@
+"""CLIP2Video: which of many videos does a sentence describe? (Fang et al., 2021, arXiv 2106.11097.)
+
+    python clip2video.py train                                  # the shapes world, in minutes
+    python clip2video.py ablation --seeds 3                     # what each block brings
+    python clip2video.py prepare msrvtt --annotations DIR --videos DIR
+    python clip2video.py train --dataset msrvtt --device cuda
+    python clip2video.py evaluate runs/shapes-both/ckpt.pt
+    python clip2video.py index CKPT DIR --out index/            # a folder of videos
+    python clip2video.py search index/ "a red circle rises"
+
+A video and a sentence become two unit vectors each: a global one, for which the temporal difference
+block (TDB) puts what changes between frames among the frames, and an aligned one, for which the
+temporal alignment block (TAB) assigns frames and words to shared centres. Similarity is their
+weighted sum, which is one dot product of one vector each (`joined`).
+
+It ranks whole videos; moments are mmn.py's work. `retrieve.py search --videos 100` looks for
+moments only in the videos that rank best here. Left out: the image tower is not trained (features are
+made once), so frames are not jittered in training.
+
+Shapes: B videos or sentences, L frames, W words, D width of CLIP's joint space, K centres, N tokens
+to aggregate. Masks [B, L] are bool, True = there is such a frame. [code] marks what the authors'
+released inference code does.
+"""
+import argparse
+import copy
+import csv
+import dataclasses
+import json
+import math
+import pathlib
+import pickle
+import random
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm, trange
+
+import clip
+import command
+import data
+import shapes
+import train as trainer
+import video
+
+HERE = pathlib.Path(__file__).parent
+TEMPORAL = ("mean", "transformer", "tdb")       # of the global vector
+VARIANTS = {"mean": ("mean", False), "transformer": ("transformer", False), "tdb": ("tdb", False),
+            "tab": ("transformer", True), "both": ("tdb", True)}
+DATASETS = ("msrvtt", "msvd", "vatex")
+
+
+# ------------------------------------------------------------------------------------------ the model
+
+class Transformer(nn.Module):
+    """Pre-norm, not causal, started as the first layers of CLIP's text transformer. [B, N, D]"""
+
+    def __init__(self, text: clip.TextTower, layers: int):
+        super().__init__()
+        known = text.transformer.resblocks
+        self.blocks = nn.ModuleList(copy.deepcopy(known[i % len(known)]) for i in range(layers))
+        for block in self.blocks:
+            block.ln_1.eps = block.ln_2.eps = 1e-12                     # [code]
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        # subtle: not -inf, of which a video without any difference would make no number
+        hidden = (~mask).to(x.dtype) * -1e6                             # [B, N]
+        for block in self.blocks:
+            x = block(x, hidden=hidden)
+        return x
+
+
+def interleave(frames: Tensor, differences: Tensor) -> Tensor:
+    """f0, d0, f1, d1, ..., f(L-1): [B, L, ...] and [B, L-1, ...] -> [B, 2L-1, ...]."""
+    result = frames.new_empty(len(frames), 2 * frames.shape[1] - 1, *frames.shape[2:])
+    result[:, 0::2], result[:, 1::2] = frames, differences
+    return result
+
+
+class TemporalDifference(nn.Module):
+    """TDB's tokens: between every two frames what changes, squashed to (-1, 1), and to all of them
+    the place and the kind. Shared by both vectors."""
+
+    def __init__(self, text: clip.TextTower):
+        super().__init__()
+        places = text.positional_embedding.detach()
+        self.places = nn.Parameter(places.clone())                      # P [77, D]
+        self.kinds = nn.Parameter(places[:2].clone())                   # T: 1 = frame, 0 = change
+        self.attention = Transformer(text, 1)                           # A_d
+        self.norm = nn.LayerNorm(places.shape[1])                       # LN_d
+
+    def differences(self, frames: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """d_i = 2 sigmoid(LN(A_d(f_{i+1} - f_i + P_{i+1}))) - 1, [B, L-1, D], and its mask."""
+        L = frames.shape[1]
+        # DEVIATION: the release masks a difference by one of its two frames, which lets padding in
+        both = mask[:, 1:] & mask[:, :-1]                               # [B, L-1]
+        x = frames[:, 1:] - frames[:, :-1] + self.places[1:L]           # place of the later frame
+        return 2 * torch.sigmoid(self.norm(self.attention(x, both))) - 1, both
+
+    def forward(self, frames: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, L, D] -> 2L-1 tokens [B, 2L-1, D] and their mask."""
+        L = frames.shape[1]
+        if L == 1:                                                      # nothing can change
+            return frames + self.places[:1] + self.kinds[1], mask
+        differences, both = self.differences(frames, mask)
+        # [code]: a difference has the place of the earlier frame here, of the later one above
+        places = interleave(self.places[None, :L], self.places[None, :L - 1])[0]
+        kinds = self.kinds[(torch.arange(2 * L - 1, device=frames.device) + 1) % 2]
+        return interleave(frames, differences) + places + kinds, interleave(mask, both)
+
+
+class CLIP2Video(nn.Module):
+    """Text tower, TDB, TAB. `temporal` and `align` choose a variant: without `align` the similarity
+    is the global one alone."""
+
+    def __init__(self, text: clip.TextTower, temporal: str = "tdb", align: bool = True,
+                 centres: int = 5, layers: int = 4, scale: float = math.log(100)):
+        super().__init__()
+        if text.positional_embedding.shape[1] != text.text_projection.shape[1]:
+            raise ValueError("CLIP2Video starts from text layers that are as wide as the joint "
+                             "space; this CLIP's are not")
+        D = text.text_projection.shape[1]
+        self.text, self.temporal, self.align = text, temporal, align
+        self.logit_scale = nn.Parameter(torch.tensor(scale))
+        if temporal == "tdb" or align:
+            self.difference = TemporalDifference(text)
+        if temporal == "transformer":
+            self.places = nn.Parameter(text.positional_embedding.detach().clone())
+        if temporal != "mean":
+            self.transformer = Transformer(text, layers)                # A_t
+        if align:
+            self.coarse = Transformer(text, 1)                          # A_c
+            self.assign = nn.Parameter(torch.randn(centres, D) * 0.125)         # W_c
+            self.centres = nn.Parameter(torch.randn(centres, D) * 0.125)        # C
+
+    def encode_video(self, frames: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """CLIP's features [B, L, D], not normalised, and which are there [B, L] -> unit vectors v_g,
+        v_a [B, D] (v_a is None without TAB). ValueError for a video without a frame."""
+        if not mask.any(1).all():
+            raise ValueError("a video has no frame; leave it out")
+        frames = frames * mask[..., None]                               # whatever padding holds
+        if self.temporal == "mean":
+            x = frames
+        elif self.temporal == "transformer":
+            x = self.transformer(frames + self.places[:frames.shape[1]], mask) + frames
+        else:
+            tokens, present = self.difference(frames, mask)             # [B, 2L-1, D]
+            x = self.transformer(tokens, present)[:, 0::2] + frames     # differences: context only
+        overall = masked_mean(F.normalize(x, dim=2), mask)              # [B, D]
+        if not self.align:
+            return F.normalize(overall, dim=1), None
+        # a lower frame rate; [code] numbers its places from 0 again
+        half, half_mask = frames[:, 0::2], mask[:, 0::2]
+        tokens, present = self.difference(half, half_mask)
+        coarse = self.coarse(tokens, present)[:, 0::2] + half           # [B, L/2, D]
+        return F.normalize(overall, dim=1), self.aggregate(
+            torch.cat([frames, coarse], 1), torch.cat([mask, half_mask], 1))
+
+    def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Token ids [B, W], padded with 0 -> unit vectors t_g (of the end token), t_a [B, D]."""
+        end = ids.argmax(1)                                             # the end token's id is largest
+        h = self.text.ln_final(self.text.states(ids)) @ self.text.text_projection       # [B, W, D]
+        overall = F.normalize(h[torch.arange(len(h), device=h.device), end], dim=1)
+        if not self.align:
+            return overall, None
+        place = torch.arange(ids.shape[1], device=ids.device)
+        words = (place > 0) & (place <= end[:, None])                   # not the start token [code]
+        return overall, self.aggregate(h, words)
+
+    def aggregate(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Each token goes to the centres that it is like; a centre keeps what its tokens are beyond
+        it; the mean over the centres. [B, N, D], [B, N] -> unit [B, D]."""
+        share = torch.softmax(tokens @ self.assign.T, 2) * mask[..., None]      # [B, N, K]
+        beyond = torch.einsum("bnk,bnd->bkd", share, tokens) \
+            - share.sum(1)[..., None] * self.centres                    # [B, K, D]
+        return F.normalize(F.normalize(beyond, dim=2).mean(1), dim=1)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def joined(overall: Tensor, aligned: Tensor | None, weight: float = 0.5) -> Tensor:
+    """One unit vector [B, 2D] whose dot products are w S_g + (1-w) S_a (without the scale)."""
+    if aligned is None:
+        return overall
+    return torch.cat([weight ** 0.5 * overall, (1 - weight) ** 0.5 * aligned], 1)
+
+
+def logits(texts: tuple, videos: tuple, scale: Tensor) -> list[Tensor]:
+    """S = exp(scale) t v^T for each kind of vector: [texts, videos]."""
+    return [scale.exp() * t @ v.T for t, v in zip(texts, videos) if t is not None]
+
+
+def symmetric_loss(similarity: Tensor) -> Tensor:
+    """L_sym(S) = (CE(S) + CE(S^T)) / 2, the pairs on the diagonal. [B, B] -> []"""
+    target = torch.arange(len(similarity), device=similarity.device)
+    return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
+
+
+def loss(similarities: list[Tensor], weight: float = 0.5) -> Tensor:
+    """L = w L_sym(S_g) + (1-w) L_sym(S_a); L_sym(S_g) alone without TAB."""
+    each = [symmetric_loss(s) for s in similarities]
+    return each[0] if len(each) == 1 else weight * each[0] + (1 - weight) * each[1]
+
+
+# ------------------------------------------------------------------------------------------- metrics
+
+def ranks(similarity: Tensor, target: Tensor) -> Tensor:
+    """Rank of column target[i] in row i: 1 + those that score more + half of those that score the
+    same. [Q, C], [Q] -> [Q]. FloatingPointError for a score that is no number."""
+    if not torch.isfinite(similarity).all():
+        raise FloatingPointError("a score is not finite, so that nothing can be ranked")
+    own = similarity.gather(1, target[:, None])                         # [Q, 1]
+    return 1 + (similarity > own).sum(1) + ((similarity == own).sum(1) - 1) / 2
+
+
+def summary(rank: Tensor) -> dict[str, float]:
+    rank = rank.double()
+    return {**{f"R@{k}": 100 * (rank <= k).double().mean().item() for k in (1, 5, 10)},
+            "MedR": rank.quantile(0.5).item(), "MnR": rank.mean().item()}
+
+
+def retrieval_metrics(similarity: Tensor, video_of: Tensor | None = None) -> dict[str, float]:
+    """Text to video and video to text: R@1, R@5, R@10, median and mean rank.
+
+    similarity  [texts, videos]
+    video_of    [texts], the video of each text (default: text i is of video i). With several texts
+                a video, every text is a query for videos; and a video ranks the videos' groups of
+                texts by the best text of each
+    """
+    T, V = similarity.shape
+    video_of = torch.arange(T) if video_of is None else video_of
+    if len(video_of) != T or not set(range(V)) <= set(video_of.tolist()):
+        raise ValueError(f"{T} texts, {len(video_of)} of them with a video, do not cover {V} videos")
+    groups = torch.full((V, V), -math.inf).to(similarity).scatter_reduce(
+        0, video_of[:, None].expand(T, V), similarity, "amax")          # [group, video]
+    directions = {"t2v": ranks(similarity, video_of), "v2t": ranks(groups.T, torch.arange(V))}
+    return {f"{direction} {name}": value for direction, rank in directions.items()
+            for name, value in summary(rank).items()}
+
+
+# --------------------------------------------------------------------------------------------- the data
+
+@dataclasses.dataclass
+class Split:
+    """Videos with their captions; features are read when asked for."""
+    videos: list[str]
+    captions: list[list[str]]
+    store: video.FeatureStore
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        """[V, L, D] and which frames are there [V, L]: those that are not are stored as zeros."""
+        x = torch.stack([torch.from_numpy(self.store.read(name, "frames").astype(np.float32))
+                         for name in self.videos])
+        return x, (x != 0).any(2)
+
+
+def read_split(dataset: str, split: str, root: str) -> Split:
+    """A split of a dataset that `prepare` or `build_shapes` made. Videos without features are an
+    error."""
+    folder = pathlib.Path(root) / dataset
+    path = folder / f"{split}.captions.json"
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}; make it with: python clip2video.py prepare")
+    captions = json.loads(path.read_text())
+    store = video.FeatureStore(folder / "features" / "clip2video")
+    missing = [name for name in captions if name not in store]
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} of {len(captions)} videos of {split} have no "
+                                f"features, for instance {missing[0]}: a smaller gallery would be "
+                                f"another task")
+    return Split(list(captions), list(captions.values()), store)
+
+
+def frame_times(duration_sec: float, count: int = 12, stride: int = 2, rate: float = 5.0) -> np.ndarray:
+    """The instants of at most `count` frames: of those at 5 a second every `stride`-th, and of these
+    `count` that are evenly apart, first and last included [code]."""
+    total = max(1, int(duration_sec * rate))
+    first = np.linspace(0, total - 1, max(1, total // stride)).astype(int)
+    if len(first) > count:
+        first = first[np.linspace(0, len(first) - 1, count).astype(int)]
+    return first / rate
+
+
+def encode_file(model: clip.CLIP, path: pathlib.Path, count: int, stride: int) -> Tensor:
+    """A video file -> features [count, D] float16; what a short one has not are zeros."""
+    times_sec = frame_times(video.probe_duration(path), count, stride)
+    pixels = torch.cat([clip.crop(frame[None], model.visual.resolution)
+                        for frame in video.frames_at(path, times_sec)])
+    x, _ = video.encode_frames(model, pixels)
+    return F.pad(x, (0, 0, 0, count - len(x)))
+
+
+def read_msrvtt(folder: pathlib.Path) -> dict[str, dict[str, list[str]]]:
+    """MSR-VTT, 9k / 1k-A: MSRVTT_data.json, MSRVTT_train.9k.csv, MSRVTT_JSFUSION_test.csv."""
+    captions: dict[str, list[str]] = {}
+    for row in json.loads((folder / "MSRVTT_data.json").read_text())["sentences"]:
+        captions.setdefault(row["video_id"], []).append(row["caption"])
+    with open(folder / "MSRVTT_train.9k.csv", newline="") as file:
+        names = [row["video_id"] for row in csv.DictReader(file)]
+    with open(folder / "MSRVTT_JSFUSION_test.csv", newline="") as file:
+        test = {row["video_id"]: [row["sentence"]] for row in csv.DictReader(file)}
+    return {"train": {name: captions[name] for name in names}, "test": test}
+
+
+class Plain(pickle.Unpickler):
+    """Reads lists, dictionaries and strings; anything that would be called is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_msvd(folder: pathlib.Path) -> dict[str, dict[str, list[str]]]:
+    """MSVD: raw-captions.pkl (video -> lists of words), {train,val,test}_list.txt."""
+    with open(folder / "raw-captions.pkl", "rb") as file:
+        captions = {name: [" ".join(words) for words in sentences]
+                    for name, sentences in Plain(file).load().items()}
+    return {split: {name: captions[name]
+                    for name in (folder / f"{split}_list.txt").read_text().split()}
+            for split in ("train", "val", "test")}
+
+
+def read_vatex(folder: pathlib.Path) -> dict[str, dict[str, list[str]]]:
+    """VATEX: vatex_data.json (video -> {"enCap": [...]}, or the official list of {"videoID",
+    "enCap"}), {train,val,test}_list.txt."""
+    content = json.loads((folder / "vatex_data.json").read_text())
+    if isinstance(content, list):
+        content = {row["videoID"]: row for row in content}
+    return {split: {name: content[name]["enCap"]
+                    for name in (folder / f"{split}_list.txt").read_text().split()}
+            for split in ("train", "val", "test") if (folder / f"{split}_list.txt").exists()}
+
+
+def prepare(dataset: str, folder: str, videos: str, options: argparse.Namespace) -> None:
+    """Published files and a folder of videos -> captions and features below the root."""
+    source = pathlib.Path(folder)
+    try:
+        splits = {"msrvtt": read_msrvtt, "msvd": read_msvd, "vatex": read_vatex}[dataset](source)
+    except (KeyError, TypeError, AttributeError, ValueError, EOFError, pickle.UnpicklingError) as e:
+        raise ValueError(f"the files in {folder} are not those of {dataset}: {type(e).__name__} "
+                         f"{e}") from e
+    if "val" not in splits:                     # MSR-VTT 9k has none: a seeded tenth of training
+        held = set(random.Random(0).sample(sorted(splits["train"]), max(1, len(splits["train"]) // 10)))
+        splits["val"] = {k: v for k, v in splits["train"].items() if k in held}
+        splits["train"] = {k: v for k, v in splits["train"].items() if k not in held}
+    config = Config(**{"dataset": dataset, **preset(dataset)})
+    device = data.pick_device(options.device)
+    model = clip.load(config.clip, device)
+    target = pathlib.Path(options.root) / dataset
+    made = {"clip": config.clip, "sha256": clip.sha256(clip.download(config.clip)),
+            "resolution": model.visual.resolution, "frames": config.frames, "patch_frames": 0,
+            "width": model.text_projection.shape[1], "patch_width": 0, "grid": 0,
+            "precision": "float32"}
+    store = video.FeatureStore(target / "features" / "clip2video", made)
+    files, failed = data.find_files(videos, data.VIDEOS), {}
+    for name in tqdm(sorted({name for part in splits.values() for name in part}), desc="features"):
+        if name in store:
+            continue
+        try:
+            if name not in files:
+                raise video.VideoError(f"there is no video file named {name}")
+            store.write(name, encode_file(model, files[name], config.frames, config.stride), None,
+                        video.probe_duration(files[name]))
+        except video.VideoError as error:       # a video that is broken trains nothing, and is told
+            failed[name] = str(error)
+    store.save_manifest()
+    store.save_failed(failed)
+    for split, captions in splits.items():
+        kept = {name: texts for name, texts in captions.items()
+                if name not in failed or split == "test"}
+        video.save_atomically(target / f"{split}.captions.json",
+                              lambda file, kept=kept: file.write(json.dumps(kept).encode()))
+        print(f"{split}: {len(kept)} videos, {sum(map(len, kept.values()))} captions")
+    if failed:
+        print(f"{len(failed)} videos have no features, see {store.folder / 'failed.txt'}")
+
+
+# ---------------------------------------------------------------------------- whole videos of shapes
+
+FAMILIES = {"train": 400, "val": 50, "test": 100}       # of four videos each
+OPPOSITE = {0: 1, 1: 0, 2: 3, 3: 2, 4: 5, 5: 4, 6: 6}   # of shapes.VERBS; blinking has none
+
+
+def family(rng: np.random.Generator) -> list[dict]:
+    """Four videos of one scene and the same two actors, of which each acts once: in this order and
+    in the other, by these verbs and by their opposites. Nouns do not tell them apart."""
+    while True:
+        plan = shapes.script("train", rng)
+        actors = list({(e["colour"], e["shape"]): e for e in plan["events"]}.values())
+        verbs = rng.choice(6, 2, replace=False)         # those that have an opposite
+        if OPPOSITE[int(verbs[0])] != verbs[1]:
+            break
+    videos = []
+    for order in ((0, 1), (1, 0)):
+        for turned in (False, True):
+            events, clock, room = [], 0, shapes.FRAMES // 2
+            for k in order:
+                verb = OPPOSITE[int(verbs[k])] if turned else int(verbs[k])
+                length = int(rng.integers(7, 13))
+                start = clock + int(rng.integers(0, room - length - 2)) + 1
+                events.append({**actors[k], "verb": verb,
+                               "word": shapes.VERBS[verb][rng.integers(2)], "enter": start - 1,
+                               "start": start, "end": start + length, "leave": start + length + 1,
+                               **shapes.course(verb, rng)})
+                clock += room
+            videos.append({**plan, "events": events, "speckle": int(rng.integers(2 ** 31))})
+    return videos
+
+
+def describe(events: list[dict]) -> str:
+    return ", then ".join(f"the {e['colour']} {e['shape']} {e['word']}" for e in events)
+
+
+def altered(events: list[dict]) -> dict[str, str]:
+    """The caption with every verb turned into its opposite, and with the events in the other
+    order."""
+    turned = [{**e, "word": shapes.VERBS[OPPOSITE[e["verb"]]][
+        shapes.VERBS[e["verb"]].index(e["word"])]} for e in events]
+    return {"direction": describe(turned), "order": describe(events[::-1])}
+
+
+def build_shapes(dataset: str, root: str, frames: int) -> None:
+    """<root>/<dataset>-videos: captions, altered captions and features of whole videos, by the
+    small CLIP of the shapes world `dataset`."""
+    shapes.build(dataset, root)
+    target = pathlib.Path(root) / f"{dataset}-videos"
+    if (target / "altered.json").exists():
+        return
+    model = clip.load(data.clip_file(dataset, root))
+    store = video.FeatureStore(target / "features" / "clip2video", {
+        "clip": dataset, "sha256": clip.sha256(data.clip_file(dataset, root)),
+        "resolution": shapes.SIZE, "frames": frames, "patch_frames": 0,
+        "width": model.text_projection.shape[1], "patch_width": 0, "grid": 0,
+        "precision": "float32"})
+    instants = (np.arange(frames) + 0.5) * shapes.FRAMES / frames
+    changed = {}
+    for part, (split, count) in enumerate(FAMILIES.items()):
+        captions = {}
+        for i in trange(count, desc=f"whole videos: {split}", disable=None):
+            plans = family(np.random.default_rng([shapes.seed_of(dataset), 100 + part, i]))
+            for k, plan in enumerate(plans):
+                name = f"{split}-{i:03d}-{k}"
+                pixels = torch.from_numpy(shapes.render(plan, instants)).permute(0, 3, 1, 2)
+                store.write(name, video.encode_frames(model, pixels)[0], None,
+                            shapes.FRAMES * plan["frame_sec"])
+                captions[name] = [describe(plan["events"])]
+                changed[name] = altered(plan["events"])
+        video.save_atomically(target / f"{split}.captions.json", lambda file, captions=captions:
+                              file.write(json.dumps(captions).encode()))
+    store.save_manifest()
+    video.save_atomically(target / "altered.json",
+                          lambda file: file.write(json.dumps(changed).encode()))
+
+
+# ----------------------------------------------------------------------------------------- training
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All there is to choose. Defaults: MSR-VTT 9k with CLIP4Clip's training, on which it builds."""
+    dataset: str = "msrvtt"
+    variant: str = "both"               # see VARIANTS
+    seed: int = 42
+    device: str = "auto"
+    root: str = "data"
+    out: str = ""
+    clip: str = "ViT-B/32"
+    frames: int = 12                    # L
+    words: int = 32                     # W
+    stride: int = 2                     # of the frames at 5 a second
+    centres: int = 5                    # K
+    layers: int = 4                     # of the temporal transformer
+    weight: float = 0.5                 # w, of the global similarity
+    batch: int = 128
+    together: int = 1                   # so many neighbours of the list share every batch
+    epochs: int = 5
+    lr: float = 1e-4                    # of the new modules
+    # DEVIATION: 1e-7 moves nothing in float32; in the authors' float16 it acted as a far larger one
+    text_lr: float = 1e-6
+    weight_decay: float = 0.2
+
+    def __post_init__(self):
+        if self.variant not in VARIANTS:
+            raise ValueError(f"--variant is one of {', '.join(VARIANTS)}, not {self.variant!r}")
+
+    @property
+    def folder(self) -> pathlib.Path:
+        return pathlib.Path(self.out or f"runs/clip2video/{self.dataset}-{self.variant}")
+
+
+PRESETS = {
+    "msrvtt": {}, "msvd": dict(stride=1), "vatex": dict(stride=1, centres=7, epochs=23),
+    # python clip2video.py train      two cores, two minutes
+    "shapes": dict(clip="shapes", seed=0, frames=16, words=40, layers=2, batch=64, together=4, epochs=30,
+                   lr=1e-3, text_lr=1e-3, weight_decay=0.02)}
+
+
+def preset(dataset: str) -> dict:
+    family = "shapes" if dataset.startswith("shapes") else dataset
+    if family not in PRESETS:
+        raise ValueError(f"--dataset is shapes, shapes-1, ..., or one of {', '.join(DATASETS)}, not "
+                         f"{dataset!r}")
+    return PRESETS[family] | ({"clip": dataset} if family == "shapes" else {})
+
+
+def place_of(config: Config) -> str:
+    """The folder of a dataset below the root."""
+    return f"{config.dataset}-videos" if config.dataset.startswith("shapes") else config.dataset
+
+
+def build(config: Config) -> CLIP2Video:
+    state = clip.read_state(data.clip_file(config.clip, config.root))
+    scale = float(state.get("logit_scale", math.log(100)))
+    return CLIP2Video(clip.build_text(state), *VARIANTS[config.variant], config.centres,
+                      config.layers, min(scale, math.log(100)))
+
+
+@torch.no_grad()
+def vectors(model: CLIP2Video, part: Split, config: Config, device: torch.device
+            ) -> tuple[Tensor, Tensor, Tensor]:
+    """Joined vectors of all captions [T, 2D] and videos [V, 2D], and the video of each caption."""
+    frames, mask = part.features()
+    of = torch.tensor([v for v, texts in enumerate(part.captions) for _ in texts])
+    ids = clip.tokenize([text for texts in part.captions for text in texts], config.words, True)
+    model.eval()
+    texts = [joined(*model.encode_text(x.to(device)), config.weight) for x in ids.split(256)]
+    videos = [joined(*model.encode_video(x.to(device), m.to(device)), config.weight)
+              for x, m in zip(frames.split(256), mask.split(256))]
+    return torch.cat(texts).cpu(), torch.cat(videos).cpu(), of
+
+
+def train(config: Config, resume: bool = False) -> dict:
+    """Trains on `train`, keeps the epoch with the best text-to-video R@1 on `val`, and returns the
+    metrics of `test`."""
+    device, folder = data.pick_device(config.device), config.folder
+    if not resume and folder.exists() and any(p.name != command.LOCK for p in folder.iterdir()):
+        raise FileExistsError(f"{folder} holds a run already; continue it with --resume, or "
+                              f"choose another --out")
+    if config.dataset.startswith("shapes"):
+        build_shapes(config.dataset, config.root, config.frames)
+    parts = {split: read_split(place_of(config), split, config.root) for split in ("train", "val")}
+    frames, mask = parts["train"].features()
+    torch.manual_seed(config.seed)
+    model = build(config).to(device)
+    tower = [p for name, p in model.named_parameters() if name.startswith("text.")]
+    own = [p for name, p in model.named_parameters() if not name.startswith("text.")]
+    optimiser = torch.optim.AdamW([{"params": tower, "base": config.text_lr},
+                                   {"params": own, "base": config.lr}], betas=(0.9, 0.98), eps=1e-6,
+                                  weight_decay=config.weight_decay, fused=True)
+    steps = math.ceil(len(frames) / config.batch)
+    history, first = [], 0
+    with command.locked(folder), command.Signals() as signals:
+        if resume and (folder / "last.pt").exists():
+            saved = clip.read_torch(folder / "last.pt")
+            if saved["config"] != dataclasses.asdict(config) | {
+                    name: saved["config"].get(name) for name in ("device", "root", "out")}:
+                raise ValueError(f"{folder} holds a run with another configuration; resume it with "
+                                 f"its own settings, or choose another --out")
+            model.load_state_dict(saved["model"])
+            optimiser.load_state_dict(saved["optimiser"])
+            history, first = saved["history"], saved["epoch"]
+            print(f"continuing after epoch {first}")
+        for epoch in range(first, config.epochs):
+            draw = random.Random(1_000_003 * config.seed + epoch)
+            groups = list(range(0, len(frames), config.together))
+            order = torch.tensor([v for first_of in draw.sample(groups, len(groups)) for v in range(
+                first_of, min(first_of + config.together, len(frames)))])
+            model.train()
+            total = 0.0
+            for step, chosen in enumerate(tqdm(order.split(config.batch), desc=f"epoch {epoch + 1}",
+                                               leave=False, disable=None)):
+                x = (epoch + step / steps) / config.epochs
+                rate = min(x / 0.1, 1.0) if x < 0.1 else 0.5 * (1 + math.cos(math.pi * x))
+                for group in optimiser.param_groups:
+                    group["lr"] = group["base"] * rate
+                # one caption of each video: no video has two in a batch, which would be wrong pairs
+                texts = [draw.choice(parts["train"].captions[v]) for v in chosen.tolist()]
+                ids = clip.tokenize(texts, config.words, True).to(device)
+                similarities = logits(model.encode_text(ids), model.encode_video(
+                    frames[chosen].to(device), mask[chosen].to(device)), model.logit_scale)
+                value = loss(similarities, config.weight)
+                if not torch.isfinite(value):
+                    raise FloatingPointError(f"the loss is {value.item()} in epoch {epoch + 1}")
+                optimiser.zero_grad()
+                value.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimiser.step()
+                with torch.no_grad():
+                    model.logit_scale.clamp_(max=math.log(100))
+                total += value.item() / steps
+                if signals.received:
+                    raise command.Stopped(f"stopped in epoch {epoch + 1}; --resume goes on after "
+                                          f"epoch {epoch}", signals.received)
+            texts, videos, of = vectors(model, parts["val"], config, device)
+            row = {"epoch": epoch + 1, "loss": total, **retrieval_metrics(texts @ videos.T, of)}
+            history.append(row)
+            tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+            best = max(history, key=lambda row: row["t2v R@1"])
+            common = {"config": dataclasses.asdict(config), "epoch": epoch + 1, "history": history,
+                      "model": model.state_dict()}
+            if best is row:
+                trainer.save(folder / "ckpt.pt", common | {"versions": trainer.versions()})
+            trainer.save(folder / "last.pt", common | {"optimiser": optimiser.state_dict()})
+        results = evaluate_checkpoint(folder / "ckpt.pt", config.root, device)
+        video.save_atomically(folder / "results.json",
+                              lambda file: file.write(json.dumps(results, indent=1).encode()))
+    return results
+
+
+def load(path: str | pathlib.Path, root: str | None = None) -> tuple[CLIP2Video, Config]:
+    """A checkpoint of `train`. ValueError for another file."""
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}; python clip2video.py train makes "
+                                f"one")
+    saved = clip.read_torch(path)
+    try:
+        config = Config(**saved["config"] | ({"root": root} if root else {}))
+        text = {key.removeprefix("text."): value for key, value in saved["model"].items()
+                if key.startswith("text.")}
+        model = CLIP2Video(clip.build_text(text), *VARIANTS[config.variant], config.centres,
+                           config.layers)
+        model.load_state_dict(saved["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a checkpoint of clip2video.py: {type(error).__name__} "
+                         f"{str(error).splitlines()[0]}") from error
+    return model.eval(), config
+
+
+@torch.no_grad()
+def evaluate_checkpoint(path: str | pathlib.Path, root: str | None, device: torch.device) -> dict:
+    """Metrics on the test videos; in the shapes world also how often a video prefers its caption to
+    one that differs only in the direction, or in the order, of what happens (chance: 50)."""
+    model, config = load(path, root)
+    model, part = model.to(device), read_split(place_of(config), "test", config.root)
+    texts, videos, of = vectors(model, part, config, device)
+    results = {"videos": len(videos), "captions": len(texts),
+               **retrieval_metrics(texts @ videos.T, of)}
+    changed = pathlib.Path(config.root) / place_of(config) / "altered.json"
+    if changed.exists():
+        others = json.loads(changed.read_text())
+        for kind in ("direction", "order"):
+            ids = clip.tokenize([others[name][kind] for name in part.videos], config.words, True)
+            other = joined(*model.encode_text(ids.to(device)), config.weight).cpu()
+            ahead = (texts * videos).sum(1) - (other * videos).sum(1)
+            results[f"{kind} told, %"] = 100 * ((ahead > 0).double().mean()
+                                                + (ahead == 0).double().mean() / 2).item()
+    return results
+
+
+# ------------------------------------------------------------------------------------------ ablation
+
+def ablation(seeds: int, root: str, device: str, dataset: str = "shapes") -> dict[str, list[dict]]:
+    """Variant -> results of each seed (worlds and training seeds 0, 1, ...), run where they are not
+    kept in results/clip2video/."""
+    found = {}
+    for variant in VARIANTS:
+        for seed in range(seeds):
+            world = f"{dataset}-{seed}" if seed else dataset
+            config = Config(**{"dataset": world, **preset(world), "variant": variant, "seed": seed,
+                               "root": root, "device": device,
+                               "out": f"runs/clip2video/{world}-{variant}"})
+            path = HERE / "results" / "clip2video" / f"{variant}-{seed}.json"
+            if not path.exists():
+                started = time.time()
+                results = train(config, resume=config.folder.exists())
+                kept = {k: v for k, v in dataclasses.asdict(config).items()
+                        if k not in ("root", "device", "out")}
+                content = {"config": kept, "results": results, "versions": trainer.versions(),
+                           "minutes": round((time.time() - started) / 60, 2)}
+                path.parent.mkdir(parents=True, exist_ok=True)
+                text = json.dumps(content, indent=1) + "\n"
+                video.save_atomically(path, lambda file: file.write(text.encode()))
+            found.setdefault(variant, []).append(json.loads(path.read_text())["results"])
+    return found
+
+
+def ablation_table(found: dict[str, list[dict]]) -> str:
+    """Markdown: mean and standard deviation over seeds."""
+    names = {"mean": "mean pooling", "transformer": "temporal transformer", "tdb": "+ TDB",
+             "tab": "+ TAB", "both": "+ TDB + TAB"}
+    columns = ("t2v R@1", "t2v R@5", "t2v MedR", "v2t R@1", "direction told, %", "order told, %")
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for variant, results in found.items():
+        cells = [[r[column] for r in results] for column in columns]
+        lines.append(f"| {names[variant]} | " + " | ".join(
+            f"{np.mean(v):.1f}" + (f" ± {np.std(v, ddof=1):.1f}" if len(v) > 1 else "")
+            for v in cells) + " |")
+    first = next(iter(found.values()))
+    return "\n".join(lines) + f"\n\n{len(first)} seeds; {first[0]['videos']} test videos each."
+
+
+# ------------------------------------------------------------------------------------ a folder of videos
+
+def index_folder(checkpoint: str, folder: str, out: str, device: torch.device) -> dict[str, str]:
+    """<out>/clip2video.npz: names [V] and joined vectors [V, 2D] of a folder's videos. Returns file
+    -> reason for those that cannot be read."""
+    model, config = load(checkpoint)
+    images = clip.load(data.clip_file(config.clip, config.root), device)
+    model = model.to(device)
+    files = {str(path.relative_to(folder)): path for path in sorted(pathlib.Path(folder).rglob("*"))
+             if path.suffix.lower() in data.VIDEOS and path.is_file()}
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no video")
+    names, rows, failed = [], [], {}
+    for name, path in tqdm(files.items(), desc="index", unit="video", disable=None):
+        try:
+            x = encode_file(images, path, config.frames, config.stride).float()[None].to(device)
+        except video.VideoError as error:
+            failed[name] = str(error)
+            continue
+        with torch.no_grad():
+            rows.append(joined(*model.encode_video(x, (x != 0).any(2)), config.weight).cpu())
+        names.append(name)
+    if not names:
+        raise ValueError(f"not one of {len(files)} videos could be read: {next(iter(failed.values()))}")
+    save_vectors(out, checkpoint, names, torch.cat(rows))
+    return failed
+
+
+def save_vectors(out: str | pathlib.Path, checkpoint: str | pathlib.Path, names: list[str],
+                 rows: Tensor) -> None:
+    path = pathlib.Path(out) / "clip2video.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    video.save_atomically(path, lambda file: np.savez(
+        file, names=np.array(names), vectors=rows.numpy(),
+        checkpoint=str(pathlib.Path(checkpoint).resolve())))
+
+
+class Ranker:
+    """An index of whole videos: `best(sentences, count)` are the names of those that fit best."""
+
+    def __init__(self, folder: str | pathlib.Path, device: torch.device | str = "cpu"):
+        path = pathlib.Path(folder) / "clip2video.npz"
+        if not path.exists():
+            raise FileNotFoundError(f"{folder} has no vectors of whole videos; make them with: "
+                                    f"python clip2video.py index CKPT DIR --out {folder}")
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                self.names = file["names"].tolist()
+                self.vectors = torch.from_numpy(file["vectors"])
+                checkpoint = str(file["checkpoint"])
+        except Exception as error:  # a dozen kinds for a damaged or a hostile file
+            raise ValueError(f"{path} is damaged ({error}); index again") from error
+        self.model, self.config = load(checkpoint)
+        self.device = torch.device(device)
+        self.model.to(self.device)
+
+    @torch.no_grad()
+    def best(self, sentences: list[str], count: int) -> list[list[tuple[str, float]]]:
+        """For each sentence (video, score), best first: one dot product a video."""
+        ids = clip.tokenize(sentences, self.config.words, True).to(self.device)
+        texts = joined(*self.model.encode_text(ids), self.config.weight).cpu()
+        scores, which = (texts @ self.vectors.T).topk(min(count, len(self.names)))
+        return [[(self.names[v], s) for v, s in zip(row.tolist(), score.tolist())]
+                for row, score in zip(which, scores)]
+
+
+# ---------------------------------------------------------------------------------- the command line
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        part = commands.add_parser(name, help=text, description=text,
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        part.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+        part.add_argument("--root", default="data", help="folder of datasets")
+        return part
+
+    part = add("train", "train, and evaluate on the test videos")
+    for field in dataclasses.fields(Config):
+        if field.name not in ("device", "root"):
+            part.add_argument("--" + field.name.replace("_", "-"), type=field.type,
+                              default=argparse.SUPPRESS, help=f"default {field.default!r}; "
+                              f"shapes: {PRESETS['shapes'].get(field.name, field.default)!r}")
+    part.add_argument("--resume", action="store_true", help="continue the run in --out")
+    part = add("prepare", "captions and features of a published dataset")
+    part.add_argument("dataset", choices=DATASETS, help="which")
+    part.add_argument("--annotations", required=True, help="folder of its published files")
+    part.add_argument("--videos", required=True, help="folder of its video files")
+    part = add("evaluate", "metrics on the test videos")
+    part.add_argument("checkpoint", help="ckpt.pt of a run")
+    part.add_argument("--json", action="store_true", help="print json")
+    part = add("ablation", "what each block brings, on the shapes world")
+    part.add_argument("--seeds", type=int, default=3, help="worlds")
+    part = add("index", "index a folder of videos")
+    part.add_argument("checkpoint", help="ckpt.pt of a run")
+    part.add_argument("folder", help="of videos")
+    part.add_argument("--out", required=True, help="folder of the index; retrieve.py's may be in it")
+    part = add("search", "rank the videos of an index, or of a folder, by a sentence")
+    part.add_argument("index", help="folder of the index")
+    part.add_argument("sentences", nargs="+", help="what to look for")
+    part.add_argument("--top", type=int, default=10, help="answers a sentence")
+    options = parser.parse_args()
+    with command.sentences():
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    device = data.pick_device(options.device)
+    if options.command == "train":
+        given = {k: v for k, v in vars(options).items() if k not in ("command", "resume")}
+        dataset = given.get("dataset", "shapes")
+        config = Config(**{"dataset": dataset, **preset(dataset), **given})
+        print("  ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v != ""))
+        print(table(train(config, options.resume)))
+    elif options.command == "prepare":
+        prepare(options.dataset, options.annotations, options.videos, options)
+    elif options.command == "evaluate":
+        results = evaluate_checkpoint(options.checkpoint, None, device)
+        print(json.dumps(results) if options.json else table(results))
+    elif options.command == "ablation":
+        if options.seeds < 1:
+            raise ValueError("--seeds is at least 1")
+        print(ablation_table(ablation(options.seeds, options.root, options.device)))
+    elif options.command == "index":
+        failed = index_folder(options.checkpoint, options.folder, options.out, device)
+        for name, reason in failed.items():
+            print(command.printable(f"failed: {name}: {reason}"))
+    else:
+        ranker = Ranker(options.index, device)
+        for sentence, found in zip(options.sentences, ranker.best(options.sentences, options.top)):
+            print(f"\"{command.printable(sentence)}\"")
+            for k, (name, score) in enumerate(found, 1):
+                print(f"{k:3d}  {score:.3f}  {command.printable(name)}")
+
+
+def table(results: dict) -> str:
+    return "\n".join(f"{name:20s} {value:8.2f}" for name, value in results.items())
+
+
+if __name__ == "__main__":
+    main()

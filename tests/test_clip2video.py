@@ -1,0 +1,454 @@
+"""CLIP2Video: its blocks, its metrics, its commands."""
+import copy
+import csv
+import json
+import math
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import clip
+import clip2video
+import retrieve
+import shapes
+import video
+
+HERE = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def text():
+    torch.manual_seed(0)
+    tower = clip.TextTower(49408, 77, 16, 3, 2, 16, clip.QuickGELU)
+    for p in tower.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return tower
+
+
+def model_of(text, variant="both", seed=0, **changes):
+    torch.manual_seed(seed)
+    return clip2video.CLIP2Video(copy.deepcopy(text), *clip2video.VARIANTS[variant],
+                                 **changes).eval()
+
+
+def some_frames(B=3, L=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(B, L, 16, generator=generator), torch.ones(B, L, dtype=torch.bool)
+
+
+def test_interleave_places_and_kinds():
+    """f0 d0 f1 d1 f2; of 12 frames 23 tokens with places 0,0,1,1,...,11, kinds 1,0,...,1."""
+    frames, changes = torch.tensor([[[0.], [1.], [2.]]]), torch.tensor([[[10.], [11.]]])
+    assert clip2video.interleave(frames, changes).flatten().tolist() == [0, 10, 1, 11, 2]
+    place = torch.arange(12)[None]
+    assert clip2video.interleave(place, place[:, :11])[0].tolist() == [
+        p for i in range(11) for p in (i, i)] + [11]
+
+
+def test_shapes_and_what_is_added(text):
+    """23 tokens for 12 frames, 11 for the halved ones; 18 visual tokens for K = 5 and 7; and the
+    places and kinds that are on them."""
+    model, (frames, mask) = model_of(text), some_frames()
+    tokens, present = model.difference(frames, mask)
+    assert tokens.shape == (3, 23, 16) and present.shape == (3, 23) and present.all()
+    assert model.difference(frames[:, 0::2], mask[:, 0::2])[0].shape == (3, 11, 16)
+    with torch.no_grad():
+        changes, _ = model.difference.differences(frames, mask)
+        P, T = model.difference.places, model.difference.kinds
+        for i in range(12):
+            assert torch.allclose(tokens[:, 2 * i], frames[:, i] + P[i] + T[1], atol=1e-6)
+        for i in range(11):
+            assert torch.allclose(tokens[:, 2 * i + 1], changes[:, i] + P[i] + T[0], atol=1e-6)
+    seen = []
+    for K in (5, 7):
+        other = model_of(text, centres=K)
+        aggregate, other.aggregate = other.aggregate, lambda x, m: (seen.append(x.shape[1]),
+                                                                    aggregate(x, m))[1]
+        overall, aligned = other.encode_video(frames, mask)
+        assert aligned.shape == (3, 16) and other.centres.shape == (K, 16)
+        assert torch.allclose(overall.norm(dim=1), torch.ones(3))
+        assert torch.allclose(aligned.norm(dim=1), torch.ones(3))
+    assert seen == [18, 18]
+
+
+def test_initialisation_is_clips(text):
+    """P and T from the places of the text tower, A_t from its layers, A_d and A_c from its first;
+    copied, not tied; LayerNorm's epsilon 1e-12."""
+    model = model_of(text)
+    d = model.difference
+    assert torch.equal(d.places, text.positional_embedding)
+    assert torch.equal(d.kinds, text.positional_embedding[:2])
+    known = text.transformer.resblocks
+    for block, source in [(d.attention.blocks[0], known[0]), (model.coarse.blocks[0], known[0]),
+                          *zip(model.transformer.blocks, [known[i % 3] for i in range(4)])]:
+        assert all(torch.equal(a, b) for a, b in zip(block.parameters(), source.parameters()))
+        assert block.ln_1.eps == block.ln_2.eps == 1e-12
+    assert all(a is not b for a in model.transformer.parameters() for b in text.parameters())
+    assert text.transformer.resblocks[0].ln_1.eps == 1e-5
+    assert len(model.transformer.blocks) == 4 and len(model.coarse.blocks) == 1
+
+
+def test_differences_lie_between_minus_one_and_one(text):
+    model = model_of(text)
+    for frames in (100 * some_frames()[0], torch.ones(2, 12, 16)):      # also where nothing changes
+        mask = torch.ones(frames.shape[:2], dtype=torch.bool)
+        changes, _ = model.difference.differences(frames, mask)
+        assert changes.isfinite().all() and changes.abs().max() <= 1
+        assert all(v.isfinite().all() for v in model.encode_video(frames, mask))
+
+
+@pytest.mark.parametrize("variant", clip2video.VARIANTS)
+def test_padding_and_batch_mates_change_nothing(text, variant):
+    """Videos of 1, 2, 3, 7 and 12 frames: alone and unpadded, or among others with noise behind
+    their end, 1e-5."""
+    model, (frames, _) = model_of(text, variant), some_frames(5)
+    lengths = (1, 2, 3, 7, 12)
+    mask = torch.arange(12)[None] < torch.tensor(lengths)[:, None]
+    noise = some_frames(5, seed=9)[0] * 50
+    together = model.encode_video(torch.where(mask[..., None], frames, noise), mask)
+    for b, L in enumerate(lengths):
+        alone = model.encode_video(frames[b:b + 1, :L], mask[b:b + 1, :L])
+        for one, all_of_them in zip(alone, together):
+            assert one is None or torch.allclose(one[0], all_of_them[b], atol=1e-5), (variant, L)
+
+
+def test_a_video_without_a_frame_is_an_error(text):
+    frames, mask = some_frames(2)
+    mask[1] = False
+    with pytest.raises(ValueError, match="no frame"):
+        model_of(text).encode_video(frames, mask)
+
+
+def test_the_difference_block_by_plain_steps(text):
+    """v_g of one video, step by step as the specification has it."""
+    model, (frames, mask) = model_of(text, "tdb"), some_frames(1, 4)
+    d, f = model.difference, frames[0]
+
+    def layer(block, x):                        # pre-norm, no mask, two heads of eight
+        def attend(x):
+            q, k, v = (x @ block.attn.in_proj_weight.T + block.attn.in_proj_bias).chunk(3, 1)
+            heads = []
+            for h in (slice(0, 8), slice(8, 16)):
+                weights = torch.softmax(q[:, h] @ k[:, h].T / math.sqrt(8), 1)
+                heads.append(weights @ v[:, h])
+            return block.attn.out_proj(torch.cat(heads, 1))
+        norm = lambda ln, x: F.layer_norm(x, (16,), ln.weight, ln.bias, 1e-12)
+        x = x + attend(norm(block.ln_1, x))
+        h = block.mlp.c_fc(norm(block.ln_2, x))
+        return x + block.mlp.c_proj(h * torch.sigmoid(1.702 * h))
+
+    with torch.no_grad():
+        change = torch.stack([f[i + 1] - f[i] + d.places[i + 1] for i in range(3)])
+        change = 2 * torch.sigmoid(d.norm(layer(d.attention.blocks[0], change))) - 1
+        x = []
+        for i in range(4):
+            x.append(f[i] + d.places[i] + d.kinds[1])
+            if i < 3:
+                x.append(change[i] + d.places[i] + d.kinds[0])
+        x = torch.stack(x)
+        for block in model.transformer.blocks:
+            x = layer(block, x)
+        v = torch.stack([(x[2 * i] + f[i]) / (x[2 * i] + f[i]).norm() for i in range(4)]).mean(0)
+        assert torch.allclose(model.encode_video(frames, mask)[0][0], v / v.norm(), atol=1e-5)
+
+
+def test_aggregation_by_loops_and_in_any_order(text):
+    """Each centre sums what its tokens are beyond it; the order of tokens, and masked ones, change
+    nothing."""
+    model = model_of(text)
+    x, mask = torch.randn(2, 9, 16), torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 5:] = False
+    with torch.no_grad():
+        found = model.aggregate(x, mask)
+        for b in range(2):
+            kept = [x[b, n] for n in range(9) if mask[b, n]]
+            rows = torch.zeros(5, 16)
+            for token in kept:
+                share = torch.softmax(model.assign @ token, 0)
+                for k in range(5):
+                    rows[k] += share[k] * (token - model.centres[k])
+            u = (rows / rows.norm(dim=1, keepdim=True)).mean(0)
+            assert torch.allclose(found[b], u / u.norm(), atol=1e-5)
+        order = torch.randperm(9)
+        assert torch.allclose(model.aggregate(x[:, order], mask[:, order]), found, atol=1e-5)
+
+
+def test_words_are_what_is_between_start_and_padding(text):
+    """The start token and the padding have no share in t_a; padding (id 0, which is "!") to any
+    length changes nothing; the end token counts."""
+    model = model_of(text)
+    ids = clip.tokenize(["a person opens the door", "a dog"], 32)
+    with torch.no_grad():
+        overall, aligned = model.encode_text(ids)
+        again = model.encode_text(clip.tokenize(["a person opens the door", "a dog"], 20))
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip((overall, aligned), again))
+        h = model.text.ln_final(model.text.states(ids)) @ model.text.text_projection
+        words = torch.zeros(2, 32, dtype=torch.bool)
+        words[0, 1:7] = words[1, 1:4] = True            # five words and the end; two and the end
+        assert torch.allclose(model.aggregate(h, words), aligned, atol=1e-6)
+        assert torch.allclose(F.normalize(model.text.encode_text(ids), dim=1), overall, atol=1e-5)
+
+
+def test_loss_by_hand_and_its_symmetry():
+    """A certain diagonal costs nothing. [[1, 0], [0, 0]]: rows log(1 + e^-1) and log 2, columns the
+    same, so (0.3133 + 0.6931) / 2 = 0.5032."""
+    assert clip2video.symmetric_loss(100 * torch.eye(4)).item() == pytest.approx(0, abs=1e-6)
+    S = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    assert clip2video.symmetric_loss(S).item() == pytest.approx(0.5032, abs=1e-4)
+    S = torch.randn(5, 5)
+    assert torch.isclose(clip2video.symmetric_loss(S), clip2video.symmetric_loss(S.T))
+    a, b = torch.randn(3, 3), torch.randn(3, 3)
+    assert torch.isclose(clip2video.loss([a, b], 0.25), 0.25 * clip2video.symmetric_loss(a)
+                         + 0.75 * clip2video.symmetric_loss(b))
+
+
+def test_gradients_reach_every_new_weight(text):
+    model, (frames, mask) = model_of(text).train(), some_frames(4)
+    ids = clip.tokenize(["a dog", "a cat runs", "the door opens", "red"], 32)
+    clip2video.loss(clip2video.logits(model.encode_text(ids), model.encode_video(frames, mask),
+                                      model.logit_scale)).backward()
+    d = model.difference
+    for p in (model.assign, model.centres, d.kinds, d.norm.weight, model.logit_scale,
+              *d.attention.parameters(), *model.transformer.parameters(),
+              *model.coarse.parameters()):
+        assert p.grad.abs().max() > 0
+    assert d.places.grad[:12].abs().max() > 0 and d.places.grad[12:].abs().max() == 0
+    assert model.text.text_projection.grad.abs().max() > 0
+
+
+def test_one_vector_holds_both_similarities(text):
+    model, (frames, mask) = model_of(text), some_frames()
+    ids = clip.tokenize(["a dog", "a cat runs"], 32)
+    with torch.no_grad():
+        t, v = model.encode_text(ids), model.encode_video(frames, mask)
+        for w in (0.5, 0.3):
+            both = clip2video.joined(*t, w) @ clip2video.joined(*v, w).T
+            assert torch.allclose(both, w * t[0] @ v[0].T + (1 - w) * t[1] @ v[1].T, atol=1e-6)
+            assert torch.allclose(clip2video.joined(*v, w).norm(dim=1), torch.ones(3))
+
+
+# -------------------------------------------------------------------------------------------- metrics
+
+def test_ranks_by_hand():
+    """Rows: first; tied with one other: 1.5; last of three. All the same of four: 2.5."""
+    S = torch.tensor([[3., 1., 2.], [5., 5., 1.], [3., 2., 1.]])
+    assert clip2video.ranks(S, torch.arange(3)).tolist() == [1, 1.5, 3]
+    assert clip2video.ranks(torch.zeros(4, 4), torch.arange(4)).tolist() == [2.5] * 4
+    found = clip2video.retrieval_metrics(S)
+    assert found["t2v R@1"] == pytest.approx(100 / 3) and found["t2v R@5"] == 100
+    assert found["t2v MedR"] == 1.5 and found["t2v MnR"] == pytest.approx(5.5 / 3)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            clip2video.retrieval_metrics(torch.tensor([[1.0, bad], [0.0, 1.0]]))
+    with pytest.raises(ValueError, match="do not cover"):
+        clip2video.retrieval_metrics(torch.zeros(3, 2), torch.tensor([0, 0, 0]))
+
+
+def test_several_captions_a_video_against_loops():
+    """Groups of 3, 1 and 4 captions: text to video for each caption, video to text by the best
+    caption of each group."""
+    generator = torch.Generator().manual_seed(1)
+    S, of = torch.rand(8, 3, generator=generator), torch.tensor([0, 0, 0, 1, 2, 2, 2, 2])
+    t2v = [1 + sum(S[t, v] > S[t, of[t]] for v in range(3)).item() for t in range(8)]
+    best = [[max(S[t, v].item() for t in range(8) if of[t] == g) for g in range(3)]
+            for v in range(3)]
+    v2t = [1 + sum(best[v][g] > best[v][v] for g in range(3)) for v in range(3)]
+    found = clip2video.retrieval_metrics(S, of)
+    for name, rank in (("t2v", t2v), ("v2t", v2t)):
+        assert found[f"{name} R@1"] == pytest.approx(100 * np.mean([r <= 1 for r in rank]))
+        assert found[f"{name} MnR"] == pytest.approx(np.mean(rank))
+        assert found[f"{name} MedR"] == pytest.approx(np.median(rank))
+
+
+# ----------------------------------------------------------------------------------------- the data
+
+def test_sampling_of_frames():
+    """10 s at 5 a second are 50 pictures, every second of them 25: 12 evenly apart, first and last
+    included. 3 s: 15, of which 7: all of them. Shorter than a picture: one."""
+    times = clip2video.frame_times(10, 12, 2)
+    first = np.linspace(0, 49, 25).astype(int)
+    assert times.tolist() == (first[np.linspace(0, 24, 12).astype(int)] / 5).tolist()
+    assert times[0] == 0 and times[-1] == 49 / 5 and len(times) == 12
+    assert len(clip2video.frame_times(3, 12, 2)) == 7 and clip2video.frame_times(0.1).tolist() == [0]
+    assert len(clip2video.frame_times(10, 12, 1)) == 12
+
+
+def test_families_differ_in_motion_only():
+    """Four videos of the same two actors: four captions, which noun words do not tell apart; the
+    altered captions are those of the siblings, up to synonyms."""
+    for seed in range(5):
+        plans = clip2video.family(np.random.default_rng(seed))
+        captions = [clip2video.describe(p["events"]) for p in plans]
+        assert len(set(captions)) == 4
+        actors = {frozenset((e["colour"], e["shape"]) for e in p["events"]) for p in plans}
+        assert len(actors) == 1
+        meant = [[(e["colour"], e["verb"]) for e in p["events"]] for p in plans]
+        verbs = {word: k for k, pair in enumerate(shapes.VERBS) for word in pair}
+        for k, plan in enumerate(plans):
+            for kind, sibling in (("direction", k ^ 1), ("order", (k + 2) % 4)):
+                told = [(part.split()[1], verbs[part.split()[-1]])
+                        for part in clip2video.altered(plan["events"])[kind].split(", then ")]
+                assert told == meant[sibling], kind
+            for event in plan["events"]:
+                assert 0 <= event["enter"] < event["start"] < event["end"] < event["leave"] <= 33
+
+
+def published_files(folder: pathlib.Path) -> None:
+    """The three datasets in their published forms, of three videos."""
+    names = ["a", "b", "c"]
+    sentences = [{"video_id": n, "caption": f"{n} caption {k}", "sen_id": k}
+                 for n in names for k in range(2)]
+    (folder / "MSRVTT_data.json").write_text(json.dumps({"videos": [], "sentences": sentences}))
+    with open(folder / "MSRVTT_train.9k.csv", "w") as file:
+        file.write("video_id\na\nb\n")
+    with open(folder / "MSRVTT_JSFUSION_test.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerows([["key", "vid_key", "video_id", "sentence"], ["r", "m", "c", "a test, yes"]])
+    (folder / "raw-captions.pkl").write_bytes(pickle.dumps({n: [["a", n], ["two"]] for n in names}))
+    for split, name in zip(("train", "val", "test"), names):
+        (folder / f"{split}_list.txt").write_text(name + "\n")
+    (folder / "vatex_data.json").write_text(json.dumps(
+        [{"videoID": n, "enCap": ["one", "two"], "chCap": []} for n in names]))
+
+
+def test_published_forms(tmp_path):
+    published_files(tmp_path)
+    msrvtt = clip2video.read_msrvtt(tmp_path)
+    assert msrvtt == {"train": {"a": ["a caption 0", "a caption 1"],
+                                "b": ["b caption 0", "b caption 1"]}, "test": {"c": ["a test, yes"]}}
+    assert clip2video.read_msvd(tmp_path) == {"train": {"a": ["a a", "two"]},
+                                              "val": {"b": ["a b", "two"]},
+                                              "test": {"c": ["a c", "two"]}}
+    assert clip2video.read_vatex(tmp_path)["test"] == {"c": ["one", "two"]}
+    (tmp_path / "vatex_data.json").write_text(json.dumps({"a": {"enCap": ["x"]}, "b": {"enCap": []},
+                                                          "c": {"enCap": ["z"]}}))
+    assert clip2video.read_vatex(tmp_path)["train"] == {"a": ["x"]}
+
+
+def test_a_pickle_of_captions_cannot_execute_anything(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    published_files(tmp_path)
+
+    class Explosion:
+        def __reduce__(self):
+            return pathlib.Path.touch, (pathlib.Path("exploded"),)
+
+    (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps({"a": Explosion()}))
+    with pytest.raises(pickle.UnpicklingError, match="it asks for"):
+        clip2video.read_msvd(tmp_path)
+    assert not (tmp_path / "exploded").exists()
+
+
+# ------------------------------------------------------------------------------------- the commands
+
+def run(*arguments, status=0):
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=HERE, capture_output=True,
+                          text=True, timeout=600)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr if status else done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    """Three families are enough to see the commands work."""
+    root = tmp_path_factory.mktemp("c2v")
+    (root / "shapes").symlink_to(world / "shapes")
+    families, clip2video.FAMILIES = clip2video.FAMILIES, {"train": 6, "val": 2, "test": 3}
+    clip2video.build_shapes("shapes", str(root), 16)
+    clip2video.FAMILIES = families
+    text = run("clip2video.py", "train", "--root", root, "--epochs", 2, "--device", "cpu", "--out",
+               root / "run")
+    return root, text
+
+
+def test_train_evaluate_and_resume(trained, tmp_path):
+    root, text = trained
+    assert "t2v R@1" in text and "direction told, %" in text and "epoch 2" in text
+    shown = run("clip2video.py", "evaluate", root / "run" / "ckpt.pt")
+    assert shown.strip() in text
+    assert json.loads(run("clip2video.py", "evaluate", root / "run" / "ckpt.pt", "--json")) \
+        == json.loads((root / "run" / "results.json").read_text())
+    assert "holds a run already" in run("clip2video.py", "train", "--root", root, "--out",
+                                        root / "run", status=2)
+    script = tmp_path / "stop.py"
+    script.write_text("import clip2video, sys\n"
+                      "save = clip2video.trainer.save\n"
+                      "def stop(path, content):\n"
+                      "    save(path, content)\n"
+                      "    if path.name == 'last.pt': sys.exit(9)\n"
+                      "clip2video.trainer.save = stop\n"
+                      "clip2video.main()\n")
+    arguments = ("train", "--root", root, "--epochs", 2, "--device", "cpu", "--out",
+                 tmp_path / "run")
+    done = subprocess.run([sys.executable, str(script), *map(str, arguments)], cwd=HERE,
+                          capture_output=True, text=True,
+                          env={**__import__("os").environ, "PYTHONPATH": str(HERE)})
+    assert done.returncode == 9, done.stderr
+    assert "continuing after epoch 1" in run("clip2video.py", *arguments, "--resume")
+    a, b = (torch.load(path / "run" / "last.pt", weights_only=True)["model"]
+            for path in (root, tmp_path))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert "another configuration" in run("clip2video.py", *arguments, "--seed", 5, "--resume",
+                                          status=2)
+
+
+def test_search_a_folder_of_videos(trained, tmp_path):
+    """Index, search, and moments in the best videos only."""
+    root, _ = trained
+    shapes.export(tmp_path / "videos", 3, 0)
+    (tmp_path / "videos" / "broken.mp4").write_bytes(b"no video")
+    text = run("clip2video.py", "index", root / "run" / "ckpt.pt", tmp_path / "videos", "--out",
+               tmp_path / "index")
+    assert "failed: broken.mp4" in text
+    text = run("clip2video.py", "search", tmp_path / "index", "a red circle rises", "--top", 2)
+    assert text.count(".mp4") == 2 and '"a red circle rises"' in text
+    ranker = clip2video.Ranker(tmp_path / "index")
+    assert sorted(ranker.names) == ["test-0000.mp4", "test-0001.mp4", "test-0002.mp4"]
+    (name, score), *_ = ranker.best(["the blue bar falls"], 3)[0]
+    with torch.no_grad():
+        t = clip2video.joined(*ranker.model.encode_text(clip.tokenize("the blue bar falls", 40)))
+    assert score == pytest.approx((t @ ranker.vectors[ranker.names.index(name)]).item(), abs=1e-5)
+    assert "no vectors of whole videos" in run("clip2video.py", "search", tmp_path, "a", status=2)
+
+
+def test_a_checkpoint_of_another_kind(trained, world):
+    assert "is not a" in run("clip2video.py", "evaluate", world / "shapes" / "clip.pt", status=2)
+    assert "there is no checkpoint" in run("clip2video.py", "evaluate", "nothing.pt", status=2)
+
+
+def test_moments_in_chosen_videos_only(tmp_path):
+    """With all videos among the chosen the answers are those of the exact search; with some, those
+    of these."""
+    index = retrieve.Index.__new__(retrieve.Index)
+    index.folder, index.mapped, J = tmp_path, None, 8
+    index.table = tmp_path / "videos.json"
+    index.content = {"joint": J, "videos": {}}
+    generator = torch.Generator().manual_seed(0)
+    for k in range(6):
+        rows = [F.normalize(torch.randn(20, J, generator=generator), dim=1) for _ in range(2)]
+        spans = (30 * torch.rand(20, 2, generator=generator)).sort(1).values
+        index.add(f"{k}.mp4", {"duration_sec": 30.0}, spans, *rows)
+    q = F.normalize(torch.randn(2, J, generator=generator), dim=1)
+    exact = index.search(*q, top_k=8)
+    assert index.search(*q, top_k=8, among=[f"{k}.mp4" for k in range(6)]) == exact
+    some = index.search(*q, top_k=8, among=["2.mp4", "5.mp4"])
+    assert {name for name, _ in some} <= {"2.mp4", "5.mp4"} and some
+    mine = [answer for answer in index.search(*q, top_k=100) if answer[0] in ("2.mp4", "5.mp4")]
+    assert some == mine[:len(some)]
+    assert index.search(*q, among=[]) == [] == index.search(*q, among=["gone.mp4"])
+
+
+def test_short_videos_and_stored_zeros(tmp_path, published):
+    """A video of fewer pictures than L is padded with zeros, which are taken for what they are."""
+    model = clip.build(shapes.pretrain(0, steps=1, count=64, rounds=1).state_dict())
+    x = clip2video.encode_file(model, published / "videos" / "test.avi", 40, 2)
+    times = clip2video.frame_times(video.probe_duration(published / "videos" / "test.avi"), 40, 2)
+    assert x.shape == (40, 64) and len(times) < 40
+    assert ((x != 0).any(1) == (torch.arange(40) < len(times))).all()
