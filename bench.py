@@ -1,6 +1,6 @@
 """How fast is it? Ratios measured in one run on one machine.
 
-    python bench.py                                 # all that needs no GPU, ten minutes on two cores
+    python bench.py                                 # what needs no GPU, five minutes on two cores
     python bench.py step search                     # some of it
     python bench.py video --videos DIR              # extraction, of real videos
     python bench.py train --device cuda             # training at the settings of both datasets
@@ -70,7 +70,7 @@ def same(ours: Tensor, theirs: Tensor, what: str, tolerance: float = 1e-5) -> No
                            f"their speed says nothing")
 
 
-# -------------------------------------------------------------------------------------------- queries
+# ------------------------------------------------------------------------------------------ queries
 
 def queries_of(options: argparse.Namespace, *names: str) -> list[str]:
     """The sentences of published datasets, from --annotations."""
@@ -148,7 +148,7 @@ def bench_text(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-# ---------------------------------------------------------------------------------------- image tower
+# -------------------------------------------------------------------------------------- image tower
 
 @torch.no_grad()
 def bench_image(options: argparse.Namespace) -> list[dict]:
@@ -203,7 +203,7 @@ def bench_image(options: argparse.Namespace) -> list[dict]:
                 hugging_face / with_patches, "Hugging Face")]
 
 
-# --------------------------------------------------------------------------------------- training step
+# ------------------------------------------------------------------------------------ training step
 
 def published_losses(model: mmn.MMN, frames: Tensor, text: Tensor, video_of: Tensor, iou: Tensor,
                      moments_sec: Tensor) -> tuple[Tensor, Tensor]:
@@ -346,7 +346,7 @@ def bench_loader(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-# ----------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
 def greedy_nms(moments: Tensor, scores: Tensor, top_k: int, nms: float) -> Tensor:
     """The published way: sort a query's candidates, and let each one that is left drop those after
@@ -472,7 +472,7 @@ def bench_stages(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-# ----------------------------------------------------------------------------------------- extraction
+# --------------------------------------------------------------------------------------- extraction
 
 def bench_video(options: argparse.Namespace) -> list[dict]:
     """Extraction of 32 frames a video, against its two halves alone: file -> frames
@@ -606,7 +606,7 @@ def time_training(config: train.Config, precision: str, layout: str, per_video: 
     return seconds, gib, flops / speed, torch.stack(losses[:steps]).cpu()
 
 
-# ------------------------------------------------------------------------------------ the command line
+# --------------------------------------------------------------------------------- the command line
 
 BENCHES = {"tokens": bench_tokens, "text": bench_text, "image": bench_image, "step": bench_step,
            "loader": bench_loader, "nms": bench_nms, "search": bench_search, "video": bench_video,
@@ -660,7 +660,8 @@ def main() -> None:
             width = max(len(line["what"]) for line in rows)
             for line in rows:
                 ratio = f"{line['ratio']:9.2f} x {line['to']}" if line["ratio"] else ""
-                print(f"{line['what'].ljust(width)}  {line['value']:11,.4g} {line['unit']:11}{ratio}")
+                print(f"{line['what'].ljust(width)}  {line['value']:11,.4g} {line['unit']:11}"
+                      f"{ratio}")
         if failed and options.bench:
             raise ValueError("not all that was asked for could be measured, see above")
 

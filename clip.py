@@ -602,7 +602,7 @@ def read_torch(path: str | os.PathLike) -> object:
 
 
 def _check_sizes(content: object) -> None:
-    """A tensor may claim more numbers than it has (strides of 0) and would take them when copied."""
+    """A tensor may claim more numbers than it has (strides of 0); copied it would take them."""
     if isinstance(content, Tensor):
         if content.is_sparse or content.numel() * content.element_size() \
                 > content.untyped_storage().nbytes():

@@ -14,8 +14,8 @@ temporal alignment block (TAB) assigns frames and words to shared centres. Simil
 weighted sum, which is one dot product of one vector each (`joined`).
 
 It ranks whole videos; moments are mmn.py's work. `retrieve.py search --videos 100` looks for
-moments only in the videos that rank best here. Left out: the image tower is not trained (features are
-made once), so frames are not jittered in training.
+moments only in the videos that rank best here. Left out: the image tower is not trained (features
+are made once), so frames are not jittered in training.
 
 Shapes: B videos or sentences, L frames, W words, D width of CLIP's joint space, K centres, N tokens
 to aggregate. Masks [B, L] are bool, True = there is such a frame. [code] marks what the authors'
@@ -52,7 +52,7 @@ VARIANTS = {"mean": ("mean", False), "transformer": ("transformer", False), "tdb
 DATASETS = ("msrvtt", "msvd", "vatex")
 
 
-# ------------------------------------------------------------------------------------------ the model
+# ---------------------------------------------------------------------------------------- the model
 
 class Transformer(nn.Module):
     """Pre-norm, not causal, started as the first layers of CLIP's text transformer. [B, N, D]"""
@@ -136,8 +136,8 @@ class CLIP2Video(nn.Module):
             self.centres = nn.Parameter(torch.randn(centres, D) * 0.125)        # C
 
     def encode_video(self, frames: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """CLIP's features [B, L, D], not normalised, and which are there [B, L] -> unit vectors v_g,
-        v_a [B, D] (v_a is None without TAB). ValueError for a video without a frame."""
+        """CLIP's features [B, L, D], not normalised, and which are there [B, L] -> unit vectors
+        v_g, v_a [B, D] (v_a is None without TAB). ValueError for a video without a frame."""
         if not mask.any(1).all():
             raise ValueError("a video has no frame; leave it out")
         frames = frames * mask[..., None]                               # whatever padding holds
@@ -160,7 +160,7 @@ class CLIP2Video(nn.Module):
 
     def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """Token ids [B, W], padded with 0 -> unit vectors t_g (of the end token), t_a [B, D]."""
-        end = ids.argmax(1)                                             # the end token's id is largest
+        end = ids.argmax(1)                                     # the end token has the largest id
         h = self.text.ln_final(self.text.states(ids)) @ self.text.text_projection       # [B, W, D]
         overall = F.normalize(h[torch.arange(len(h), device=h.device), end], dim=1)
         if not self.align:
@@ -206,7 +206,7 @@ def loss(similarities: list[Tensor], weight: float = 0.5) -> Tensor:
     return each[0] if len(each) == 1 else weight * each[0] + (1 - weight) * each[1]
 
 
-# ------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 def ranks(similarity: Tensor, target: Tensor) -> Tensor:
     """Rank of column target[i] in row i: 1 + those that score more + half of those that score the
@@ -234,7 +234,8 @@ def retrieval_metrics(similarity: Tensor, video_of: Tensor | None = None) -> dic
     T, V = similarity.shape
     video_of = torch.arange(T) if video_of is None else video_of
     if len(video_of) != T or not set(range(V)) <= set(video_of.tolist()):
-        raise ValueError(f"{T} texts, {len(video_of)} of them with a video, do not cover {V} videos")
+        raise ValueError(f"{T} texts, {len(video_of)} of them with a video, do not cover {V} "
+                         f"videos")
     groups = torch.full((V, V), -math.inf).to(similarity).scatter_reduce(
         0, video_of[:, None].expand(T, V), similarity, "amax")          # [group, video]
     directions = {"t2v": ranks(similarity, video_of), "v2t": ranks(groups.T, torch.arange(V))}
@@ -242,7 +243,7 @@ def retrieval_metrics(similarity: Tensor, video_of: Tensor | None = None) -> dic
             for name, value in summary(rank).items()}
 
 
-# --------------------------------------------------------------------------------------------- the data
+# ----------------------------------------------------------------------------------------- the data
 
 @dataclasses.dataclass
 class Split:
@@ -275,9 +276,10 @@ def read_split(dataset: str, split: str, root: str) -> Split:
     return Split(list(captions), list(captions.values()), store)
 
 
-def frame_times(duration_sec: float, count: int = 12, stride: int = 2, rate: float = 5.0) -> np.ndarray:
-    """The instants of at most `count` frames: of those at 5 a second every `stride`-th, and of these
-    `count` that are evenly apart, first and last included [code]."""
+def frame_times(duration_sec: float, count: int = 12, stride: int = 2,
+                rate: float = 5.0) -> np.ndarray:
+    """The instants of at most `count` frames: of those at 5 a second every `stride`-th, and of
+    these `count` that are evenly apart, first and last included [code]."""
     total = max(1, int(duration_sec * rate))
     first = np.linspace(0, total - 1, max(1, total // stride)).astype(int)
     if len(first) > count:
@@ -343,7 +345,8 @@ def prepare(dataset: str, folder: str, videos: str, options: argparse.Namespace)
         raise ValueError(f"the files in {folder} are not those of {dataset}: {type(e).__name__} "
                          f"{e}") from e
     if "val" not in splits:                     # MSR-VTT 9k has none: a seeded tenth of training
-        held = set(random.Random(0).sample(sorted(splits["train"]), max(1, len(splits["train"]) // 10)))
+        names = sorted(splits["train"])
+        held = set(random.Random(0).sample(names, max(1, len(names) // 10)))
         splits["val"] = {k: v for k, v in splits["train"].items() if k in held}
         splits["train"] = {k: v for k, v in splits["train"].items() if k not in held}
     config = Config(**{"dataset": dataset, **preset(dataset)})
@@ -378,7 +381,7 @@ def prepare(dataset: str, folder: str, videos: str, options: argparse.Namespace)
         print(f"{len(failed)} videos have no features, see {store.folder / 'failed.txt'}")
 
 
-# ---------------------------------------------------------------------------- whole videos of shapes
+# --------------------------------------------------------------------------- whole videos of shapes
 
 FAMILIES = {"train": 400, "val": 50, "test": 100}       # of four videos each
 OPPOSITE = {0: 1, 1: 0, 2: 3, 3: 2, 4: 5, 5: 4, 6: 6}   # of shapes.VERBS; blinking has none
@@ -459,7 +462,8 @@ def build_shapes(dataset: str, root: str, frames: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All there is to choose. Defaults: MSR-VTT 9k with CLIP4Clip's training, on which it builds."""
+    """All there is to choose. Defaults: MSR-VTT 9k, with the training of CLIP4Clip, on which it
+    builds."""
     dataset: str = "msrvtt"
     variant: str = "both"               # see VARIANTS
     seed: int = 42
@@ -493,15 +497,15 @@ class Config:
 PRESETS = {
     "msrvtt": {}, "msvd": dict(stride=1), "vatex": dict(stride=1, centres=7, epochs=23),
     # python clip2video.py train      two cores, two minutes
-    "shapes": dict(clip="shapes", seed=0, frames=16, words=40, layers=2, batch=64, together=4, epochs=30,
-                   lr=1e-3, text_lr=1e-3, weight_decay=0.02)}
+    "shapes": dict(clip="shapes", seed=0, frames=16, words=40, layers=2, batch=64, together=4,
+                   epochs=30, lr=1e-3, text_lr=1e-3, weight_decay=0.02)}
 
 
 def preset(dataset: str) -> dict:
     family = "shapes" if dataset.startswith("shapes") else dataset
     if family not in PRESETS:
-        raise ValueError(f"--dataset is shapes, shapes-1, ..., or one of {', '.join(DATASETS)}, not "
-                         f"{dataset!r}")
+        raise ValueError(f"--dataset is shapes, shapes-1, ..., or one of {', '.join(DATASETS)}, "
+                         f"not {dataset!r}")
     return PRESETS[family] | ({"clip": dataset} if family == "shapes" else {})
 
 
@@ -649,7 +653,7 @@ def evaluate_checkpoint(path: str | pathlib.Path, root: str | None, device: torc
     return results
 
 
-# ------------------------------------------------------------------------------------------ ablation
+# ----------------------------------------------------------------------------------------- ablation
 
 def ablation(seeds: int, root: str, device: str, dataset: str = "shapes") -> dict[str, list[dict]]:
     """Variant -> results of each seed (worlds and training seeds 0, 1, ...), run where they are not
@@ -691,7 +695,7 @@ def ablation_table(found: dict[str, list[dict]]) -> str:
     return "\n".join(lines) + f"\n\n{len(first)} seeds; {first[0]['videos']} test videos each."
 
 
-# ------------------------------------------------------------------------------------ a folder of videos
+# ------------------------------------------------------------------------------- a folder of videos
 
 def index_folder(checkpoint: str, folder: str, out: str, device: torch.device) -> dict[str, str]:
     """<out>/clip2video.npz: names [V] and joined vectors [V, 2D] of a folder's videos. Returns file
@@ -714,7 +718,8 @@ def index_folder(checkpoint: str, folder: str, out: str, device: torch.device) -
             rows.append(joined(*model.encode_video(x, (x != 0).any(2)), config.weight).cpu())
         names.append(name)
     if not names:
-        raise ValueError(f"not one of {len(files)} videos could be read: {next(iter(failed.values()))}")
+        raise ValueError(f"not one of {len(files)} videos could be read: "
+                         f"{next(iter(failed.values()))}")
     save_vectors(out, checkpoint, names, torch.cat(rows))
     return failed
 
@@ -757,7 +762,7 @@ class Ranker:
                 for row, score in zip(which, scores)]
 
 
-# ---------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -789,7 +794,7 @@ def main() -> None:
     part = add("index", "index a folder of videos")
     part.add_argument("checkpoint", help="ckpt.pt of a run")
     part.add_argument("folder", help="of videos")
-    part.add_argument("--out", required=True, help="folder of the index; retrieve.py's may be in it")
+    part.add_argument("--out", required=True, help="folder of the index, for instance retrieve.py's")
     part = add("search", "rank the videos of an index, or of a folder, by a sentence")
     part.add_argument("index", help="folder of the index")
     part.add_argument("sentences", nargs="+", help="what to look for")

@@ -24,11 +24,11 @@ OURS = (AssertionError, AttributeError, IndexError, KeyError, NameError, NotImpl
         TypeError, UnboundLocalError)
 
 
-def printable(text: object) -> str:
-    """Text without control characters: what stands in a file, or is its name, must not steer a
-    terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
-                   for c in str(text))
+def printable(text: str, but: str = "") -> str:
+    """Text without control characters, except those in `but`: what stands in a file, or is its
+    name, must not steer a terminal."""
+    return "".join(c if c.isprintable() or c in but else c.encode("unicode_escape").decode()
+                   for c in text)
 
 
 class Stopped(SystemExit):
@@ -97,7 +97,7 @@ def _stop(number: int, frame) -> None:
 def _leave(sentence: str, status: int) -> None:
     if os.environ.get("VDI_TRACEBACK"):
         traceback.print_exc()
-    print(printable(sentence), file=sys.stderr)
+    print(printable(sentence, but="\n"), file=sys.stderr)
     sys.exit(status)
 
 

@@ -360,9 +360,9 @@ def main() -> None:
         print(f"parser: {parser.name}")
         for sentence in options.sentences or (line.rstrip("\n") for line in sys.stdin):
             query = parser.split(sentence)
-            print(command.printable(
-                f"Q    {query.full}\nQ^s  {query.static}\nQ^d  {query.dynamic}\n"
-                f"Q^h  {parser.halve(sentence).static}"))
+            for name, text in (*zip(("Q", "Q^s", "Q^d"), query),
+                               ("Q^h", parser.halve(sentence).static)):
+                print(f"{name:4s} {command.printable(text)}")
 
 
 if __name__ == "__main__":

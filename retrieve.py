@@ -232,17 +232,12 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:04.1f}" if hours else f"{minutes}:{rest:04.1f}"
 
 
-def printable(text: str) -> str:
-    """Without control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
-
-
 def as_text(encoded: Encoded, resolution_sec: float, sentences: list[str],
             answers: list[list[Moment]]) -> str:
-    lines = [f"{printable(encoded.path)}, {clock(encoded.duration_sec)} long; moments begin and "
-             f"end on steps of {resolution_sec:.2f} s"]
+    name, length = command.printable(encoded.path), clock(encoded.duration_sec)
+    lines = [f"{name}, {length} long; moments begin and end on steps of {resolution_sec:.2f} s"]
     for sentence, moments in zip(sentences, answers):
-        lines += ["", f"\"{printable(sentence)}\"",
+        lines += ["", f"\"{command.printable(sentence)}\"",
                   "       start       end   score (a rank, no probability)"]
         lines += [f"{k:3d} {clock(m.start_sec):>8s}  {clock(m.end_sec):>8s}   {m.score:.3f}"
                   for k, m in enumerate(moments, 1)]
@@ -286,7 +281,8 @@ def plot(path: str, retriever: Retriever, encoded: Encoded, sentences: list[str]
             curve.text(moment.end_sec, -0.09 * (k + 1), f" {k + 1}", va="center", fontsize=8)
         curve.set(xlim=(0, encoded.duration_sec), ylim=(-0.09 * (len(moments) + 1), 1.02),
                   yticks=(0, 0.5, 1))
-        curve.set_title(f"\"{printable(sentence)}\": best score of a moment at each instant",
+        curve.set_title(f"\"{command.printable(sentence)}\": best score of a moment at each "
+                        f"instant",
                         loc="left", fontsize=10)
         curve.set_xlabel("seconds")
         picture = figure.add_subplot(grid[i + 1, 1])
@@ -361,8 +357,8 @@ def as_page(out: str, encoded: Encoded, resolution_sec: float, sentences: list[s
             f"data-end=\"{m.end_sec:.3f}\">{clock(m.start_sec)} to {clock(m.end_sec)} "
             f"(score {m.score:.2f})</button>" for m in moments)
         sections.append(f"<section aria-labelledby=\"s{i}\"><h2 id=\"s{i}\">"
-                        f"{html.escape(printable(sentence))}</h2>\n{buttons}</section>")
-    return PAGE.format(name=html.escape(printable(path.name)), source=html.escape(source),
+                        f"{html.escape(command.printable(sentence))}</h2>\n{buttons}</section>")
+    return PAGE.format(name=html.escape(command.printable(path.name)), source=html.escape(source),
                        resolution=resolution_sec, sections="\n".join(sections))
 
 
@@ -638,10 +634,10 @@ def main_search(argv: list[str]) -> None:
             print(f"note: {name} is gone or has changed since it was indexed; run index again",
                   file=sys.stderr)
     for sentence, answers in zip(options.sentences, results):
-        print(f"\"{printable(sentence)}\"\n       start       end   score (a rank)  video")
+        print(f"\"{command.printable(sentence)}\"\n       start       end   score (a rank)  video")
         for k, (name, m) in enumerate(answers, 1):
             print(f"{k:3d} {clock(m.start_sec):>8s}  {clock(m.end_sec):>8s}   {m.score:.3f}"
-                  f"           {printable(name)}")
+                  f"           {command.printable(name)}")
 
 
 def main_video(argv: list[str]) -> None:

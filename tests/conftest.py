@@ -53,6 +53,7 @@ def pytest_terminal_summary(terminalreporter):
                 what, how, times, lost = value
                 lines[what, how, lost] = lines.get((what, how, lost), 0) + times
     if lines:
-        terminalreporter.write_line("\n| fault | how it is tried | times | lost |\n|---|---|---|---|")
+        terminalreporter.write_line("\n| fault | how it is tried | times | lost |\n"
+                                    "|---|---|---|---|")
         for (what, how, lost), times in lines.items():
             terminalreporter.write_line(f"| {what} | {how} | {times:,} | {lost} |")

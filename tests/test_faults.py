@@ -1,5 +1,5 @@
-"""What can go wrong with a run, and what is lost by it. The table that pytest prints at its end, and
-that stands in the README, is made of these tests (`fault`)."""
+"""What can go wrong with a run, and what is lost by it. The table that pytest prints at its end,
+and that stands in the README, is made of these tests (`fault`)."""
 import contextlib
 import errno
 import json
@@ -62,7 +62,8 @@ print("statuses", *statuses)
 def run(*arguments, status: int = 0, env: dict | None = None, cwd: pathlib.Path = HERE) -> str:
     """What a command prints to stderr (to stdout, where it succeeds). A failure is one sentence."""
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True,
-                          text=True, timeout=600, errors="replace", env={**os.environ, **(env or {})})
+                          text=True, timeout=600, errors="replace",
+                          env={**os.environ, **(env or {})})
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     assert not status or done.stderr.count("error: ") == 1, done.stderr
@@ -79,7 +80,7 @@ def log_of(folder: pathlib.Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in ("minutes", "data %")} for row in rows]
 
 
-# ----------------------------------------------------------------------------------- stopped and killed
+# ------------------------------------------------------------------------------- stopped and killed
 
 @pytest.fixture(scope="module")
 def whole(world, tmp_path_factory):
@@ -98,7 +99,8 @@ def test_a_stopped_run_ends_in_the_same_bits(world, tmp_path, whole, fault, name
     script.write_text(STOPPED)
     # an epoch and stage 1 have six steps each: SIGKILL, after which an epoch begins anew, may come
     # after it
-    out = run(script, int(number), times, 7 if number == signal.SIGKILL else 5, "--root", world, *SMALL, "--out", folder,
+    most = 7 if number == signal.SIGKILL else 5
+    out = run(script, int(number), times, most, "--root", world, *SMALL, "--out", folder,
               env={"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
     statuses = [int(s) for s in out.split("statuses", 1)[1].split()]
     expected = -signal.SIGKILL if number == signal.SIGKILL else 128 + number
@@ -165,7 +167,7 @@ def test_a_folder_of_another_configuration_is_refused(world, tmp_path, whole, fa
     fault("a folder that holds another run", "with and without --resume", 2)
 
 
-# -------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 def test_a_loss_that_is_not_finite_leaves_its_batch(world, tmp_path, fault):
     root = tmp_path / "data"
@@ -272,7 +274,7 @@ def test_one_clip_one_video_and_moments_of_the_whole_video(N, B, seed):
     assert first.isfinite().all() and torch.allclose(first[order], second, atol=1e-9)
 
 
-# -------------------------------------------------------------------------------------- the environment
+# ---------------------------------------------------------------------------------- the environment
 
 def test_no_gpu(world, tmp_path, fault):
     message = run("train.py", "--root", world, *SMALL[:-6], "--device", "cuda:7", "--out",

@@ -1,7 +1,7 @@
 """Readers of what others wrote, fed with what nobody wrote: seeded mutations of real inputs. Each
 either reads or raises a ValueError (one sentence), and neither hangs nor crashes.
 
-    FUZZ=1000000 pytest tests/test_fuzz.py          # more than the 10,000 of each kind (videos: 500)
+    FUZZ=1000000 pytest tests/test_fuzz.py          # more than 10,000 of each kind (videos: 500)
 """
 import json
 import os
@@ -25,16 +25,18 @@ HERE = pathlib.Path(__file__).parent.parent
 COUNT = int(os.environ.get("FUZZ", 10_000))
 
 TEXTS = ["a person opens the door.", "person turns on a light switch, then they sit down",
-         "the \u0130stanbul caf\u00e9 \U0001f600 \u4e00\u4e2a\u4eba", "&lt;b&gt; &amp;amp; \x00\x1b[2J",
-         "O'Neill's dog isn't 12,345.67% happy -- it's \"sad\"", "\ud800\udfff", "'s 't 're <|endoftext|>",
-         "a\u0301\u200d\ufeff\u202e rtl", "THE THE the of of of", "\u0665\u2167\u00b2 \u2028 \u00a0"]
+         "the \u0130stanbul caf\u00e9 \U0001f600 \u4e00\u4e2a\u4eba",
+         "&lt;b&gt; &amp;amp; \x00\x1b[2J", "O'Neill's dog isn't 12,345.67% happy -- it's \"sad\"",
+         "\ud800\udfff", "'s 't 're <|endoftext|>", "a\u0301\u200d\ufeff\u202e rtl",
+         "THE THE the of of of", "\u0665\u2167\u00b2 \u2028 \u00a0"]
 CHARADES = "AO8RW 0.0 6.9##a person is putting a book on a shelf.\n3MSZA 24.3 30.4##person turns.\n"
 JSON = json.dumps({"v_1": {"duration": 82.73, "timestamps": [[0.83, 19.86], [17.37, 60.81]],
                            "sentences": ["A young woman is seen.", " She then spins"]}})
 JSONL = json.dumps({"qid": 1, "vid": "a", "query": "a man opens a door", "duration": 150.0,
                     "relevant_windows": [[3.5, 8], [9, 12.25]]}) + "\n"
-PIECES = ["NaN", "Infinity", "-1", "1e309", "1e-309", "9" * 400, "null", "true", "[]", "{}", '""', "##",
-          "\n", "\\u0000", "\\ud800", "../../x", "/etc/passwd", "[" * 300, '"', ",", ":", " ", "0x10"]
+PIECES = ["NaN", "Infinity", "-1", "1e309", "1e-309", "9" * 400, "null", "true", "[]", "{}", '""',
+          "##", "\n", "\\u0000", "\\ud800", "../../x", "/etc/passwd", "[" * 300, '"', ",", ":", " ",
+          "0x10"]
 
 
 def mutated(text: str, draw: random.Random, sources: list[str]) -> str:
@@ -59,13 +61,15 @@ def mutated(text: str, draw: random.Random, sources: list[str]) -> str:
     return text[:3000]
 
 
-@pytest.mark.parametrize("name, source", [("a.txt", CHARADES), ("a.json", JSON), ("a.jsonl", JSONL)])
+@pytest.mark.parametrize("name, source", [("a.txt", CHARADES), ("a.json", JSON),
+                                          ("a.jsonl", JSONL)])
 def test_annotations(tmp_path, name, source, fault):
     (tmp_path / "Charades_v1_train.csv").write_text("id,length\nAO8RW,33.67\n3MSZA,30.96\n")
     (tmp_path / "Charades_v1_test.csv").write_text("id,length\n")
     draw, path, read = random.Random(0), tmp_path / name, 0
     for _ in range(COUNT):
-        path.write_bytes(mutated(source, draw, [CHARADES, JSON, JSONL]).encode(errors="surrogatepass"))
+        text = mutated(source, draw, [CHARADES, JSON, JSONL])
+        path.write_bytes(text.encode(errors="surrogatepass"))
         try:
             samples, _ = data.clean(data.read_file(path))
         except ValueError as error:
@@ -185,7 +189,7 @@ def test_videos(published, tmp_path, fault):
           count)
 
 
-# ------------------------------------------------------------------------------- files made to do harm
+# ---------------------------------------------------------------------------- files made to do harm
 
 class Explosion:
     def __reduce__(self):
@@ -318,7 +322,8 @@ def test_hostile_files(world, tmp_path, monkeypatch, capsys, fault):
           "in every place where a file of others is read: nothing executed, under 1 GB", tried)
 
 
-@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a/b", "a\\b", "nul\0", ".hidden", ".."])
+@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a/b", "a\\b", "nul\0", ".hidden",
+                                  ".."])
 def test_names_that_leave_the_folder(world, tmp_path, monkeypatch, capsys, name, fault):
     """A video's name in an annotation file cannot lead elsewhere."""
     monkeypatch.chdir(tmp_path)

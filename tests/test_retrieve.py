@@ -189,7 +189,7 @@ def test_command_line(checkpoint, videos, tmp_path):
 def test_clock_and_what_a_terminal_would_obey():
     assert [retrieve.clock(s) for s in (0, 3.84, 59.96, 61.5, 3599.99, 7322.2)] == [
         "0:00.0", "0:03.8", "1:00.0", "1:01.5", "1:00:00.0", "2:02:02.2"]
-    assert retrieve.printable("a\x1b[31mb\u202ec") == "a\ufffd[31mb\ufffdc"
+    assert retrieve.command.printable("a\x1b[31mb\u202ec") == "a\\x1b[31mb\\u202ec"
 
 
 # ----------------------------------------------------------------------------------------- the page
