@@ -655,17 +655,19 @@ def evaluate_checkpoint(path: str | pathlib.Path, root: str | None, device: torc
 
 # ----------------------------------------------------------------------------------------- ablation
 
-def ablation(seeds: int, root: str, device: str, dataset: str = "shapes") -> dict[str, list[dict]]:
+def ablation(seeds: int, root: str, device: str, only_kept: bool = False) -> dict[str, list[dict]]:
     """Variant -> results of each seed (worlds and training seeds 0, 1, ...), run where they are not
-    kept in results/clip2video/."""
+    kept in results/clip2video/, unless only those are asked for that are."""
     found = {}
     for variant in VARIANTS:
         for seed in range(seeds):
-            world = f"{dataset}-{seed}" if seed else dataset
+            world = f"shapes-{seed}" if seed else "shapes"
             config = Config(**{"dataset": world, **preset(world), "variant": variant, "seed": seed,
                                "root": root, "device": device,
                                "out": f"runs/clip2video/{world}-{variant}"})
             path = HERE / "results" / "clip2video" / f"{variant}-{seed}.json"
+            if not path.exists() and only_kept:
+                continue
             if not path.exists():
                 started = time.time()
                 results = train(config, resume=config.folder.exists())
@@ -691,8 +693,8 @@ def ablation_table(found: dict[str, list[dict]]) -> str:
         lines.append(f"| {names[variant]} | " + " | ".join(
             f"{np.mean(v):.1f}" + (f" ± {np.std(v, ddof=1):.1f}" if len(v) > 1 else "")
             for v in cells) + " |")
-    first = next(iter(found.values()))
-    return "\n".join(lines) + f"\n\n{len(first)} seeds; {first[0]['videos']} test videos each."
+    counts = sorted({len(results) for results in found.values()})
+    return "\n".join(lines) + f"\n\n{' to '.join(map(str, counts))} seeds."
 
 
 # ------------------------------------------------------------------------------- a folder of videos

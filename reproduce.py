@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 import clip
+import clip2video
 import command
 import data
 import evaluate
@@ -632,8 +633,15 @@ def save_figure(figure, name: str, options: argparse.Namespace) -> None:
     video.pyplot().close(figure)
 
 
+def blocks(options: argparse.Namespace) -> str:
+    """CLIP2Video: what each of its blocks brings."""
+    return clip2video.ablation_table(clip2video.ablation(
+        len(seeds_of("clip2video", options)), options.root, options.device,
+        only_kept=not options.figures))
+
+
 OTHERS = {"fig3": fig3, "s-table1": s_table1, "s-fig1": s_fig1, "collapse": collapse,
-          "probes": probes, "heat": heat}
+          "probes": probes, "heat": heat, "clip2video": blocks}
 FIGURES = ("fig3", "s-fig1", "collapse", "heat", "curve")       # assets/<name>.png
 NEEDS = {"fig3": "table1", "collapse": "table1", "heat": "table1"}      # whose runs they show
 
@@ -696,9 +704,9 @@ def main() -> None:
             return
         if bool(options.svo) != bool(options.images):
             raise ValueError("--svo and --images go together: the table and the folder of images")
-        if options.dataset != "shapes" and {"probes", "heat"} & set(options.what):
-            raise ValueError("probes and heat need to know where the objects are, as only the "
-                             "shapes world does")
+        if options.dataset != "shapes" and {"probes", "heat", "clip2video"} & set(options.what):
+            raise ValueError("probes, heat and clip2video need to know what happens where, as only "
+                             "the shapes world does")
         tables = [name for name in (NEEDS.get(what, what) for what in options.what)
                   if name in TABLES]
         configs = [config_of(row, options.dataset, seed, options, what) for what in tables
