@@ -278,7 +278,13 @@ TABLES = {
     "tuning": [
         *[Row(f"MMN, text rate {rate:g}", MMN | dict(text_lr=rate)) for rate in (0.1, 0.3, 1.0)],
         Row("MMN, text rate 1, 60 epochs", TUNED | dict(epochs=60)),
-        Row("`vdi-staged`", STAGED), Row("`vdi-staged`, 60 epochs", STAGED | dict(epochs=60))],
+        Row("`vdi-staged`", STAGED), Row("`vdi-staged`, 60 epochs", STAGED | dict(epochs=60)),
+        *[Row(f"`vdi-staged`, {name}", STAGED | fields) for name, fields in (
+            ("Q asks", dict(context_query="full")), ("Q^h asks", dict(context_query="half")),
+            ("nothing asks", dict(context_query="none")), ("into Q", dict(inject_into="full")),
+            ("mean of the moment", dict(stage_target="mean")),
+            ("change, turned at random", dict(stage_target="rotated")),
+            ("random codes", dict(stage_target="random")))]],
 }
 SEEDS = {"gain": 5}                                     # of a table; the others have three
 METRICS = ("R@1,IoU=0.5", "R@1,IoU=0.7", "mIoU")
