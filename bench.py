@@ -429,6 +429,18 @@ def bench_search(options: argparse.Namespace) -> list[dict]:
                 searching * 1e4 / hours, "s")]
 
 
+def whole_videos(images: clip.CLIP, world: str, split: str, config: clip2video.Config) -> Tensor:
+    """The videos of a split of the shapes world as CLIP2Video samples them, [V, L, D]."""
+    times = clip2video.sample_times(config, shapes.FRAMES)
+    part, seed = list(shapes.SPLITS).index(split) + 1, shapes.seed_of(world)
+    videos = []
+    for i in range(shapes.SPLITS[split]):
+        plan = shapes.script(split, np.random.default_rng([seed, part, i]))
+        pixels = torch.from_numpy(shapes.render(plan, times)).permute(0, 3, 1, 2)
+        videos.append(video.encode_frames(images, pixels)[0].float())
+    return torch.stack(videos)
+
+
 @torch.no_grad()
 def bench_stages(options: argparse.Namespace) -> list[dict]:
     """Moments in the M videos only that CLIP2Video ranks first, against the exact search of all:
@@ -438,22 +450,27 @@ def bench_stages(options: argparse.Namespace) -> list[dict]:
     retriever = retrieve.Retriever(options.moments, "cpu", cache=None)
     dataset = retriever.run.config["dataset"]
     store = data.open_store(dataset, retriever.run.config["clip"], options.root)
-    samples = [sample for split in shapes.SPLITS if split != "train"
+    if config.dataset != dataset:
+        raise ValueError(f"{options.clip2video} was trained on {config.dataset}, {options.moments} "
+                         f"on {dataset}; take two of one world")
+    images = clip.load(data.clip_file(config.clip, options.root))
+    splits = [split for split in shapes.SPLITS if split != "train"]
+    samples = [sample for split in splits
                for sample in data.read_annotations(dataset, split, options.root)]
     names, sentences = list(dict.fromkeys(s.video for s in samples)), [
         sample.sentence for sample in samples[::10]]
     with tempfile.TemporaryDirectory() as folder:
-        index, whole = retrieve.Index(folder, options.moments), []
+        index = retrieve.Index(folder, options.moments)
         for name in names:
             about = store.manifest["videos"][name]
             x = torch.from_numpy(store.read(name, "frames").astype(np.float32))
             encoded = retrieve.Encoded(name, about["duration_sec"], about["seconds_per_feature"],
                                        F.normalize(x, dim=1), [0])
             index.add(name, {"duration_sec": about["duration_sec"]}, *retriever.moments(encoded))
-            whole.append(x[::len(x) // config.frames])
-        x = torch.stack(whole)
-        clip2video.save_vectors(folder, options.clip2video, names, clip2video.joined(
-            *model.encode_video(x, (x != 0).any(2)), config.weight))
+        x = torch.cat([whole_videos(images, dataset, split, config) for split in splits])
+        vectors = clip2video.joined(*model.encode_video(x, (x != 0).any(2)), config.weight)
+        clip2video.save_vectors(folder, options.clip2video, {
+            name: (row, [0, 0]) for name, row in zip(names, vectors)})
         ranker, texts = clip2video.Ranker(folder), list(zip(*retriever.read(sentences)))
         exact = [index.search(*text) for text in texts]
         plain = seconds_of(lambda: [index.search(*text) for text in texts]) / len(texts)

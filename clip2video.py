@@ -4,9 +4,10 @@
     python clip2video.py ablation --seeds 3                     # what each block brings
     python clip2video.py prepare msrvtt --annotations DIR --videos DIR
     python clip2video.py train --dataset msrvtt --device cuda
-    python clip2video.py evaluate runs/shapes-both/ckpt.pt
-    python clip2video.py index CKPT DIR --out index/            # a folder of videos
+    python clip2video.py evaluate runs/clip2video/shapes-both/ckpt.pt
+    python clip2video.py index CKPT DIR --out index/            # a folder of videos, or what is new
     python clip2video.py search index/ "a red circle rises"
+    python clip2video.py search DIR "a red circle rises" --checkpoint CKPT      # both in one
 
 A video and a sentence become two unit vectors each: a global one, for which the temporal difference
 block (TDB) puts what changes between frames among the frames, and an aligned one, for which the
@@ -14,8 +15,8 @@ temporal alignment block (TAB) assigns frames and words to shared centres. Simil
 weighted sum, which is one dot product of one vector each (`joined`).
 
 It ranks whole videos; moments are mmn.py's work. `retrieve.py search --videos 100` looks for
-moments only in the videos that rank best here. Left out: the image tower is not trained (features
-are made once), so frames are not jittered in training.
+moments only in the videos that rank best here. Left out: the plain and `sigmoid_mlp` differences of
+the release, and the split of the full MSR-VTT.
 
 Shapes: B videos or sentences, L frames, W words, D width of CLIP's joint space, K centres, N tokens
 to aggregate. Masks [B, L] are bool, True = there is such a frame. [code] marks what the authors'
@@ -25,6 +26,7 @@ import argparse
 import copy
 import csv
 import dataclasses
+import hashlib
 import json
 import math
 import pathlib
@@ -113,7 +115,7 @@ class TemporalDifference(nn.Module):
 
 class CLIP2Video(nn.Module):
     """Text tower, TDB, TAB. `temporal` and `align` choose a variant: without `align` the similarity
-    is the global one alone."""
+    is the global one alone; TAB has difference tokens where TDB is."""
 
     def __init__(self, text: clip.TextTower, temporal: str = "tdb", align: bool = True,
                  centres: int = 5, layers: int = 4, scale: float = math.log(100)):
@@ -124,12 +126,14 @@ class CLIP2Video(nn.Module):
         D = text.text_projection.shape[1]
         self.text, self.temporal, self.align = text, temporal, align
         self.logit_scale = nn.Parameter(torch.tensor(scale))
-        if temporal == "tdb" or align:
+        if temporal == "tdb":
             self.difference = TemporalDifference(text)
-        if temporal == "transformer":
+        elif temporal == "transformer":
             self.places = nn.Parameter(text.positional_embedding.detach().clone())
         if temporal != "mean":
             self.transformer = Transformer(text, layers)                # A_t
+        if align and temporal == "mean":
+            raise ValueError("TAB comes with the temporal transformer, or with TDB")
         if align:
             self.coarse = Transformer(text, 1)                          # A_c
             self.assign = nn.Parameter(torch.randn(centres, D) * 0.125)         # W_c
@@ -152,9 +156,12 @@ class CLIP2Video(nn.Module):
         if not self.align:
             return F.normalize(overall, dim=1), None
         # a lower frame rate; [code] numbers its places from 0 again
-        half, half_mask = frames[:, 0::2], mask[:, 0::2]
-        tokens, present = self.difference(half, half_mask)
-        coarse = self.coarse(tokens, present)[:, 0::2] + half           # [B, L/2, D]
+        half, half_mask = frames[:, 0::2], mask[:, 0::2]                # [B, L/2, D]
+        if self.temporal == "tdb":
+            tokens, present = self.difference(half, half_mask)
+            coarse = self.coarse(tokens, present)[:, 0::2] + half       # [B, L/2, D]
+        else:
+            coarse = self.coarse(half + self.places[:half.shape[1]], half_mask) + half
         return F.normalize(overall, dim=1), self.aggregate(
             torch.cat([frames, coarse], 1), torch.cat([mask, half_mask], 1))
 
@@ -259,21 +266,42 @@ class Split:
         return x, (x != 0).any(2)
 
 
-def read_split(dataset: str, split: str, root: str) -> Split:
-    """A split of a dataset that `prepare` or `build_shapes` made. Videos without features are an
-    error."""
-    folder = pathlib.Path(root) / dataset
+def read_split(config: "Config", split: str, root: str, allow_missing: bool = False) -> Split:
+    """A split of a dataset that `prepare` or `build_shapes` made. Features of another CLIP or
+    another number of frames, and videos without any, are an error."""
+    shapes_world = config.dataset.startswith("shapes")
+    folder = pathlib.Path(root) / (f"{config.dataset}-videos" if shapes_world else config.dataset)
     path = folder / f"{split}.captions.json"
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}; make it with: python clip2video.py prepare")
+        how = "train" if shapes_world else f"prepare {config.dataset} (see --help)"
+        raise FileNotFoundError(f"there is no {path}; it is made by: python clip2video.py {how}")
     captions = json.loads(path.read_text())
     store = video.FeatureStore(folder / "features" / "clip2video")
+    for name, value in (("clip", config.clip), ("frames", config.frames),
+                        ("stride", config.stride)):
+        if store.manifest.get(name) != value:
+            raise ValueError(f"the features in {store.folder} were made with {name} "
+                             f"{store.manifest.get(name)!r}, not {value!r}; remove that folder to "
+                             f"make them anew")
     missing = [name for name in captions if name not in store]
-    if missing:
+    if missing and not allow_missing:
         raise FileNotFoundError(f"{len(missing)} of {len(captions)} videos of {split} have no "
-                                f"features, for instance {missing[0]}: a smaller gallery would be "
-                                f"another task")
+                                f"features, for instance {missing[0]}; --allow-missing goes on "
+                                f"with a smaller gallery, and says so")
+    if missing:
+        print(f"{split}: without {len(missing)} of {len(captions)} videos, which have no features")
+    captions = {name: texts for name, texts in captions.items() if name in store and texts}
+    if not captions:
+        raise FileNotFoundError(f"no video of {path} has features")
     return Split(list(captions), list(captions.values()), store)
+
+
+def sample_times(config: "Config", duration_sec: float) -> np.ndarray:
+    """Where a video is looked at: `frame_times`, or with a stride of 0 the centres of equal
+    parts."""
+    if not config.stride:
+        return video.frame_centres(duration_sec, config.frames)
+    return frame_times(duration_sec, config.frames, config.stride)
 
 
 def frame_times(duration_sec: float, count: int = 12, stride: int = 2,
@@ -287,13 +315,14 @@ def frame_times(duration_sec: float, count: int = 12, stride: int = 2,
     return first / rate
 
 
-def encode_file(model: clip.CLIP, path: pathlib.Path, count: int, stride: int) -> Tensor:
-    """A video file -> features [count, D] float16; what a short one has not are zeros."""
-    times_sec = frame_times(video.probe_duration(path), count, stride)
+def encode_file(model: clip.CLIP, path: pathlib.Path, config: "Config") -> Tensor:
+    """A video file -> features [L, D] float16; what a short one has not are zeros."""
+    # DEVIATION: features are made once: the image tower stays frozen, frames are not jittered
+    times_sec = sample_times(config, video.probe_duration(path))
     pixels = torch.cat([clip.crop(frame[None], model.visual.resolution)
                         for frame in video.frames_at(path, times_sec)])
     x, _ = video.encode_frames(model, pixels)
-    return F.pad(x, (0, 0, 0, count - len(x)))
+    return F.pad(x, (0, 0, 0, config.frames - len(x)))
 
 
 def read_msrvtt(folder: pathlib.Path) -> dict[str, dict[str, list[str]]]:
@@ -327,13 +356,18 @@ def read_msvd(folder: pathlib.Path) -> dict[str, dict[str, list[str]]]:
 
 def read_vatex(folder: pathlib.Path) -> dict[str, dict[str, list[str]]]:
     """VATEX: vatex_data.json (video -> {"enCap": [...]}, or the official list of {"videoID",
-    "enCap"}), {train,val,test}_list.txt."""
+    "enCap"}), {train,val,test}_list.txt (test: the HGR split), and as `test1k5` the authors' own
+    test1k5_sec_list.txt, whose videos are then not validated on."""
     content = json.loads((folder / "vatex_data.json").read_text())
     if isinstance(content, list):
         content = {row["videoID"]: row for row in content}
-    return {split: {name: content[name]["enCap"]
-                    for name in (folder / f"{split}_list.txt").read_text().split()}
-            for split in ("train", "val", "test") if (folder / f"{split}_list.txt").exists()}
+    files = {"train": "train_list.txt", "val": "val_list.txt", "test": "test_list.txt",
+             "test1k5": "test1k5_sec_list.txt"}
+    splits = {split: {name: content[name]["enCap"] for name in (folder / file).read_text().split()}
+              for split, file in files.items() if (folder / file).exists()}
+    for name in splits.get("test1k5", {}):
+        splits.get("val", {}).pop(name, None)
+    return splits
 
 
 def prepare(dataset: str, folder: str, videos: str, options: argparse.Namespace) -> None:
@@ -344,41 +378,61 @@ def prepare(dataset: str, folder: str, videos: str, options: argparse.Namespace)
     except (KeyError, TypeError, AttributeError, ValueError, EOFError, pickle.UnpicklingError) as e:
         raise ValueError(f"the files in {folder} are not those of {dataset}: {type(e).__name__} "
                          f"{e}") from e
-    if "val" not in splits:                     # MSR-VTT 9k has none: a seeded tenth of training
+    if not splits.get("train") or not splits.get("test"):
+        raise ValueError(f"{folder} has no list of the training or of the test videos of {dataset}")
+    for split in splits.keys() - {"train"}:
+        if shared := splits["train"].keys() & splits[split].keys():
+            raise ValueError(f"{len(shared)} videos are both in train and {split}, for instance "
+                             f"{min(shared)}")
+    if not splits.get("val"):
+        # DEVIATION: MSR-VTT 9k has no validation split; a seeded tenth of its training videos
         names = sorted(splits["train"])
         held = set(random.Random(0).sample(names, max(1, len(names) // 10)))
         splits["val"] = {k: v for k, v in splits["train"].items() if k in held}
         splits["train"] = {k: v for k, v in splits["train"].items() if k not in held}
-    config = Config(**{"dataset": dataset, **preset(dataset)})
-    device = data.pick_device(options.device)
-    model = clip.load(config.clip, device)
-    target = pathlib.Path(options.root) / dataset
-    made = {"clip": config.clip, "sha256": clip.sha256(clip.download(config.clip)),
-            "resolution": model.visual.resolution, "frames": config.frames, "patch_frames": 0,
-            "width": model.text_projection.shape[1], "patch_width": 0, "grid": 0,
-            "precision": "float32"}
-    store = video.FeatureStore(target / "features" / "clip2video", made)
+    config = Config(**{"dataset": dataset, **preset(dataset),
+                       **({"clip": options.clip} if options.clip else {})})
     files, failed = data.find_files(videos, data.VIDEOS), {}
+    if not files:
+        raise FileNotFoundError(f"{videos} holds no video")
+    model = clip.load(config.clip, data.pick_device(options.device))
+    target = pathlib.Path(options.root) / dataset
+    store = video.FeatureStore(target / "features" / "clip2video",
+                               made_with(config, model, options.root))
     for name in tqdm(sorted({name for part in splits.values() for name in part}), desc="features"):
         if name in store:
             continue
         try:
             if name not in files:
                 raise video.VideoError(f"there is no video file named {name}")
-            store.write(name, encode_file(model, files[name], config.frames, config.stride), None,
+            store.write(name, encode_file(model, files[name], config), None,
                         video.probe_duration(files[name]))
         except video.VideoError as error:       # a video that is broken trains nothing, and is told
             failed[name] = str(error)
     store.save_manifest()
     store.save_failed(failed)
+    if not store.manifest["videos"]:
+        raise ValueError(f"not one video of {dataset} could be read, for instance "
+                         f"{next(iter(failed.values()))}")
     for split, captions in splits.items():
         kept = {name: texts for name, texts in captions.items()
-                if name not in failed or split == "test"}
+                if name not in failed or split.startswith("test")}
         video.save_atomically(target / f"{split}.captions.json",
                               lambda file, kept=kept: file.write(json.dumps(kept).encode()))
         print(f"{split}: {len(kept)} videos, {sum(map(len, kept.values()))} captions")
     if failed:
         print(f"{len(failed)} videos have no features, see {store.folder / 'failed.txt'}")
+
+
+def made_with(config: "Config", model: clip.CLIP, root: str) -> dict:
+    """What a store of features says of how they were made."""
+    path = data.clip_file(config.clip, root)
+    return {"clip": config.clip,
+            "sha256": clip.sha256(clip.download(path) if path in clip.PUBLISHED else path),
+            "resolution": model.visual.resolution, "frames": config.frames,
+            "stride": config.stride, "patch_frames": 0,
+            "width": model.text_projection.shape[1], "patch_width": 0, "grid": 0,
+            "precision": "float32"}
 
 
 # --------------------------------------------------------------------------- whole videos of shapes
@@ -393,15 +447,17 @@ def family(rng: np.random.Generator) -> list[dict]:
     while True:
         plan = shapes.script("train", rng)
         actors = list({(e["colour"], e["shape"]): e for e in plan["events"]}.values())
-        verbs = rng.choice(6, 2, replace=False)         # those that have an opposite
-        if OPPOSITE[int(verbs[0])] != verbs[1]:
+        verbs = [int(verb) for verb in rng.choice(6, 2, replace=False)]     # that have an opposite
+        if OPPOSITE[verbs[0]] != verbs[1] and not any(
+                shapes.held_out(verb, actor["shape"]) for v, actor in zip(verbs, actors)
+                for verb in (v, OPPOSITE[v])):
             break
     videos = []
     for order in ((0, 1), (1, 0)):
         for turned in (False, True):
             events, clock, room = [], 0, shapes.FRAMES // 2
             for k in order:
-                verb = OPPOSITE[int(verbs[k])] if turned else int(verbs[k])
+                verb = OPPOSITE[verbs[k]] if turned else verbs[k]
                 length = int(rng.integers(7, 13))
                 start = clock + int(rng.integers(0, room - length - 2)) + 1
                 events.append({**actors[k], "verb": verb,
@@ -425,21 +481,17 @@ def altered(events: list[dict]) -> dict[str, str]:
     return {"direction": describe(turned), "order": describe(events[::-1])}
 
 
-def build_shapes(dataset: str, root: str, frames: int) -> None:
+def build_shapes(config: "Config") -> None:
     """<root>/<dataset>-videos: captions, altered captions and features of whole videos, by the
     small CLIP of the shapes world `dataset`."""
+    dataset, root = config.dataset, config.root
     shapes.build(dataset, root)
     target = pathlib.Path(root) / f"{dataset}-videos"
+    model = clip.load(data.clip_file(dataset, root))
+    store = video.FeatureStore(target / "features" / "clip2video", made_with(config, model, root))
     if (target / "altered.json").exists():
         return
-    model = clip.load(data.clip_file(dataset, root))
-    store = video.FeatureStore(target / "features" / "clip2video", {
-        "clip": dataset, "sha256": clip.sha256(data.clip_file(dataset, root)),
-        "resolution": shapes.SIZE, "frames": frames, "patch_frames": 0,
-        "width": model.text_projection.shape[1], "patch_width": 0, "grid": 0,
-        "precision": "float32"})
-    instants = (np.arange(frames) + 0.5) * shapes.FRAMES / frames
-    changed = {}
+    instants, changed = sample_times(config, shapes.FRAMES), {}
     for part, (split, count) in enumerate(FAMILIES.items()):
         captions = {}
         for i in trange(count, desc=f"whole videos: {split}", disable=None):
@@ -465,7 +517,7 @@ class Config:
     """All there is to choose. Defaults: MSR-VTT 9k, with the training of CLIP4Clip, on which it
     builds."""
     dataset: str = "msrvtt"
-    variant: str = "both"               # see VARIANTS
+    variant: str = "both"               # mean, transformer, tdb, tab or both
     seed: int = 42
     device: str = "auto"
     root: str = "data"
@@ -473,7 +525,8 @@ class Config:
     clip: str = "ViT-B/32"
     frames: int = 12                    # L
     words: int = 32                     # W
-    stride: int = 2                     # of the frames at 5 a second
+    stride: int = 2                     # of the frames at 5 a second; 0: centres of equal parts
+    allow_missing: bool = False         # go on without the videos that have no features
     centres: int = 5                    # K
     layers: int = 4                     # of the temporal transformer
     weight: float = 0.5                 # w, of the global similarity
@@ -488,6 +541,12 @@ class Config:
     def __post_init__(self):
         if self.variant not in VARIANTS:
             raise ValueError(f"--variant is one of {', '.join(VARIANTS)}, not {self.variant!r}")
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"--weight is between 0 and 1, not {self.weight}")
+        for name in ("frames", "words", "centres", "layers", "batch", "together", "epochs"):
+            if not 1 <= getattr(self, name) <= (77 if name in ("frames", "words") else math.inf):
+                raise ValueError(f"--{name} is at least 1"
+                                 + (" and at most 77" if name in ("frames", "words") else ""))
 
     @property
     def folder(self) -> pathlib.Path:
@@ -497,8 +556,8 @@ class Config:
 PRESETS = {
     "msrvtt": {}, "msvd": dict(stride=1), "vatex": dict(stride=1, centres=7, epochs=23),
     # python clip2video.py train      two cores, two minutes
-    "shapes": dict(clip="shapes", seed=0, frames=16, words=40, layers=2, batch=64, together=4,
-                   epochs=30, lr=1e-3, text_lr=1e-3, weight_decay=0.02)}
+    "shapes": dict(clip="shapes", seed=0, frames=16, stride=0, words=40, layers=2, batch=64,
+                   together=4, epochs=30, lr=1e-3, text_lr=1e-3, weight_decay=0.02)}
 
 
 def preset(dataset: str) -> dict:
@@ -507,11 +566,6 @@ def preset(dataset: str) -> dict:
         raise ValueError(f"--dataset is shapes, shapes-1, ..., or one of {', '.join(DATASETS)}, "
                          f"not {dataset!r}")
     return PRESETS[family] | ({"clip": dataset} if family == "shapes" else {})
-
-
-def place_of(config: Config) -> str:
-    """The folder of a dataset below the root."""
-    return f"{config.dataset}-videos" if config.dataset.startswith("shapes") else config.dataset
 
 
 def build(config: Config) -> CLIP2Video:
@@ -543,18 +597,25 @@ def train(config: Config, resume: bool = False) -> dict:
         raise FileExistsError(f"{folder} holds a run already; continue it with --resume, or "
                               f"choose another --out")
     if config.dataset.startswith("shapes"):
-        build_shapes(config.dataset, config.root, config.frames)
-    parts = {split: read_split(place_of(config), split, config.root) for split in ("train", "val")}
+        build_shapes(config)
+    # the test videos are not looked at before the end, but should they be missing, it is told now
+    parts = {split: read_split(config, split, config.root, config.allow_missing)
+             for split in ("train", "val", "test")}
     frames, mask = parts["train"].features()
     torch.manual_seed(config.seed)
     model = build(config).to(device)
-    tower = [p for name, p in model.named_parameters() if name.startswith("text.")]
-    own = [p for name, p in model.named_parameters() if not name.startswith("text.")]
-    optimiser = torch.optim.AdamW([{"params": tower, "base": config.text_lr},
-                                   {"params": own, "base": config.lr}], betas=(0.9, 0.98), eps=1e-6,
-                                  weight_decay=config.weight_decay, fused=True)
-    steps = math.ceil(len(frames) / config.batch)
-    history, first = [], 0
+    groups = [{"params": [p for name, p in model.named_parameters()
+                          if name.startswith("text.") == tower and name.endswith("bias") == bias],
+               "base": config.text_lr if tower else config.lr,
+               "weight_decay": 0.0 if bias else config.weight_decay}
+              for tower in (True, False) for bias in (True, False)]
+    # DEVIATION: AdamW corrects the bias of its moments, the BertAdam of CLIP4Clip does not
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    # an epoch sees as many pairs as there are captions: each video once in each of its passes
+    passes = max(1, round(sum(map(len, parts["train"].captions)) / len(frames)))
+    steps = passes * math.ceil(len(frames) / config.batch)
+    print(f"{len(frames)} training videos, {passes} captions each, {steps} steps an epoch")
+    history, first, digest = [], 0, parts["train"].store.manifest["sha256"]
     with command.locked(folder), command.Signals() as signals:
         if resume and (folder / "last.pt").exists():
             saved = clip.read_torch(folder / "last.pt")
@@ -568,13 +629,16 @@ def train(config: Config, resume: bool = False) -> dict:
             print(f"continuing after epoch {first}")
         for epoch in range(first, config.epochs):
             draw = random.Random(1_000_003 * config.seed + epoch)
-            groups = list(range(0, len(frames), config.together))
-            order = torch.tensor([v for first_of in draw.sample(groups, len(groups)) for v in range(
-                first_of, min(first_of + config.together, len(frames)))])
+            neighbours, batches = range(0, len(frames), config.together), []
+            for _ in range(passes):
+                order = torch.tensor([v for start in draw.sample(neighbours, len(neighbours))
+                                      for v in range(start, min(start + config.together,
+                                                                len(frames)))])
+                batches += order.split(config.batch)
             model.train()
             total = 0.0
-            for step, chosen in enumerate(tqdm(order.split(config.batch), desc=f"epoch {epoch + 1}",
-                                               leave=False, disable=None)):
+            for step, chosen in enumerate(tqdm(batches, desc=f"epoch {epoch + 1}", leave=False,
+                                               disable=None)):
                 x = (epoch + step / steps) / config.epochs
                 rate = min(x / 0.1, 1.0) if x < 0.1 else 0.5 * (1 + math.cos(math.pi * x))
                 for group in optimiser.param_groups:
@@ -590,6 +654,8 @@ def train(config: Config, resume: bool = False) -> dict:
                 optimiser.zero_grad()
                 value.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                for p in model.parameters():                    # and each by itself, as CLIP4Clip
+                    nn.utils.clip_grad_norm_(p, 1.0)
                 optimiser.step()
                 with torch.no_grad():
                     model.logit_scale.clamp_(max=math.log(100))
@@ -603,10 +669,13 @@ def train(config: Config, resume: bool = False) -> dict:
             tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
             best = max(history, key=lambda row: row["t2v R@1"])
             common = {"config": dataclasses.asdict(config), "epoch": epoch + 1, "history": history,
-                      "model": model.state_dict()}
+                      "model": model.state_dict(), "clip_sha256": digest}
             if best is row:
                 trainer.save(folder / "ckpt.pt", common | {"versions": trainer.versions()})
             trainer.save(folder / "last.pt", common | {"optimiser": optimiser.state_dict()})
+            if signals.received:
+                raise command.Stopped(f"stopped after epoch {epoch + 1}; go on with --resume",
+                                      signals.received)
         results = evaluate_checkpoint(folder / "ckpt.pt", config.root, device)
         video.save_atomically(folder / "results.json",
                               lambda file: file.write(json.dumps(results, indent=1).encode()))
@@ -633,15 +702,18 @@ def load(path: str | pathlib.Path, root: str | None = None) -> tuple[CLIP2Video,
 
 
 @torch.no_grad()
-def evaluate_checkpoint(path: str | pathlib.Path, root: str | None, device: torch.device) -> dict:
-    """Metrics on the test videos; in the shapes world also how often a video prefers its caption to
-    one that differs only in the direction, or in the order, of what happens (chance: 50)."""
+def evaluate_checkpoint(path: str | pathlib.Path, root: str | None, device: torch.device,
+                        split: str = "test", allow_missing: bool | None = None) -> dict:
+    """Metrics on the videos of a split; in the shapes world also how often a video prefers its
+    caption to one that differs only in the direction, or in the order, of what happens (chance:
+    50)."""
     model, config = load(path, root)
-    model, part = model.to(device), read_split(place_of(config), "test", config.root)
+    allow_missing = config.allow_missing if allow_missing is None else allow_missing
+    model, part = model.to(device), read_split(config, split, config.root, allow_missing)
     texts, videos, of = vectors(model, part, config, device)
     results = {"videos": len(videos), "captions": len(texts),
                **retrieval_metrics(texts @ videos.T, of)}
-    changed = pathlib.Path(config.root) / place_of(config) / "altered.json"
+    changed = part.store.folder.parent.parent / "altered.json"
     if changed.exists():
         others = json.loads(changed.read_text())
         for kind in ("direction", "order"):
@@ -666,13 +738,14 @@ def ablation(seeds: int, root: str, device: str, only_kept: bool = False) -> dic
                                "root": root, "device": device,
                                "out": f"runs/clip2video/{world}-{variant}"})
             path = HERE / "results" / "clip2video" / f"{variant}-{seed}.json"
-            if not path.exists() and only_kept:
+            kept = {k: v for k, v in dataclasses.asdict(config).items()
+                    if k not in ("root", "device", "out")}
+            same = path.exists() and json.loads(path.read_text())["config"] == kept
+            if not same and only_kept:
                 continue
-            if not path.exists():
+            if not same:
                 started = time.time()
                 results = train(config, resume=config.folder.exists())
-                kept = {k: v for k, v in dataclasses.asdict(config).items()
-                        if k not in ("root", "device", "out")}
                 content = {"config": kept, "results": results, "versions": trainer.versions(),
                            "minutes": round((time.time() - started) / 60, 2)}
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -699,64 +772,95 @@ def ablation_table(found: dict[str, list[dict]]) -> str:
 
 # ------------------------------------------------------------------------------- a folder of videos
 
-def index_folder(checkpoint: str, folder: str, out: str, device: torch.device) -> dict[str, str]:
-    """<out>/clip2video.npz: names [V] and joined vectors [V, 2D] of a folder's videos. Returns file
-    -> reason for those that cannot be read."""
-    model, config = load(checkpoint)
-    images = clip.load(data.clip_file(config.clip, config.root), device)
-    model = model.to(device)
+def update_index(checkpoint: str, folder: str, out: str | pathlib.Path, device: torch.device,
+                 root: str | None = None) -> dict[str, str]:
+    """Brings <out>/clip2video.npz in step with a folder of videos: names [V], joined vectors
+    [V, 2D], size and time of change of each file [V, 2]. What is new or changed is read, what is
+    gone is dropped; kept once a minute. Returns file -> reason for those that cannot be read."""
+    model, config = load(checkpoint, root)
     files = {str(path.relative_to(folder)): path for path in sorted(pathlib.Path(folder).rglob("*"))
              if path.suffix.lower() in data.VIDEOS and path.is_file()}
     if not files:
         raise FileNotFoundError(f"{folder} holds no video")
-    names, rows, failed = [], [], {}
-    for name, path in tqdm(files.items(), desc="index", unit="video", disable=None):
-        try:
-            x = encode_file(images, path, config.frames, config.stride).float()[None].to(device)
-        except video.VideoError as error:
-            failed[name] = str(error)
+    known = {}
+    if (pathlib.Path(out) / "clip2video.npz").exists():
+        ranker = Ranker(out)
+        if ranker.sha256 != clip.sha256(checkpoint):
+            raise ValueError(f"{out} was made with another checkpoint, {ranker.checkpoint}; choose "
+                             f"another --out")
+        known = {name: (row, about) for name, row, about in zip(
+            ranker.names, ranker.vectors, ranker.about.tolist()) if name in files}
+    path = data.clip_file(config.clip, config.root)
+    images = clip.load(path, device)
+    digest = clip.sha256(clip.download(path) if path in clip.PUBLISHED else path)
+    if digest != clip.read_torch(checkpoint)["clip_sha256"]:
+        raise ValueError(f"{path} is not the CLIP that made the features of the training")
+    model, failed, saved = model.to(device), {}, time.monotonic()
+    for name, file in tqdm(files.items(), desc="index", unit="video", disable=None):
+        about = [file.stat().st_size, file.stat().st_mtime_ns]
+        if name in known and known[name][1] == about:
             continue
-        with torch.no_grad():
-            rows.append(joined(*model.encode_video(x, (x != 0).any(2)), config.weight).cpu())
-        names.append(name)
-    if not names:
+        try:
+            x = encode_file(images, file, config).float()[None].to(device)
+            with torch.no_grad():
+                row = joined(*model.encode_video(x, (x != 0).any(2)), config.weight)[0].cpu()
+            known[name] = row, about
+        except video.VideoError as error:
+            known.pop(name, None)
+            failed[name] = str(error)
+        if time.monotonic() - saved > 60:
+            save_vectors(out, checkpoint, known)
+            saved = time.monotonic()
+    if not known:
         raise ValueError(f"not one of {len(files)} videos could be read: "
                          f"{next(iter(failed.values()))}")
-    save_vectors(out, checkpoint, names, torch.cat(rows))
+    save_vectors(out, checkpoint, known)
     return failed
 
 
-def save_vectors(out: str | pathlib.Path, checkpoint: str | pathlib.Path, names: list[str],
-                 rows: Tensor) -> None:
+def save_vectors(out: str | pathlib.Path, checkpoint: str | pathlib.Path,
+                 known: dict[str, tuple[Tensor, list[int]]]) -> None:
+    """Name -> (vector [2D], [size, time of change]) to <out>/clip2video.npz."""
     path = pathlib.Path(out) / "clip2video.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     video.save_atomically(path, lambda file: np.savez(
-        file, names=np.array(names), vectors=rows.numpy(),
+        file, names=np.array(list(known)), sha256=clip.sha256(checkpoint),
+        vectors=torch.stack([row for row, _ in known.values()]).numpy(),
+        about=np.array([about for _, about in known.values()]),
         checkpoint=str(pathlib.Path(checkpoint).resolve())))
 
 
 class Ranker:
-    """An index of whole videos: `best(sentences, count)` are the names of those that fit best."""
+    """An index of whole videos: `best(sentences, count)` are those that fit best."""
 
-    def __init__(self, folder: str | pathlib.Path, device: torch.device | str = "cpu"):
+    def __init__(self, folder: str | pathlib.Path, device: torch.device | str = "cpu",
+                 root: str | None = None):
         path = pathlib.Path(folder) / "clip2video.npz"
         if not path.exists():
             raise FileNotFoundError(f"{folder} has no vectors of whole videos; make them with: "
                                     f"python clip2video.py index CKPT DIR --out {folder}")
         try:
             with np.load(path, allow_pickle=False) as file:
-                self.names = file["names"].tolist()
+                self.names, self.about = file["names"].tolist(), file["about"]
                 self.vectors = torch.from_numpy(file["vectors"])
-                checkpoint = str(file["checkpoint"])
+                self.checkpoint, self.sha256 = str(file["checkpoint"]), str(file["sha256"])
         except Exception as error:  # a dozen kinds for a damaged or a hostile file
-            raise ValueError(f"{path} is damaged ({error}); index again") from error
-        self.model, self.config = load(checkpoint)
+            raise ValueError(f"{path} is damaged ({error}); remove it and index again") from error
+        if not pathlib.Path(self.checkpoint).exists() \
+                or clip.sha256(self.checkpoint) != self.sha256:
+            raise FileNotFoundError(f"the checkpoint of this index is gone or has changed: "
+                                    f"{self.checkpoint}")
+        self.model, self.config = load(self.checkpoint, root)
         self.device = torch.device(device)
         self.model.to(self.device)
 
     @torch.no_grad()
     def best(self, sentences: list[str], count: int) -> list[list[tuple[str, float]]]:
         """For each sentence (video, score), best first: one dot product a video."""
+        if count < 1:
+            raise ValueError("the number of answers is at least 1")
+        if not all(sentence.strip() for sentence in sentences):
+            raise ValueError("a sentence is empty; say what to look for")
         ids = clip.tokenize(sentences, self.config.words, True).to(self.device)
         texts = joined(*self.model.encode_text(ids), self.config.weight).cpu()
         scores, which = (texts @ self.vectors.T).topk(min(count, len(self.names)))
@@ -766,6 +870,22 @@ class Ranker:
 
 # --------------------------------------------------------------------------------- the command line
 
+MEANING = {
+    "dataset": "shapes, shapes-1, ..., msrvtt, msvd or vatex",
+    "variant": f"one of {', '.join(VARIANTS)}",
+    "seed": "of weights and of the order of videos",
+    "out": "folder of the run (empty: runs/clip2video/<dataset>-<variant>)",
+    "clip": "CLIP that made the features", "frames": "L, frames of a video",
+    "words": "W, tokens of a sentence",
+    "stride": "of the frames at 5 a second; 0: the centres of equal parts of the video",
+    "allow_missing": "true: go on without the videos that have no features",
+    "centres": "K", "layers": "of the temporal transformer",
+    "weight": "w, of the global similarity; the aligned one has 1 - w",
+    "batch": "videos in a batch", "together": "so many neighbours of the list share every batch",
+    "epochs": "passes over all captions", "lr": "learning rate of the new modules",
+    "text_lr": "learning rate of the text tower", "weight_decay": "of AdamW, but for biases"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -774,32 +894,43 @@ def main() -> None:
         part = commands.add_parser(name, help=text, description=text,
                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         part.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-        part.add_argument("--root", default="data", help="folder of datasets")
+        known = name in ("evaluate", "index", "search")         # where training found it
+        part.add_argument("--root", default=None if known else "data",
+                          help="folder of datasets" + " (None: the training's)" * known)
         return part
 
     part = add("train", "train, and evaluate on the test videos")
     for field in dataclasses.fields(Config):
         if field.name not in ("device", "root"):
-            part.add_argument("--" + field.name.replace("_", "-"), type=field.type,
-                              default=argparse.SUPPRESS, help=f"default {field.default!r}; "
-                              f"shapes: {PRESETS['shapes'].get(field.name, field.default)!r}")
+            presets = "; ".join(f"{name} {values[field.name]!r}"
+                                for name, values in PRESETS.items() if field.name in values)
+            default = "shapes" if field.name == "dataset" else field.default
+            part.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
+                              type=trainer.yes_or_no if field.type is bool else field.type,
+                              help=f"{MEANING[field.name]} (default {default!r}"
+                                   f"{'; ' + presets if presets else ''})")
     part.add_argument("--resume", action="store_true", help="continue the run in --out")
     part = add("prepare", "captions and features of a published dataset")
     part.add_argument("dataset", choices=DATASETS, help="which")
     part.add_argument("--annotations", required=True, help="folder of its published files")
     part.add_argument("--videos", required=True, help="folder of its video files")
+    part.add_argument("--clip", help="published name or file (None: ViT-B/32)")
     part = add("evaluate", "metrics on the test videos")
     part.add_argument("checkpoint", help="ckpt.pt of a run")
+    part.add_argument("--split", default="test", help="which videos (vatex has test1k5, too)")
+    part.add_argument("--allow-missing", action="store_true",
+                      help="go on without the videos that have no features")
     part.add_argument("--json", action="store_true", help="print json")
     part = add("ablation", "what each block brings, on the shapes world")
     part.add_argument("--seeds", type=int, default=3, help="worlds")
-    part = add("index", "index a folder of videos")
+    part = add("index", "index a folder of videos, or bring an index in step")
     part.add_argument("checkpoint", help="ckpt.pt of a run")
     part.add_argument("folder", help="of videos")
-    part.add_argument("--out", required=True, help="folder of the index, for instance retrieve.py's")
+    part.add_argument("--out", required=True, help="folder of the index (retrieve.py's will do)")
     part = add("search", "rank the videos of an index, or of a folder, by a sentence")
-    part.add_argument("index", help="folder of the index")
+    part.add_argument("index", help="folder of the index; with --checkpoint, of videos")
     part.add_argument("sentences", nargs="+", help="what to look for")
+    part.add_argument("--checkpoint", help="ckpt.pt of a run: index the folder of videos first")
     part.add_argument("--top", type=int, default=10, help="answers a sentence")
     options = parser.parse_args()
     with command.sentences():
@@ -817,18 +948,27 @@ def run(options: argparse.Namespace) -> None:
     elif options.command == "prepare":
         prepare(options.dataset, options.annotations, options.videos, options)
     elif options.command == "evaluate":
-        results = evaluate_checkpoint(options.checkpoint, None, device)
+        results = evaluate_checkpoint(options.checkpoint, options.root, device, options.split,
+                                      options.allow_missing)
         print(json.dumps(results) if options.json else table(results))
     elif options.command == "ablation":
         if options.seeds < 1:
             raise ValueError("--seeds is at least 1")
         print(ablation_table(ablation(options.seeds, options.root, options.device)))
     elif options.command == "index":
-        failed = index_folder(options.checkpoint, options.folder, options.out, device)
+        failed = update_index(options.checkpoint, options.folder, options.out, device, options.root)
         for name, reason in failed.items():
             print(command.printable(f"failed: {name}: {reason}"))
     else:
-        ranker = Ranker(options.index, device)
+        folder = options.index
+        if options.checkpoint:
+            both = f"{pathlib.Path(folder).resolve()}\n{clip.sha256(options.checkpoint)}"
+            place = hashlib.sha256(both.encode()).hexdigest()[:16]
+            folder = pathlib.Path("~/.cache/clip2video").expanduser() / place
+            for name, reason in update_index(options.checkpoint, options.index, folder, device,
+                                             options.root).items():
+                print(command.printable(f"failed: {name}: {reason}"))
+        ranker = Ranker(folder, device, options.root)
         for sentence, found in zip(options.sentences, ranker.best(options.sentences, options.top)):
             print(f"\"{command.printable(sentence)}\"")
             for k, (name, score) in enumerate(found, 1):

@@ -605,7 +605,7 @@ def main_search(argv: list[str]) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--json", action="store_true", help="print json")
     options = arguments.parse_args(argv)
-    if min(options.top, options.per_video, options.videos or 1) < 1:
+    if min(options.top, options.per_video, 1 if options.videos is None else options.videos) < 1:
         raise ValueError("--top, --per-video and --videos are at least 1")
     index = Index(options.index)
     checkpoint = index.content["checkpoint"]
@@ -618,7 +618,12 @@ def main_search(argv: list[str]) -> None:
     if options.videos:
         import clip2video                       # only who asks for it needs it
         ranked = clip2video.Ranker(options.index, retriever.device)
-        among = [[name for name, _ in best]
+        known = index.content["videos"].keys()
+        if apart := known ^ set(ranked.names):
+            print(f"note: {len(apart)} videos are only in one of both indexes, for instance "
+                  f"{command.printable(min(apart))}; they are not looked at. Bring both in step "
+                  f"with retrieve.py index and clip2video.py index", file=sys.stderr)
+        among = [[name for name, _ in best if name in known]
                  for best in ranked.best(options.sentences, options.videos)]
     results = [index.search(a, b, options.top, options.per_video, among=names)
                for a, b, names in zip(iou_text, contrastive_text, among)]

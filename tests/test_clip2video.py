@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -298,6 +299,7 @@ def test_families_differ_in_motion_only():
                         for part in clip2video.altered(plan["events"])[kind].split(", then ")]
                 assert told == meant[sibling], kind
             for event in plan["events"]:
+                assert not shapes.held_out(event["verb"], event["shape"])
                 assert 0 <= event["enter"] < event["start"] < event["end"] < event["leave"] <= 33
 
 
@@ -350,9 +352,9 @@ def test_a_pickle_of_captions_cannot_execute_anything(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------- the commands
 
-def run(*arguments, status=0):
+def run(*arguments, status=0, env=None):
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=HERE, capture_output=True,
-                          text=True, timeout=600)
+                          text=True, timeout=600, env={**os.environ, **(env or {})})
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr if status else done.stdout
@@ -364,7 +366,8 @@ def trained(world, tmp_path_factory):
     root = tmp_path_factory.mktemp("c2v")
     (root / "shapes").symlink_to(world / "shapes")
     families, clip2video.FAMILIES = clip2video.FAMILIES, {"train": 6, "val": 2, "test": 3}
-    clip2video.build_shapes("shapes", str(root), 16)
+    clip2video.build_shapes(clip2video.Config(dataset="shapes", root=str(root),
+                                              **clip2video.preset("shapes")))
     clip2video.FAMILIES = families
     text = run("clip2video.py", "train", "--root", root, "--epochs", 2, "--device", "cpu", "--out",
                root / "run")
@@ -414,11 +417,83 @@ def test_search_a_folder_of_videos(trained, tmp_path):
     assert text.count(".mp4") == 2 and '"a red circle rises"' in text
     ranker = clip2video.Ranker(tmp_path / "index")
     assert sorted(ranker.names) == ["test-0000.mp4", "test-0001.mp4", "test-0002.mp4"]
+    # again: what is new is read, what is gone is dropped, and another checkpoint is refused
+    (tmp_path / "videos" / "test-0001.mp4").unlink()
+    shutil.copy(tmp_path / "videos" / "test-0000.mp4", tmp_path / "videos" / "new.mp4")
+    before = (tmp_path / "index" / "clip2video.npz").stat().st_mtime_ns
+    run("clip2video.py", "index", root / "run" / "ckpt.pt", tmp_path / "videos", "--out",
+        tmp_path / "index")
+    again = clip2video.Ranker(tmp_path / "index")
+    assert sorted(again.names) == ["new.mp4", "test-0000.mp4", "test-0002.mp4"]
+    assert (tmp_path / "index" / "clip2video.npz").stat().st_mtime_ns > before
+    for name in ("test-0000.mp4", "test-0002.mp4"):
+        assert torch.equal(again.vectors[again.names.index(name)],
+                           ranker.vectors[ranker.names.index(name)])
+    assert torch.allclose(again.vectors[again.names.index("new.mp4")],
+                          ranker.vectors[ranker.names.index("test-0000.mp4")], atol=1e-5)
+    assert "another checkpoint" in run("clip2video.py", "index", root / "run" / "last.pt",
+                                       tmp_path / "videos", "--out", tmp_path / "index", status=2)
+    text = run("clip2video.py", "search", tmp_path / "videos", "a red circle", "--checkpoint",
+               root / "run" / "ckpt.pt", "--top", 1, env={"HOME": str(tmp_path)})
+    assert "failed: broken.mp4" in text and "  1  " in text and "  2  " not in text
+    for arguments in ((), ("--top", 0)):
+        assert run("clip2video.py", "search", tmp_path / "index", "" if not arguments else "a",
+                   *arguments, status=2)
     (name, score), *_ = ranker.best(["the blue bar falls"], 3)[0]
     with torch.no_grad():
         t = clip2video.joined(*ranker.model.encode_text(clip.tokenize("the blue bar falls", 40)))
     assert score == pytest.approx((t @ ranker.vectors[ranker.names.index(name)]).item(), abs=1e-5)
     assert "no vectors of whole videos" in run("clip2video.py", "search", tmp_path, "a", status=2)
+
+
+def test_features_of_another_clip_or_sampling_are_refused(trained, tmp_path):
+    root, _ = trained
+    for option, value in (("--frames", 12), ("--stride", 2), ("--clip", "ViT-B/32")):
+        message = run("clip2video.py", "train", "--root", root, option, value, "--out",
+                      tmp_path / "run", status=2)
+        assert "made with" in message or "neither a weight file" in message \
+            or "could not be fetched" in message, message
+    for option, value, told in (("--weight", 2, "between 0 and 1"), ("--words", 100, "at most 77"),
+                                ("--epochs", 0, "at least 1"), ("--variant", "x", "is one of")):
+        assert told in run("clip2video.py", "train", "--root", root, option, value, status=2)
+
+
+def test_an_epoch_sees_every_caption_once(trained, tmp_path):
+    """Two captions a video are two passes, in which no batch has a video twice."""
+    root, _ = trained
+    shutil.copytree(root / "shapes-videos", tmp_path / "shapes-videos")
+    (tmp_path / "shapes").symlink_to(root / "shapes")
+    path = tmp_path / "shapes-videos" / "train.captions.json"
+    captions = json.loads(path.read_text())
+    path.write_text(json.dumps({name: [*texts, "again"] for name, texts in captions.items()}))
+    text = run("clip2video.py", "train", "--root", tmp_path, "--epochs", 1, "--batch", 8, "--out",
+               tmp_path / "run", "--device", "cpu")
+    assert "24 training videos, 2 captions each, 6 steps an epoch" in text
+
+
+def test_prepare(tmp_path, world, published):
+    """Three short real videos as MSVD; one that is broken in test is told, and needs a word."""
+    published_files(tmp_path)
+    (tmp_path / "videos").mkdir()
+    for name in "ab":
+        shutil.copy(published / "videos" / "test.avi", tmp_path / "videos" / f"{name}.avi")
+    (tmp_path / "videos" / "c.avi").write_bytes(b"no video")
+    arguments = ("prepare", "msvd", "--annotations", tmp_path, "--videos", tmp_path / "videos",
+                 "--root", tmp_path / "data", "--clip", world / "shapes" / "clip.pt", "--device",
+                 "cpu")
+    text = run("clip2video.py", *arguments)
+    assert "train: 1 videos, 2 captions" in text and "1 videos have no features" in text
+    train = ("train", "--dataset", "msvd", "--root", tmp_path / "data", "--clip",
+             world / "shapes" / "clip.pt", "--epochs", 1, "--device", "cpu", "--out",
+             tmp_path / "run")
+    assert "1 of 1 videos of test have no features" in run("clip2video.py", *train, status=2)
+    shutil.copy(tmp_path / "videos" / "a.avi", tmp_path / "videos" / "c.avi")
+    run("clip2video.py", *arguments)
+    assert "t2v R@1" in run("clip2video.py", *train)
+    (tmp_path / "test_list.txt").write_text("a\n")
+    assert "both in train and test" in run("clip2video.py", *arguments, status=2)
+    (tmp_path / "raw-captions.pkl").write_bytes(b"no pickle")
+    assert "are not those of msvd" in run("clip2video.py", *arguments, status=2)
 
 
 def test_a_checkpoint_of_another_kind(trained, world):
@@ -451,7 +526,8 @@ def test_moments_in_chosen_videos_only(tmp_path):
 def test_short_videos_and_stored_zeros(tmp_path, published):
     """A video of fewer pictures than L is padded with zeros, which are taken for what they are."""
     model = clip.build(shapes.pretrain(0, steps=1, count=64, rounds=1).state_dict())
-    x = clip2video.encode_file(model, published / "videos" / "test.avi", 40, 2)
+    config = clip2video.Config(frames=40, stride=2)
+    x = clip2video.encode_file(model, published / "videos" / "test.avi", config)
     times = clip2video.frame_times(video.probe_duration(published / "videos" / "test.avi"), 40, 2)
     assert x.shape == (40, 64) and len(times) < 40
     assert ((x != 0).any(1) == (torch.arange(40) < len(times))).all()
