@@ -63,10 +63,14 @@ def row(what: str, value: float, unit: str, ratio: float | None = None, to: str 
     return {"what": what, "value": value, "unit": unit, "ratio": ratio, "to": to}
 
 
+class Disagreement(AssertionError):
+    """Two ways of computing the same did not."""
+
+
 def same(ours: Tensor, theirs: Tensor, what: str, tolerance: float = 1e-5) -> None:
     difference = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)
     if not difference <= tolerance:
-        raise RuntimeError(f"{what}: the two ways differ by {difference:.2g}, so that comparing "
+        raise Disagreement(f"{what}: the two ways differ by {difference:.2g}, so that comparing "
                            f"their speed says nothing")
 
 
@@ -97,7 +101,7 @@ def bench_tokens(options: argparse.Namespace) -> list[dict]:
             clip.word_ids = remembered
 
     if without() != [clip.sentence_ids(sentence) for sentence in some]:
-        raise RuntimeError("tokens: remembered sentences have other tokens")
+        raise Disagreement("tokens: remembered sentences have other tokens")
     plain = len(some) / seconds_of(without, at_least=1.0)
     clip.sentence_ids.cache_clear(), clip.word_ids.cache_clear()
     started = time.perf_counter()
@@ -322,8 +326,8 @@ def bench_step(options: argparse.Namespace) -> list[dict]:
 
 
 def bench_loader(options: argparse.Namespace) -> list[dict]:
-    """Reading a batch of features from disk (of Charades-STA's shape), against the step that it
-    waits for. `train.py` prints the share of the time as `data %`."""
+    """Reading a batch of features from disk, of Charades-STA's shape. Against the step that waits
+    for it: `train.py` prints the share of the time as `data %`."""
     config = train.Config(dataset="charades")
     with tempfile.TemporaryDirectory() as folder:
         made = {"clip": "random", "sha256": "", "resolution": 224, "frames": config.frames,
@@ -360,7 +364,8 @@ def greedy_nms(moments: Tensor, scores: Tensor, top_k: int, nms: float) -> Tenso
 
 
 def bench_nms(options: argparse.Namespace) -> list[dict]:
-    """R@5 of ActivityNet-Captions' 17,031 test queries: five moments a query out of 1,104."""
+    """R@5 of ActivityNet-Captions' 17,031 test queries: five moments a query out of 1,104; by the
+    time that 256 queries of random scores take."""
     model = retriever_of(train.Config(**{"dataset": "activitynet", **train.preset("activitynet")}),
                          torch.device("cpu"))
     N, count, block = model.num_clips, 17_031, 256
@@ -542,10 +547,10 @@ SETTINGS = {    # videos and sentences of a training split (data.py prints them)
 
 
 def bench_train(options: argparse.Namespace) -> list[dict]:
-    """Training steps with the text tower of ViT-B/32 on features of real shape: float32 (TF32 off,
-    as in train.py, and on) and bfloat16, each plainly, channels last, and compiled; share of the
-    time that the convolutions' multiplications take at the speed of a large matrix product; and
-    the losses of bfloat16 beside those of float32 over --steps steps."""
+    """Training steps with the text tower of ViT-B/32 on features of real shape: float32 (PyTorch's
+    defaults, as in train.py), TF32 everywhere, and bfloat16, each plainly, channels last, and
+    compiled; the share of the time that the convolutions' multiplications take at the speed of a
+    large matrix product; and the losses of bfloat16 beside those of float32 over --steps steps."""
     device = data.pick_device(options.device)
     rows = []
     for name in options.settings.split(","):
@@ -578,7 +583,6 @@ def time_training(config: train.Config, precision: str, layout: str, per_video: 
                   device: torch.device, steps: int) -> tuple[float, float, float, Tensor]:
     """Seconds a step, peak GiB (0 on a CPU), seconds of its multiplications alone, losses."""
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     config = dataclasses.replace(config, method="mmn", bf16=precision == "bf16")
     torch.manual_seed(0)
     made = {"width": 512, "patch_width": 512, "grid": 7, "patch_frames": 32}

@@ -22,6 +22,7 @@ import html
 import http.client
 import os
 import pathlib
+import pickletools
 import urllib.error
 import urllib.request
 import zipfile
@@ -582,17 +583,29 @@ def fetch(address: str, digest: str, path: pathlib.Path) -> pathlib.Path:
 
 
 def read_torch(path: str | os.PathLike) -> object:
-    """What torch.save wrote: tensors and plain values. Nothing in the file is executed, and no more
-    memory is taken than the file has bytes. ValueError for anything else."""
+    """What torch.save wrote: tensors and plain values. Nothing in the file is executed, no more
+    memory is taken than the file has bytes (twice that, where tensors share theirs), and a bit that
+    is not what was written is found. ValueError for anything else."""
     try:
+        size = os.path.getsize(path)
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
-        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
-            raise ValueError("it is compressed, as torch.save writes nothing")
-        if sum(part.file_size for part in parts) > os.path.getsize(path):
-            raise ValueError("its parts are larger than the whole")
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+                raise ValueError("it is compressed, as torch.save writes nothing")
+            if any(part.volume or part.internal_attr or part.external_attr for part in parts):
+                raise ValueError("its directory is not one of torch.save")     # torch would misread
+            if sum(part.file_size for part in parts) > size:
+                raise ValueError("its parts are larger than the whole")
+            if damaged := archive.testzip():            # torch itself does not look
+                raise ValueError(f"{damaged} in it is damaged")
+            for part in parts:
+                if part.filename.endswith("data.pkl") and any(
+                        "bytearray" in str(argument) for _, argument, _
+                        in pickletools.genops(archive.read(part))):
+                    raise ValueError("it asks for memory that is not in it")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        _check_sizes(content)
+        if _bytes_of(content, set()) > 2 * size:
+            raise ValueError("its tensors claim more than the file holds")
     except OSError:
         raise
     except Exception as error:  # torch raises a dozen kinds for a damaged or a hostile file
@@ -601,17 +614,16 @@ def read_torch(path: str | os.PathLike) -> object:
     return content
 
 
-def _check_sizes(content: object) -> None:
-    """A tensor may claim more numbers than it has (strides of 0); copied it would take them."""
+def _bytes_of(content: object, seen: set[int]) -> int:
+    """What all tensors would take if each were copied: with strides of 0, or on no device at all,
+    they may claim any shape."""
     if isinstance(content, Tensor):
-        if content.is_sparse or content.numel() * content.element_size() \
-                > content.untyped_storage().nbytes():
-            raise ValueError(f"a tensor claims the shape {list(content.shape)}, and is not there")
-    elif isinstance(content, dict):
-        _check_sizes(list(content.values()))
-    elif isinstance(content, (list, tuple)):
-        for value in content:
-            _check_sizes(value)
+        return content.numel() * content.element_size()
+    if not isinstance(content, (dict, list, tuple)) or id(content) in seen:
+        return 0
+    seen.add(id(content))
+    values = content.values() if isinstance(content, dict) else content
+    return sum(_bytes_of(value, seen) for value in values)
 
 
 def read_state(path: str | os.PathLike) -> dict[str, Tensor]:

@@ -64,11 +64,18 @@ def sentences():
     except OURS as error:
         _leave(unexpected(error), 1)
     except Exception as error:
+        beneath = error                         # torch hides a full disk behind an error of its own
+        while beneath is not None and not isinstance(beneath, OSError):
+            beneath = beneath.__cause__ or beneath.__context__
+        if type(error) is RuntimeError and beneath is not None:
+            error = beneath
         if type(error).__name__ == "OutOfMemoryError":          # torch's, of a GPU
             _leave(f"error: the GPU's memory is too small; lower --batch, or for features and "
                    f"training see --precision and --bf16 ({first_line(error)})", 2)
         if "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
             _leave("error: another process of torchrun has stopped; its message says why", 2)
+        if "can't allocate memory" in str(error):               # torch's, of a CPU
+            _leave(f"error: the memory is too small; lower --batch ({first_line(error)})", 2)
         place = traceback.extract_tb(error.__traceback__)[-1]
         if type(error) is RuntimeError and not place.line.startswith("raise "):
             _leave(unexpected(error), 1)                        # torch's, for a fault of ours
@@ -139,4 +146,6 @@ def locked(folder: pathlib.Path):
         except BlockingIOError:
             raise FileExistsError(f"another process is writing into {folder}; wait for it, or "
                                   f"choose another --out") from None
+        for left in folder.glob(".*.tmp"):      # what a killed process was about to write
+            left.unlink()
         yield

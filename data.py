@@ -22,6 +22,7 @@ import math
 import os
 import pathlib
 import random
+import signal
 import sys
 from typing import NamedTuple
 
@@ -437,6 +438,12 @@ class Batch(NamedTuple):
                        for value in self))
 
 
+def stay(worker: int) -> None:
+    """A process that reads features leaves it to the one that trains to be stopped."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class Shares(torch.utils.data.BatchSampler):
     """Batches, of each of which a process gets its share."""
 
@@ -516,11 +523,12 @@ class Videos(torch.utils.data.Dataset):
         share; without one all of them, in order."""
         if generator is None:
             return torch.utils.data.DataLoader(self, size, collate_fn=self.collate,
-                                               num_workers=workers)
+                                               num_workers=workers, worker_init_fn=stay)
         order = torch.utils.data.RandomSampler(self, generator=generator)
         return torch.utils.data.DataLoader(
             self, batch_sampler=Shares(order, size, drop_last=False), generator=generator,
-            collate_fn=self.collate, num_workers=workers, persistent_workers=workers > 0)
+            collate_fn=self.collate, num_workers=workers, worker_init_fn=stay,
+            persistent_workers=workers > 0)
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -648,7 +656,7 @@ def check(which: str | None, root: str) -> bool:
         made = ", ".join(f"{key} {store.manifest.get(key)}"
                          for key in ("clip", "frames", "precision"))
         print(f"{folder}: {len(store.manifest['videos'])} videos, {made}, {len(problems)} problems")
-        print("".join(f"  {problem}\n" for problem in problems), end="")
+        print("".join(f"  {command.printable(problem)}\n" for problem in problems), end="")
         well &= not problems
     return well
 

@@ -189,8 +189,11 @@ def read_rows(path: str | pathlib.Path, key: str) -> list[dict]:
         return [{"qid": content.get("qid", numbered[0]), key: windows,
                  **{name: content[name] for name in ("vid", "query") if name in content}}]
 
-    lines = [(i, line) for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
-             if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8") from error
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     return data.read_lines(path, ((i, (k, line)) for k, (i, line) in enumerate(lines)), row)
 
 
@@ -246,7 +249,7 @@ def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
         first, head = weights["convs.0.weight"].shape, weights["iou_moment.weight"].shape
         told = tuple(sizes[name] for name in ("hidden", "width", "kernel", "kernel", "joint"))
         if told != (*first, head[0]) or not 0 < sizes["num_clips"] <= 512 \
-                or f"convs.{sizes['layers'] - 1}.bias" not in weights:
+                or any(f"convs.{i}.bias" not in weights for i in range(sizes["layers"])):
             raise ValueError(f"its weights are not of the sizes {sizes}")
         retriever, text = mmn.MMN(**sizes), clip.build_text(text)
         retriever.load_state_dict(weights)

@@ -585,7 +585,7 @@ def main_index(argv: list[str]) -> None:
     index = Index(options.out, options.checkpoint)
     failed = index.update(retriever, options.folder)
     for name, reason in failed.items():
-        print(f"failed: {name}: {reason}")
+        print(command.printable(f"failed: {name}: {reason}"))
     known = index.content["videos"].values()
     hours = sum(about["duration_sec"] for about in known) / 3600
     print(f"{options.out}: {sum(about['rows'] for about in known)} moments of {len(known)} videos, "

@@ -151,6 +151,15 @@ class Config:
             if getattr(self, name) not in values:
                 raise ValueError(f"--{name.replace('_', '-')} is one of {', '.join(values)}, not "
                                  f"{getattr(self, name)!r}")
+        for name in ("num_clips", "frames", "kernel", "layers", "hidden", "joint", "inject_layers",
+                     "inject_heads", "batch", "epochs", "stage_steps", "stage_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is at least 1")
+        if self.kernel % 2 == 0:
+            raise ValueError(f"--kernel is odd, not {self.kernel}")
+        if sum(count * 2 ** i for i, count in enumerate(self.pool_counts)) >= self.num_clips:
+            raise ValueError(f"--pool-counts {self.pool_counts} asks for moments longer than "
+                             f"--num-clips {self.num_clips}")
         if self.frames % self.num_clips:
             raise ValueError(f"--frames {self.frames} has to be a multiple of --num-clips "
                              f"{self.num_clips}")
@@ -203,6 +212,9 @@ class Model(nn.Module):
         self.retriever = mmn.MMN(**self.sizes)                          # f^g
         self.context = self.dynamic = None
         if config.method == "vdi":
+            if made["width"] % config.inject_heads:
+                raise ValueError(f"--inject-heads {config.inject_heads} does not divide the width "
+                                 f"{made['width']} of the features")
             self.context = inject.VisualContext(made["width"], config.inject_layers,
                                                 config.inject_heads)
             self.dynamic = inject.SpatialDynamic(made["width"], made["patch_width"], made["grid"],
@@ -280,13 +292,15 @@ def total_loss(terms: dict[str, Tensor], config: Config, epoch: int) -> Tensor:
 
 
 def check_finite(terms: dict[str, Tensor], batch: data.Batch, folder: pathlib.Path) -> None:
-    """A term that is not finite stops the run, is named, and leaves its batch behind."""
+    """A term that is not finite stops the run, is named, and leaves its batch behind. All processes
+    have the same terms."""
     for name, value in terms.items():
         if not torch.isfinite(value):
+            videos = [video for part in parallel.everyone(batch.videos) for video in part]
             path = folder / f"nonfinite-{parallel.rank()}.pt"
             save(path, {"term": name, "batch": batch._asdict()})
             raise FloatingPointError(f"{name} is {value.item()} for the videos "
-                                     f"{', '.join(batch.videos)}; the batch is in {path}")
+                                     f"{', '.join(videos)}; the batch is in {path}")
 
 
 @torch.no_grad()
@@ -340,6 +354,9 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config,
     # DEVIATION: standardised, so that no constant fits it
     target = target / target[usable].square().mean().sqrt().clamp(min=1e-6)
 
+    if config.stage_batch < parallel.size():
+        raise ValueError(f"--stage-batch {config.stage_batch} leaves some of {parallel.size()} "
+                         f"processes without a sentence")
     # DEVIATION: an optimiser of its own; in one sum with Eq. 7 the size of this term starves the
     # others
     optimiser = torch.optim.AdamW(text.parameters(), lr=config.stage_lr, betas=(0.9, 0.99),
@@ -455,14 +472,15 @@ def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[
                                   fused=True)
     # `done` steps of epoch `first` are behind us; `sums` is what they add to its row of the log
     history, staged, first, done, sums = [], [], 0, 0, {}
-    if resume and (folder / "last.pt").exists():
+    there = parallel.everyone((folder / "last.pt").exists())
+    if len(set(there)) > 1:
+        raise FileNotFoundError(f"{folder / 'last.pt'} is there for some processes only; give all "
+                                f"machines the same folder")
+    if resume and not there[0] and (folder / "ckpt.pt").exists():
+        same_configuration(clip.read_torch(folder / "ckpt.pt")["config"], config)
+    if resume and there[0]:
         saved = clip.read_torch(folder / "last.pt")
-        theirs, ours = saved["config"], dataclasses.asdict(config)
-        other = [name for name in ours if theirs.get(name) != ours[name]
-                 and name not in ("device", "root", "out", "workers", "compile", "deterministic")]
-        if other:
-            raise ValueError(f"{folder} holds a run with another {', '.join(other)}; resume it "
-                             f"with its own settings, or choose another --out")
+        same_configuration(saved["config"], config)
         model.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
         torch.set_rng_state(saved["rng"])
@@ -481,13 +499,13 @@ def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[
             "history": history, "staged": staged, "model": model.state_dict(),
             "optimiser": optimiser.state_dict(), "rng": torch.get_rng_state()})
 
-    if first_process and (staged or history):
-        if not history and not done:
+    if first_process and (resume or staged):
+        if staged and not history and not done:
             keep(0)
         text = "".join(json.dumps(row) + "\n" for row in (*staged, *history))
         # without what a killed run added after its checkpoint: it comes again
         video.save_atomically(folder / "log.jsonl", lambda file: file.write(text.encode()))
-    started = time.time()
+    started = time.time() - 60 * (history[-1]["minutes"] if history else 0)
     for epoch in range(first, config.epochs):
         if len(history) - best_epoch(history) >= config.patience:
             break
@@ -501,6 +519,7 @@ def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[
                                           disable=not first_process or None)):
             waited_sec += time.perf_counter() - ready
             if step < done:                                     # before the run was stopped
+                waited_sec, ready = 0.0, (epoch_started := time.perf_counter())
                 continue
             batch = batch.to(device)
             for group in optimiser.param_groups:
@@ -527,7 +546,8 @@ def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[
             ready = time.perf_counter()
         row = {"epoch": epoch + 1,
                **{name: (value / len(loader)).item() for name, value in sums.items()
-                  if name != "skipped" or value},
+                  if name != "skipped"},
+               **({"skipped": int(sums["skipped"])} if sums["skipped"] else {}),
                "data %": 100 * waited_sec / (time.perf_counter() - epoch_started),
                "cos x^qd": query_cosine(model.text, videos["train"], device)}
         if config.select_on in videos and first_process:
@@ -565,6 +585,16 @@ def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[
         else "the last: there is no validation split"))
     print(evaluate.table(results))
     return results
+
+
+def same_configuration(theirs: dict, config: Config) -> None:
+    """ValueError where a run that is to be resumed has another configuration."""
+    ours = dataclasses.asdict(config)
+    other = [name for name in ours if theirs.get(name) != ours[name] and name not in
+             ("device", "root", "out", "workers", "compile", "deterministic")]
+    if other:
+        raise ValueError(f"{config.folder} holds a run with another {', '.join(other)}; resume it "
+                         f"with its own settings, or choose another --out")
 
 
 def best_epoch(history: list[dict]) -> int:

@@ -39,7 +39,7 @@ def test_greedy_nms_of_one_query():
 
 def test_mistakes_are_one_sentence(tmp_path):
     for arguments, status, text in ((("speed",), 2, "there is no bench 'speed'"),
-                                    (("tokens", "--annotations", tmp_path), 1,
+                                    (("tokens", "--annotations", tmp_path), 2,
                                      "get them with: python data.py charades")):
         done = subprocess.run([sys.executable, "bench.py", *map(str, arguments)], cwd=HERE,
                               capture_output=True, text=True)

@@ -8,6 +8,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import hypothesis
 import hypothesis.strategies as st
@@ -83,25 +84,34 @@ def log_of(folder: pathlib.Path) -> list[dict]:
 # ------------------------------------------------------------------------------- stopped and killed
 
 @pytest.fixture(scope="module")
-def whole(world, tmp_path_factory):
-    """A run that nothing stopped."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    run("train.py", "--root", world, *SMALL, "--out", folder, env={"OMP_NUM_THREADS": "1"})
-    return folder
+def wholes(world, tmp_path_factory):
+    """Runs that nothing stopped, by method."""
+    folders = {method: tmp_path_factory.mktemp("whole") / "run" for method in ("mmn", "vdi-staged")}
+    for method, folder in folders.items():
+        run("train.py", "--root", world, *SMALL, "--method", method, "--out", folder,
+            env={"OMP_NUM_THREADS": "1"})
+    return folders
 
 
-@pytest.mark.parametrize("name, number, times", [("SIGKILL", signal.SIGKILL, 10),
-                                                 ("SIGTERM", signal.SIGTERM, 5),
-                                                 ("SIGINT (Ctrl-C)", signal.SIGINT, 5)])
-def test_a_stopped_run_ends_in_the_same_bits(world, tmp_path, whole, fault, name, number, times):
-    folder = tmp_path / "run"
+@pytest.fixture(scope="module")
+def whole(wholes):
+    return wholes["vdi-staged"]
+
+
+@pytest.mark.parametrize("name, number, times, method", [
+    ("SIGKILL", signal.SIGKILL, 10, "vdi-staged"), ("SIGTERM", signal.SIGTERM, 5, "mmn"),
+    ("SIGINT (Ctrl-C)", signal.SIGINT, 5, "mmn"), ("SIGTERM", signal.SIGTERM, 1, "vdi-staged")])
+def test_a_stopped_run_ends_in_the_same_bits(world, tmp_path, wholes, fault, name, number, times,
+                                             method):
+    folder, whole = tmp_path / "run", wholes[method]
     script = tmp_path / "stopped.py"
     script.write_text(STOPPED)
     # an epoch and stage 1 have six steps each: SIGKILL, after which an epoch begins anew, may come
-    # after it
+    # after it; the others come within
     most = 7 if number == signal.SIGKILL else 5
-    out = run(script, int(number), times, most, "--root", world, *SMALL, "--out", folder,
-              env={"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    out = run(script, int(number), times, most, "--root", world, *SMALL, "--method", method,
+              "--out", folder, env={"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    assert (" and 4 steps" in out) == (method == "mmn")         # went on in the midst of an epoch
     statuses = [int(s) for s in out.split("statuses", 1)[1].split()]
     expected = -signal.SIGKILL if number == signal.SIGKILL else 128 + number
     assert statuses[-1] == 0 and statuses[:-1] == [expected] * times
@@ -109,9 +119,11 @@ def test_a_stopped_run_ends_in_the_same_bits(world, tmp_path, whole, fault, name
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert log_of(whole) == log_of(folder)
     assert (whole / "results.json").read_text() == (folder / "results.json").read_text()
-    fault(f"{name} during training", "at a random step, then --resume: same weights, log and "
-          "metrics to the bit", len(statuses) - 1,
-          "the steps since the last epoch" if number == signal.SIGKILL else "nothing")
+    lost = ("the steps since the last epoch" if number == signal.SIGKILL else "nothing"
+            if method == "mmn" else "stage 1, which begins again")
+    where = "in stage 1" if "stage 1" in lost else "during training"
+    fault(f"{name} {where}", "at a random step, then --resume: same weights, log and metrics to "
+          "the bit", len(statuses) - 1, lost)
 
 
 def test_a_write_that_fails_leaves_the_checkpoint_before_it(tmp_path, monkeypatch, fault):
@@ -145,6 +157,61 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it(tmp_path, monkeypatc
         tried += 1
     fault("disk full while a checkpoint is written", "the write fails at every stage; the one "
           "before it is whole", tried, "the epoch that could not be written")
+
+
+FULL = """
+import resource, signal, sys
+import video
+most = int(sys.argv.pop(1))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+save = video.save_atomically
+def small(path, write):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most if path.name == "last.pt" else -1, -1))
+    save(path, write)
+video.save_atomically = small
+import train
+train.main()
+"""
+
+
+@pytest.mark.parametrize("most", [0, 5000, 100_000])
+def test_a_file_that_may_not_grow(world, tmp_path, most, fault):
+    """The system refuses to write on within torch.save: one sentence, and the epoch before is
+    whole."""
+    (tmp_path / "full.py").write_text(FULL)
+    arguments = ("--root", world, *SMALL, "--method", "mmn", "--out", tmp_path / "run")
+    message = run(tmp_path / "full.py", most, *arguments, status=2, env={"PYTHONPATH": str(HERE)})
+    assert "File too large" in message
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "ckpt.pt", "lock", "log.jsonl"]
+    assert evaluate.load(tmp_path / "run" / "ckpt.pt").checkpoint["epoch"] == 1
+    assert "another hidden" in run("train.py", *arguments, "--hidden", 8, "--resume", status=2)
+    run("train.py", *arguments, "--resume", "--epochs", 4)
+    assert [row["epoch"] for row in log_of(tmp_path / "run")] == [1, 2, 3, 4]
+    fault("disk full within torch.save", "the system lets the file grow no more; then --resume", 1)
+
+
+def test_signal_to_the_whole_group_with_workers(world, tmp_path):
+    """As torchrun and batch systems send it: the processes that read features leave it to the one
+    that trains, which saves."""
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "--root", str(world), *SMALL, "--method", "mmn", "--workers",
+         "2", "--epochs", "400", "--out", str(tmp_path / "run")], cwd=HERE, text=True,
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    until = time.time() + 240
+    while not (tmp_path / "run" / "last.pt").exists() and time.time() < until:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, shown = process.communicate(timeout=120)
+    assert process.returncode == 143 and "go on with --resume" in shown, shown
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert saved["epoch"] >= 1 and 0 < saved["done"] <= 6
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    (tmp_path / ".last.pt.123.tmp").write_bytes(b"half")
+    with command.locked(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [command.LOCK]
 
 
 def test_two_processes_on_one_folder(world, tmp_path, fault):

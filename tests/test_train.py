@@ -360,6 +360,35 @@ def test_a_checkpoint_of_an_older_version_is_one_sentence(run, tmp_path):
         "evaluate.py", tmp_path / "ckpt.pt", status=2)
 
 
+@pytest.mark.parametrize("options, told", [
+    (("--kernel", 4), "--kernel is odd"), (("--layers", 0), "--layers is at least 1"),
+    (("--pool-counts", 100), "moments longer than"), (("--num-clips", 0), "at least 1"),
+    (("--method", "vdi", "--inject-heads", 3), "does not divide the width 64")])
+def test_sizes_that_cannot_be(world, tmp_path, options, told):
+    assert told in command("train.py", "--root", world, "--out", tmp_path / "run", *options,
+                           status=2)
+
+
+def test_a_gradient_that_overflows_under_autocast_is_skipped_and_counted(world, tmp_path,
+                                                                         monkeypatch):
+    """The second of six steps; in float32 it would stop the run."""
+    norms, clip_norm = [], train.nn.utils.clip_grad_norm_
+
+    def overflow(*arguments):
+        norms.append(clip_norm(*arguments))
+        return torch.tensor(float("inf")) if len(norms) == 2 else norms[-1]
+
+    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", overflow)
+    settings = config(world, method="mmn", epochs=1, batch=4, device="cpu", bf16=True,
+                      out=str(tmp_path / "run"))
+    train.train(settings)
+    row = json.loads((tmp_path / "run" / "log.jsonl").read_text())
+    assert row["skipped"] == 1 and len(norms) == 6
+    norms.clear()
+    with pytest.raises(FloatingPointError, match="gradient's norm is inf"):
+        train.train(dataclasses.replace(settings, bf16=False, out=str(tmp_path / "other")))
+
+
 def test_help_names_every_field_of_the_configuration():
     text = command("train.py", "--help")
     for field in dataclasses.fields(train.Config):
