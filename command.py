@@ -127,6 +127,8 @@ class Signals:
         if self.received:
             raise KeyboardInterrupt
         self.received = number
+        # where all processes are stopped at once, torch would raise because its workers are gone
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         print("stopping after this step; a second Ctrl-C stops at once", file=sys.stderr)
 
     def __exit__(self, *exception) -> None:

@@ -439,9 +439,8 @@ class Batch(NamedTuple):
 
 
 def stay(worker: int) -> None:
-    """A process that reads features leaves it to the one that trains to be stopped."""
+    """Ctrl-C is for the process that trains, not for those that read features."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Shares(torch.utils.data.BatchSampler):

@@ -499,6 +499,13 @@ def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[
             "history": history, "staged": staged, "model": model.state_dict(),
             "optimiser": optimiser.state_dict(), "rng": torch.get_rng_state()})
 
+    def stop_if_told(epoch: int) -> None:
+        if any(parallel.everyone(signals.received)):
+            if first_process:
+                keep(epoch, done)
+            raise command.Stopped(f"stopped after {done} steps of epoch {epoch + 1}; go on with "
+                                  f"--resume", signals.received or signal.SIGTERM)
+
     if first_process and (resume or staged):
         if staged and not history and not done:
             keep(0)
@@ -515,8 +522,9 @@ def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[
         shuffle = torch.Generator().manual_seed(1_000_003 * config.seed + epoch)
         loader = videos["train"].batches(config.batch, shuffle, config.workers)
         waited_sec, ready = 0.0, (epoch_started := time.perf_counter())
-        for step, batch in enumerate(tqdm(loader, desc=f"epoch {epoch + 1}", leave=False,
-                                          disable=not first_process or None)):
+        batches = tqdm(loader, desc=f"epoch {epoch + 1}", leave=False,
+                       disable=not first_process or None)
+        for step, batch in enumerate(until_stopped(batches, signals)):
             waited_sec += time.perf_counter() - ready
             if step < done:                                     # before the run was stopped
                 waited_sec, ready = 0.0, (epoch_started := time.perf_counter())
@@ -538,12 +546,10 @@ def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[
             for name, value in {**parts, **spread, "L": loss,
                                 "skipped": (~norm.isfinite()).float()}.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
-            if any(parallel.everyone(signals.received)):
-                if first_process:
-                    keep(epoch, step + 1)
-                raise command.Stopped(f"stopped after {step + 1} steps of epoch {epoch + 1}; go on "
-                                      f"with --resume", signals.received or signal.SIGTERM)
+            done = step + 1
+            stop_if_told(epoch)
             ready = time.perf_counter()
+        stop_if_told(epoch)
         row = {"epoch": epoch + 1,
                **{name: (value / len(loader)).item() for name, value in sums.items()
                   if name != "skipped"},
@@ -585,6 +591,15 @@ def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[
         else "the last: there is no validation split"))
     print(evaluate.table(results))
     return results
+
+
+def until_stopped(batches, signals: command.Signals):
+    """All batches; or those up to a signal that stopped the processes which read them, too."""
+    try:
+        yield from batches
+    except RuntimeError:
+        if not signals.received:
+            raise
 
 
 def same_configuration(theirs: dict, config: Config) -> None:
