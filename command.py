@@ -64,11 +64,6 @@ def sentences():
     except OURS as error:
         _leave(unexpected(error), 1)
     except Exception as error:
-        beneath = error                         # torch hides a full disk behind an error of its own
-        while beneath is not None and not isinstance(beneath, OSError):
-            beneath = beneath.__cause__ or beneath.__context__
-        if type(error) is RuntimeError and beneath is not None:
-            error = beneath
         if type(error).__name__ == "OutOfMemoryError":          # torch's, of a GPU
             _leave(f"error: the GPU's memory is too small; lower --batch, or for features and "
                    f"training see --precision and --bf16 ({first_line(error)})", 2)
@@ -78,7 +73,12 @@ def sentences():
             _leave(f"error: the memory is too small; lower --batch ({first_line(error)})", 2)
         place = traceback.extract_tb(error.__traceback__)[-1]
         if type(error) is RuntimeError and not place.line.startswith("raise "):
-            _leave(unexpected(error), 1)                        # torch's, for a fault of ours
+            beneath = error                     # torch hides a full disk behind an error of its own
+            while beneath is not None and not isinstance(beneath, OSError):
+                beneath = beneath.__cause__ or beneath.__context__
+            if beneath is None:
+                _leave(unexpected(error), 1)                    # a fault of ours
+            error = beneath
         # what a worker of a DataLoader raised holds its traceback
         lines = str(error).strip().splitlines() or [type(error).__name__]
         _leave(f"error: {lines[-1] if 'Traceback' in str(error) else str(error)}", 2)
