@@ -483,7 +483,7 @@ def bench_stages(options: argparse.Namespace) -> list[dict]:
         for count in (10, 50, 100, 200, 400):
             def search() -> list:
                 best = ranker.best(sentences, count)
-                return [index.search(*text, among=[name for name, _ in near])
+                return [index.search(*text, among={name for name, _ in near})
                         for text, near in zip(texts, best)]
 
             shared = np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(exact, search())])

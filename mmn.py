@@ -11,8 +11,7 @@ layer before the pooling is left out, so that the map holds CLIP's features as t
 Shapes: B videos, S sentences in the batch, T frames, N clips, P candidate moments, D width of
 CLIP's joint space, C width of the convolutions, J joint space of the two heads. Intervals are
 [start, end) in seconds; clip i is [i, i+1) * duration / N, and cell (i, j) of the map, i <= j, is
-the
-moment [i, j+1) * duration / N.
+the moment [i, j+1) * duration / N.
 """
 import functools
 

@@ -494,7 +494,7 @@ class Index:
         return failed
 
     def search(self, iou_text: Tensor, contrastive_text: Tensor, top_k: int = 10,
-               per_video: int = 3, block: int = 1 << 16, among: list[str] | None = None
+               per_video: int = 3, block: int = 1 << 16, among: set[str] | None = None
                ) -> list[tuple[str, Moment]]:
         """The best moments of all videos for one sentence, best first.
 
@@ -503,7 +503,7 @@ class Index:
 
         iou_text, contrastive_text  [J] unit vectors (Retriever.read)
         per_video                   answers of one video at most, after NMS
-        among                       look in these videos only
+        among                       look only in the videos of these names
         """
         rows, J = self.rows(), self.content["joint"]
         if not rows:
@@ -517,7 +517,7 @@ class Index:
         iou, contrastive, spans = self.mapped
         videos = sorted((about["first"], about["first"] + about["rows"], name)
                         for name, about in self.content["videos"].items())
-        firsts, ends, names = zip(*videos)
+        firsts, _, names = zip(*videos)
 
         def answers(which: Tensor) -> list[tuple[str, Moment]]:
             """The best of the rows `which`, after NMS."""
@@ -536,24 +536,23 @@ class Index:
                         break
             return found
 
-        if among is not None:
-            known = [self.content["videos"][name] for name in among
-                     if name in self.content["videos"]]
-            places = sorted((about["first"], about["first"] + about["rows"]) for about in known)
-            return answers(torch.cat([torch.arange(0), *(torch.arange(*p) for p in places)]))
-
         a, b = iou_text.half(), contrastive_text.half()
         bounds = torch.full((-(-rows // 64) * 64,), -math.inf)
-        for first in range(0, rows, block):
-            part = slice(first, min(first + block, rows))
-            bounds[part] = mmn.fuse(
-                torch.sigmoid(mmn.SCORE_SCALE * (torch.mv(iou[part], a).float() + ROUNDING)),
-                torch.mv(contrastive[part], b).float() + ROUNDING)
-        for start, end in zip((0, *ends), (*firsts, rows)):
-            if start < end:
-                bounds[start:end] = -math.inf                       # rows of videos that are gone
+        stretches = []                          # of rows that lie side by side
+        for start, end, name in videos:
+            if among is None or name in among:
+                if stretches and stretches[-1][1] == start:
+                    stretches[-1][1] = end
+                else:
+                    stretches.append([start, end])
+        for start, end in stretches:
+            for first in range(start, end, block):
+                part = slice(first, min(first + block, end))
+                bounds[part] = mmn.fuse(
+                    torch.sigmoid(mmn.SCORE_SCALE * (torch.mv(iou[part], a).float() + ROUNDING)),
+                    torch.mv(contrastive[part], b).float() + ROUNDING)
         highest = bounds.view(-1, 64).amax(1)                   # of every 64 rows: fewer to sort
-        looked = 1024
+        looked = 128
         while True:
             # no moment that is not looked at can score as much as `unseen`
             unseen = (highest.topk(looked).values[-1].item() if looked < len(highest)
@@ -623,7 +622,7 @@ def main_search(argv: list[str]) -> None:
             print(f"note: {len(apart)} videos are only in one of both indexes, for instance "
                   f"{command.printable(min(apart))}; they are not looked at. Bring both in step "
                   f"with retrieve.py index and clip2video.py index", file=sys.stderr)
-        among = [[name for name, _ in best if name in known]
+        among = [{name for name, _ in best if name in known}
                  for best in ranked.best(options.sentences, options.videos)]
     results = [index.search(a, b, options.top, options.per_video, among=names)
                for a, b, names in zip(iou_text, contrastive_text, among)]

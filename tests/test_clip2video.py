@@ -515,12 +515,12 @@ def test_moments_in_chosen_videos_only(tmp_path):
         index.add(f"{k}.mp4", {"duration_sec": 30.0}, spans, *rows)
     q = F.normalize(torch.randn(2, J, generator=generator), dim=1)
     exact = index.search(*q, top_k=8)
-    assert index.search(*q, top_k=8, among=[f"{k}.mp4" for k in range(6)]) == exact
-    some = index.search(*q, top_k=8, among=["2.mp4", "5.mp4"])
+    assert index.search(*q, top_k=8, among={f"{k}.mp4" for k in range(6)}) == exact
+    some = index.search(*q, top_k=8, among={"2.mp4", "5.mp4"})
     assert {name for name, _ in some} <= {"2.mp4", "5.mp4"} and some
     mine = [answer for answer in index.search(*q, top_k=100) if answer[0] in ("2.mp4", "5.mp4")]
     assert some == mine[:len(some)]
-    assert index.search(*q, among=[]) == [] == index.search(*q, among=["gone.mp4"])
+    assert index.search(*q, among=set()) == [] == index.search(*q, among={"gone.mp4"})
 
 
 def test_short_videos_and_stored_zeros(tmp_path, published):
