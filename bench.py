@@ -437,13 +437,9 @@ def bench_search(options: argparse.Namespace) -> list[dict]:
 def whole_videos(images: clip.CLIP, world: str, split: str, config: clip2video.Config) -> Tensor:
     """The videos of a split of the shapes world as CLIP2Video samples them, [V, L, D]."""
     times = clip2video.sample_times(config, shapes.FRAMES)
-    part, seed = list(shapes.SPLITS).index(split) + 1, shapes.seed_of(world)
-    videos = []
-    for i in range(shapes.SPLITS[split]):
-        plan = shapes.script(split, np.random.default_rng([seed, part, i]))
-        pixels = torch.from_numpy(shapes.render(plan, times)).permute(0, 3, 1, 2)
-        videos.append(video.encode_frames(images, pixels)[0].float())
-    return torch.stack(videos)
+    plans = (shapes.plan_of(shapes.seed_of(world), split, i) for i in range(shapes.SPLITS[split]))
+    return torch.stack([video.encode_frames(images, shapes.film(plan, times))[0].float()
+                        for plan in plans])
 
 
 @torch.no_grad()
@@ -591,7 +587,7 @@ def time_training(config: train.Config, precision: str, layout: str, per_video: 
     if layout == "channels last":
         model.retriever.to(memory_format=torch.channels_last)
     elif layout == "compiled":
-        model.retriever.moments = torch.compile(model.retriever.moments)
+        model.retriever.outputs = torch.compile(model.retriever.outputs)
     frames, _, video_of, iou, moments_sec = random_batch(config, device, per_video)
     S, generator = len(video_of), torch.Generator().manual_seed(0)
     tokens = torch.randint(1, 49000, (3, S, 77), generator=generator)

@@ -12,9 +12,15 @@ autocast), and any activation read from a file name.
     x, patches = model.encode_image(clip.preprocess(frames, 224))       # frames: uint8 [T, 3, h, w]
     q = model.encode_text(clip.tokenize("a person opens the door"))
 
+    python clip.py IMAGE "the red circle rises" "the red circle falls"
+
+prints the cosine of an image with each text, and of the texts with each other: that of two verbs is
+near 1, which is what the paper sets out to change.
+
 Shapes: B images or sentences, L words (77 at most), C width of a tower, D width of the joint space,
 D' channels of the patch features, H x W patch grid, R input resolution.
 """
+import argparse
 import functools
 import gzip
 import hashlib
@@ -33,6 +39,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
+
+import command
 
 # ----------------------------------------------------------------------------------- text -> tokens
 
@@ -659,3 +667,32 @@ def load(name_or_path: str | os.PathLike, device: str | torch.device = "cpu",
     weights (OpenAI's archive, a plain or open_clip state dict, Hugging Face's
     pytorch_model.bin)."""
     return build(read_state(name_or_path), activation).to(device)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description="similarities of an image and texts",
+                                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = arguments.add_argument
+    add("image", help="an image, or a video, whose first frame is taken")
+    add("texts", nargs="+", help="what it may show")
+    add("--weights", default="data/shapes/clip.pt",
+        help="a file of weights, or a published name; the default is made by python train.py")
+    options = arguments.parse_args()
+    with command.sentences(), torch.no_grad():
+        import video                                            # which imports this file
+
+        model = load(options.weights)
+        frame = next(video.frames_at(options.image, [0.0]))
+        x, patches = model.encode_image(preprocess(frame[None], model.visual.resolution))
+        q = F.normalize(model.encode_text(tokenize(options.texts, truncate=True)), dim=1)  # [S, D]
+        print(f"image {list(frame.shape)} -> x {list(x.shape)}, patches {list(patches.shape)}")
+        cosines = (q @ F.normalize(x, dim=1).T)[:, 0]                   # [S]
+        shares = (model.logit_scale.exp() * cosines).softmax(0)
+        print("  image   share   cosine with each text")
+        for text, cosine, share, row in zip(options.texts, cosines, shares, q @ q.T):
+            print(f"{cosine:7.3f} {share:7.3f}   " + " ".join(f"{v:6.3f}" for v in row)
+                  + f"   {command.printable(text)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -498,8 +498,7 @@ def build_shapes(config: "Config") -> None:
             plans = family(np.random.default_rng([shapes.seed_of(dataset), 100 + part, i]))
             for k, plan in enumerate(plans):
                 name = f"{split}-{i:03d}-{k}"
-                pixels = torch.from_numpy(shapes.render(plan, instants)).permute(0, 3, 1, 2)
-                store.write(name, video.encode_frames(model, pixels)[0], None,
+                store.write(name, video.encode_frames(model, shapes.film(plan, instants))[0], None,
                             shapes.FRAMES * plan["frame_sec"])
                 captions[name] = [describe(plan["events"])]
                 changed[name] = altered(plan["events"])

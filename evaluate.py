@@ -5,6 +5,7 @@
     python evaluate.py runs/table/mmn-?/ckpt.pt          # mean and standard deviation over runs
     python evaluate.py ckpt.pt --split test --predictions out.jsonl     # writes its answers
     python evaluate.py --predictions out.jsonl --truth test.jsonl       # scores any system's
+    python evaluate.py --explain                        # IoU, NMS and R@5 on three moments by hand
 
 Beside each result stand what a random moment would score, and the best moment that does not look at
 the sentence (fitted on the training split), so that a number means something; and, where the world
@@ -33,10 +34,11 @@ import command
 import data
 import mmn
 import parse
+import tan
 import video
 
 QUERIES = {"full": 0, "static": 1, "dynamic": 2}                # Q, Q^s, Q^d: rows of Batch.tokens
-FUSIONS = {"published": mmn.fuse, "product": mmn.plain_product}         # Eq. 10
+RETRIEVERS = {"mmn": mmn.MMN, "2d-tan": tan.TAN}                # f^g
 
 
 # ------------------------------------------------------------------------------------------ metrics
@@ -200,12 +202,11 @@ def read_rows(path: str | pathlib.Path, key: str) -> list[dict]:
 # --------------------------------------------------------------------------------------- prediction
 
 @torch.no_grad()
-def predict(text: clip.TextTower, retriever: mmn.MMN, videos: data.Videos, batch: int,
+def predict(text: clip.TextTower, retriever: mmn.MomentMap, videos: data.Videos, batch: int,
             device: torch.device | str, query: str = "full", top_k: int = 5,
             fusion: str = "published", normalise: bool = True) -> Tensor:
     """Moments for all sentences of `videos`, in the order of `videos.samples`: [S, top_k, 3], see
     mmn.decode."""
-    fuse = FUSIONS[fusion]
     was_training = retriever.training
     text.eval(), retriever.eval()
     result = []
@@ -213,7 +214,7 @@ def predict(text: clip.TextTower, retriever: mmn.MMN, videos: data.Videos, batch
         b = b.to(device)
         x = text.encode_text(b.tokens[QUERIES[query]])                  # [S, D]
         x = F.normalize(x, dim=1) if normalise else x
-        scores = fuse(*retriever(b.frames, x, b.video_of))              # [S, N, N]
+        scores = retriever.scores(b.frames, x, b.video_of, fusion)      # [S, N, N]
         if not torch.isfinite(scores).all():
             raise FloatingPointError(f"scores are not finite for a video among "
                                      f"{', '.join(b.videos[:5])} ...")
@@ -230,7 +231,7 @@ class Run:
     """A checkpoint, ready for inference."""
     config: dict                                                # every field of train.Config
     text: clip.TextTower
-    retriever: mmn.MMN
+    retriever: mmn.MomentMap                                    # mmn.MMN or tan.TAN
     metrics: dict  # of the epoch that was kept, on the split that chose it
     checkpoint: dict                                            # everything else that was saved
 
@@ -244,14 +245,17 @@ def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
     try:
         saved = clip.read_torch(path)
         config, metrics = saved["config"], saved["metrics"]
-        sizes, weights, text = saved["mmn_sizes"], saved["mmn"], saved["text"]
+        sizes, weights, text = saved["sizes"], saved["retriever"], saved["text"]
         _ = saved["window_sec"], config["fusion"], config["normalise"]  # not in older files
-        first, head = weights["convs.0.weight"].shape, weights["iou_moment.weight"].shape
-        told = tuple(sizes[name] for name in ("hidden", "width", "kernel", "kernel", "joint"))
-        if told != (*first, head[0]) or not 0 < sizes["num_clips"] <= 512 \
-                or any(f"convs.{i}.bias" not in weights for i in range(sizes["layers"])):
+        kind = RETRIEVERS[config["retriever"]]
+        if not sum(sizes["pool_counts"]) < sizes["num_clips"] <= 512 \
+                or not sizes["layers"] <= len(weights):
             raise ValueError(f"its weights are not of the sizes {sizes}")
-        retriever, text = mmn.MMN(**sizes), clip.build_text(text)
+        with torch.device("meta"):              # what the sizes claim costs nothing yet
+            claimed = kind(**sizes).state_dict()
+        if any(value.shape != weights[name].shape for name, value in claimed.items()):
+            raise ValueError(f"its weights are not of the sizes {sizes}")
+        retriever, text = kind(**sizes), clip.build_text(text)
         retriever.load_state_dict(weights)
     except Exception as error:  # torch raises a dozen kinds for what does not fit
         raise ValueError(f"{path} is not a checkpoint of train.py: {type(error).__name__} "
@@ -364,6 +368,28 @@ def over_runs(runs: list[dict[str, dict]]) -> str:
     return "\n".join(lines)
 
 
+def explain() -> None:
+    """One sentence whose moment is 10 to 20 s, three answers, and every metric by hand."""
+    truth = torch.tensor([[10.0, 20.0]])
+    answers = torch.tensor([[14.0, 30.0, 0.9], [12.0, 30.0, 0.8], [9.0, 18.0, 0.3]])
+    print("The sentence's moment is [10, 20) s. Three answers, best first:")
+    for start, end, score in answers.tolist():
+        overlap = min(end, 20) - max(start, 10)
+        union = max(end, 20) - min(start, 10)
+        iou = mmn.interval_iou(torch.tensor([start, end]), truth)[0]
+        print(f"  [{start:2.0f}, {end:2.0f}) score {score:.1f}   overlap {overlap:2.0f} s of a "
+              f"union of {union:2.0f} s: IoU {overlap:.0f} / {union:.0f} = {iou:.2f}, "
+              f"{'a hit' if iou >= 0.5 else 'no hit'} at 0.5, "
+              f"{'a hit' if iou >= 0.7 else 'no hit'} at 0.7")
+    near = mmn.interval_iou(answers[0, :2], answers[1, :2])
+    print(f"NMS: the second overlaps the first by IoU {near:.2f} > 0.5 and is dropped; the third "
+          f"by {mmn.interval_iou(answers[0, :2], answers[2, :2]):.2f}, and stays.")
+    found = recall(answers[None, [0, 2], :2], truth)
+    print("R@1 looks at the first answer that is left, R@5 at the first five, here two; in percent "
+          "of all sentences, here one:")
+    print("  " + "   ".join(f"{name} {value:.2f}" for name, value in found.items()))
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -385,8 +411,13 @@ def main() -> None:
     arguments.add_argument("--allow-missing", action="store_true",
                            help="leave out videos without features")
     arguments.add_argument("--json", action="store_true", help="print one json object a checkpoint")
+    arguments.add_argument("--explain", action="store_true",
+                           help="show IoU, NMS and R@5 on three moments by hand, and no more")
     options = arguments.parse_args()
     with command.sentences():
+        if options.explain:
+            explain()
+            return
         if options.truth:
             if options.checkpoint or not options.predictions:
                 raise ValueError("--truth scores --predictions, without a checkpoint")

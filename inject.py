@@ -10,11 +10,18 @@ Q^d, the sentence without its noun chunks:
 `temporal_change`, at the end, is the target of the method `vdi-staged`; everything before it is the
 paper's letter. Nothing in this file is needed, or loaded, at inference.
 
+    python inject.py
+
+walks two videos of the shapes world through Eq. 1-5 before training: the shape of each result, both
+losses, and frames above their heatmaps of Eq. 3, in characters.
+
 Shapes: B videos, S sentences in the batch, T frames, D width of CLIP's joint space, D' channels of
 the patch features, H x W patch grid. `video_of` [S] tells which video of the batch a sentence
 belongs to. All CLIP features arrive L2-normalised over their channels. (UNSPECIFIED: the feature
 scale.)
 """
+import pathlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -186,3 +193,62 @@ def temporal_change(static: Tensor | None, frames: Tensor, moments_sec: Tensor,
     if target == "whole":
         return weighted(torch.zeros_like(start), durations_sec[:, None]).detach()
     return (weighted(middle, end) - weighted(start, middle)).detach()  # no gradient into the target
+
+
+# ----------------------------------------------------------------------------------------- the walk
+
+def characters(maps: Tensor) -> str:
+    """Maps [n, H, W] side by side, from the lowest value " " to the highest "@"."""
+    level = (maps - maps.min()) / (maps.max() - maps.min()) * 9.99
+    return "\n".join("  ".join("".join(2 * " .:-=+*#%@"[int(v)] for v in line) for line in row)
+                     for row in level.transpose(0, 1).tolist())
+
+
+@torch.no_grad()
+def main() -> None:
+    import clip                                                 # only the walk needs these
+    import parse
+    import shapes
+
+    weights = pathlib.Path("data/shapes/clip.pt")               # which python train.py makes
+    model = clip.load(weights) if weights.exists() else shapes.small_clip(0)
+    plans = [shapes.plan_of(0, "train", i) for i in range(2)]
+    rows = [(i, s.sentence) for i in range(2) for s in shapes.samples_of("", "train", plans[i])]
+    video_of, queries = torch.tensor([i for i, _ in rows]), [parse.Parser("rules").split(sentence)
+                                                             for _, sentence in rows]
+    pixels = torch.cat([shapes.film(plan) for plan in plans])           # [B * T, 3, 32, 32]
+    frames, patches = (F.normalize(y, dim=1).unflatten(0, (2, -1))
+                       for y in model.encode_image(clip.normalise(pixels)))
+    static, dynamic = (F.normalize(model.encode_text(clip.tokenize([q[k] for q in queries])), dim=1)
+                       for k in (1, 2))
+    D, grid, T = frames.shape[2], patches.shape[3], frames.shape[1]
+    torch.manual_seed(0)
+    context_module, dynamic_module = VisualContext(D, 1, 4), SpatialDynamic(D, D, grid, T, 1, 4)
+    for layer in (dynamic_module.frame_fc, dynamic_module.patch_fc):
+        nn.init.eye_(layer.weight), nn.init.zeros_(layer.bias)  # so that CLIP's own heat is seen
+
+    context = context_module(static, frames, video_of)
+    heat = dynamic_module.heatmap(frames, patches)
+    motion = dynamic_module.dynamic(heat)
+    losses = (visual_context_loss(context_module.project(dynamic), context),
+              spatial_dynamic_loss(motion[video_of], dynamic_module.project(dynamic), video_of))
+    print(f"CLIP: {weights if weights.exists() else 'untrained; python train.py trains one'}\n"
+          f"Q \"{queries[0].full}\", Q^s \"{queries[0].static}\", Q^d \"{queries[0].dynamic}\", "
+          f"and {len(rows) - 1} more sentences\n")
+    for name, what, value in (
+            ("", "frames X^v", frames), ("", "patches X~^v", patches),
+            ("", "static queries x^qs", static), ("", "dynamic queries x^qd", dynamic),
+            ("Eq. 1", "context x~^qs", context), ("Eq. 2", "L^vc", losses[0]),
+            ("Eq. 3", "heatmaps M", heat), ("Eq. 4", "motion m~", motion),
+            ("Eq. 5", "L^sd", losses[1])):
+        mean = f"mean {value.mean():.4f}" if name in ("Eq. 2", "Eq. 5") else ""
+        print(f"{name:6s} {what:22s} {str(list(value.shape)):18s} {mean}".rstrip())
+    seen = pixels[:T].float().mean(1, keepdim=True)                     # [T, 1, 32, 32]
+    for title, maps in (("frames of the first video, one of each event", seen),
+                        ("Eq. 3, FC = identity", heat[0, :, None])):
+        maps = F.adaptive_avg_pool2d(maps, 2 * grid)[:, 0]
+        print(f"\n{title}\n{characters(maps[[e['start'] + 2 for e in plans[0]['events']]])}")
+
+
+if __name__ == "__main__":
+    main()

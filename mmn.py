@@ -5,6 +5,11 @@ moments see each other, and two heads compare each moment with the sentence by c
 the overlap with the labelled moment (Eq. 6, 7), the other to tell it from other moments and other
 sentences (Eq. 8, 9). Their product is the answer (Eq. 10).
 
+    python mmn.py
+
+shows a map of 6 clips: its candidate moments, scores for each, and how Eq. (10) reads the answers
+off them.
+
 "MMN" is Mutual Matching Network, "Negative Sample Matters" (AAAI 2022). As in the paper, its linear
 layer before the pooling is left out, so that the map holds CLIP's features as they are.
 
@@ -22,6 +27,7 @@ from torch import Tensor, nn
 import parallel
 
 SCORE_SCALE = 10.0  # of the IoU head: score = sigmoid(10 cos) (MMN's published code, both datasets)
+EXCLUDED = {"out": float("-inf"), "exp0": 0.0}          # see `contrastive_loss`
 
 
 # ------------------------------------------------------------------------------ intervals and cells
@@ -90,53 +96,28 @@ class MapNorm(nn.BatchNorm2d):
         return (y * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
-class MMN(nn.Module):
-    """Frames and sentences -> the two score maps of Eq. (6) and Eq. (9).
+class MomentMap(nn.Module):
+    """The 2D map: its candidate moments, and their features. MMN and 2D-TAN (tan.py) read it.
 
-    width        D of the frame and sentence features, which arrive normalised and stay as they are
     num_clips    N; pool_kernel and pool_stride average T frames to N clips
     pool_counts  diagonals per level of the sparse map, see `sparse_cells`
-    kernel, layers, hidden, joint   size, number and width C of the convolutions; J of the heads
     """
 
-    def __init__(self, width: int, num_clips: int, pool_kernel: int, pool_stride: int,
-                 pool_counts: tuple[int, ...], kernel: int, layers: int, hidden: int, joint: int):
+    def __init__(self, num_clips: int, pool_kernel: int, pool_stride: int,
+                 pool_counts: tuple[int, ...]):
         super().__init__()
         self.num_clips, self.pool_kernel, self.pool_stride = num_clips, pool_kernel, pool_stride
         self.pool_counts = tuple(pool_counts)
         starts, ends = (torch.cat(side) for side in zip(*sparse_cells(num_clips, self.pool_counts)))
         self.register_buffer("cells", starts * num_clips + ends,
-                             persistent=False)  # [P], index into N*N
+                             persistent=False)                  # [P], index into N*N
         candidates = torch.zeros(num_clips, num_clips, dtype=torch.bool)
         candidates[starts, ends] = True
         self.register_buffer("candidates", candidates, persistent=False)  # [N, N], True = a moment
 
-        # As published, the first layer pads for all of them and each later one shrinks the map back
-        # towards N x N. Cells that no moment has reached yet are zero, so only the middle is
-        # computed: the map grows by a kernel a layer until it has the published size.
-        grow = kernel - 1
-        self.sides = [num_clips + grow * (layers - 1 - i) for i in range(layers)]   # as published
-        middle = [num_clips, *(min(side, num_clips + grow * (i + 1))                # as computed
-                               for i, side in enumerate(self.sides))]
-        self.convs = nn.ModuleList(nn.Conv2d(width if i == 0 else hidden, hidden, kernel,
-                                             padding=(middle[i + 1] - middle[i] + grow) // 2)
-                                   for i in range(layers))
-        self.norms = nn.ModuleList(MapNorm(hidden) for _ in range(layers))
-        valid, window = candidates[None, None].float(), torch.ones(1, 1, kernel, kernel)
-        for i, conv in enumerate(self.convs):
-            count = F.conv2d(valid, window, padding=conv.padding)
-            valid = (count > 0).float()  # 1 / number of valid cells under the kernel, or 0
-            self.register_buffer(f"weight{i}", valid / count.clamp(min=1), persistent=False)
-
-        self.iou_moment = nn.Conv2d(hidden, joint, 1)
-        self.contrastive_moment = nn.Conv2d(hidden, joint, 1)
-        self.text_norm = nn.LayerNorm(width)
-        self.iou_text = nn.Linear(width, joint)
-        self.contrastive_text = nn.Linear(width, joint)
-
     def moment_map(self, frames: Tensor) -> Tensor:
-        """X^m before the convolution: cell (i, j) is the maximum over clips i..j. [B, T, D] -> [B,
-        D, N, N]."""
+        """X^m before the convolution: cell (i, j) is the maximum over clips i..j. frames [B, T, D]
+        -> [B, D, N, N]."""
         x = F.avg_pool1d(frames.transpose(1, 2), self.pool_kernel, self.pool_stride)  # [B, D, N]
         if x.shape[2] != self.num_clips:
             raise ValueError(f"{frames.shape[1]} frames pool to {x.shape[2]} clips, and this "
@@ -148,9 +129,57 @@ class MMN(nn.Module):
                 # one more clip; or, entering a level, two more of every second moment
                 x = F.max_pool1d(x, 3, 2) if level and step == 0 else F.max_pool1d(x, 2, 1)
                 diagonals.append(x)
-        x = torch.cat(diagonals, 2)                                     # [B, D, P]
-        grid = x.new_zeros(*x.shape[:2], self.num_clips ** 2)
-        return grid.index_copy(2, self.cells, x).unflatten(2, (self.num_clips, -1))   # [B, D, N, N]
+        return self.to_map(torch.cat(diagonals, 2))                     # [B, D, N, N]
+
+    def to_map(self, values: Tensor) -> Tensor:
+        """Of the candidates [..., P] -> [..., N, N], 0 elsewhere."""
+        grid = values.new_zeros(*values.shape[:-1], self.num_clips ** 2)
+        return grid.index_copy(-1, self.cells, values).unflatten(-1, (self.num_clips, -1))
+
+    def at_candidates(self, grid: Tensor) -> Tensor:
+        """The inverse of `to_map`: [..., N, N] -> [..., P]."""
+        return grid.flatten(-2)[..., self.cells]
+
+    def add_convolutions(self, width: int, hidden: int, kernel: int, layers: int) -> None:
+        """`convs`, and what their outputs are multiplied by: 1 / number of valid cells under the
+        kernel, or 0; a cell is valid for the next layer where that is not 0.
+
+        As published, the first layer pads for all of them and each later one shrinks the map back
+        towards N x N. Cells that no moment has reached yet are zero, so only the middle is
+        computed: the map grows by a kernel a layer until it has the published size."""
+        N, grow = self.num_clips, kernel - 1
+        self.sides = [N + grow * (layers - 1 - i) for i in range(layers)]       # as published
+        middle = [N, *(min(side, N + grow * (i + 1)) for i, side in enumerate(self.sides))]
+        self.convs = nn.ModuleList(nn.Conv2d(width if i == 0 else hidden, hidden, kernel,
+                                             padding=(middle[i + 1] - middle[i] + grow) // 2)
+                                   for i in range(layers))
+        valid, window = self.candidates[None, None].float(), torch.ones(1, 1, kernel, kernel)
+        for i, conv in enumerate(self.convs):
+            count = F.conv2d(valid, window, padding=conv.padding)
+            valid = (count > 0).float()
+            self.register_buffer(f"weight{i}", valid / count.clamp(min=1), persistent=False)
+
+
+class MMN(MomentMap):
+    """Frames and sentences -> the two score maps of Eq. (6) and Eq. (9).
+
+    width        D of the frame and sentence features, which arrive normalised and stay as they are
+    num_clips, pool_kernel, pool_stride, pool_counts   of the map
+    kernel, layers, hidden, joint   size, number and width C of the convolutions; J of the heads
+
+    What a retriever is to the loop, evaluate.py and retrieve.py: `outputs`, `losses`, `scores`.
+    """
+
+    def __init__(self, width: int, num_clips: int, pool_kernel: int, pool_stride: int,
+                 pool_counts: tuple[int, ...], kernel: int, layers: int, hidden: int, joint: int):
+        super().__init__(num_clips, pool_kernel, pool_stride, pool_counts)
+        self.add_convolutions(width, hidden, kernel, layers)
+        self.norms = nn.ModuleList(MapNorm(hidden) for _ in range(layers))
+        self.iou_moment = nn.Conv2d(hidden, joint, 1)
+        self.contrastive_moment = nn.Conv2d(hidden, joint, 1)
+        self.text_norm = nn.LayerNorm(width)
+        self.iou_text = nn.Linear(width, joint)
+        self.contrastive_text = nn.Linear(width, joint)
 
     def moments(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Both heads' unit vectors for every candidate moment: [B, T, D] -> two of [B, J, P]."""
@@ -158,33 +187,45 @@ class MMN(nn.Module):
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
             x = norm(conv(x), conv.bias, self.sides[i])                 # [B, C, n, n]
             x = F.relu(x) * self.get_buffer(f"weight{i}")
-        x = x.flatten(2)[:, :, self.cells].unsqueeze(3)                 # [B, C, P, 1]
+        x = self.at_candidates(x).unsqueeze(3)                          # [B, C, P, 1]
         return tuple(F.normalize(head(x).squeeze(3), dim=1)             # [B, J, P]
                      for head in (self.iou_moment, self.contrastive_moment))
 
     def sentences(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Both heads' unit vectors for every sentence: [S, D] -> two of [S, J]."""
         text = self.text_norm(text)
-        return F.normalize(self.iou_text(text), dim=1), F.normalize(self.contrastive_text(text),
-                                                                    dim=1)
+        return tuple(F.normalize(head(text), dim=1)
+                     for head in (self.iou_text, self.contrastive_text))
 
     def forward(self, frames: Tensor, text: Tensor, video_of: Tensor) -> tuple[Tensor, Tensor]:
         """frames [B, T, D], text [S, D], video_of [S] -> (iou_scores [S, N, N] in (0, 1),
         contrastive_scores [S, N, N] in [-1, 1]): each sentence against the moments of its own
         video; 0 where there is no candidate."""
-        iou_moments, contrastive_moments = self.moments(frames)
-        iou_text, contrastive_text = self.sentences(text)
+        iou_moments, contrastive_moments, iou_text, contrastive_text = self.outputs(frames, text,
+                                                                                    video_of)
         return (self.to_map(overlap_scores(iou_moments, iou_text, video_of)),
                 self.to_map(cosine_scores(contrastive_moments, contrastive_text, video_of)))
 
-    def to_map(self, scores: Tensor) -> Tensor:
-        """Scores of the candidates [S, P] -> [S, N, N], 0 elsewhere."""
-        grid = scores.new_zeros(len(scores), self.num_clips ** 2)
-        return grid.index_copy(1, self.cells, scores).unflatten(1, (self.num_clips, -1))
+    def scores(self, frames: Tensor, text: Tensor, video_of: Tensor,
+               fusion: str = "published") -> Tensor:
+        """Eq. (10), first line: what ranks the moments, [S, N, N]. Arguments as in `forward`."""
+        return FUSIONS[fusion](*self(frames, text, video_of))
 
-    def at_candidates(self, grid: Tensor) -> Tensor:
-        """The inverse of `to_map`: [S, N, N] -> [S, P]."""
-        return grid.flatten(1)[:, self.cells]
+    def outputs(self, frames: Tensor, text: Tensor, video_of: Tensor) -> tuple[Tensor, ...]:
+        """What `losses` compares, a row a video or a row a sentence, so that the rows of several
+        processes can be put together. Arguments as in `forward`."""
+        return *self.moments(frames), *self.sentences(text)
+
+    def losses(self, outputs: tuple[Tensor, ...], iou: Tensor, video_of: Tensor,
+               moments_sec: Tensor, config) -> dict[str, Tensor]:
+        """Eq. (7) and Eq. (8), means over the sentences. outputs: of `outputs`; iou [S, P] of the
+        candidates; config: `tau`, `margin` and `excluded` of train.Config."""
+        iou_moments, contrastive_moments, iou_text, contrastive_text = outputs
+        scores = overlap_scores(iou_moments, iou_text, video_of)
+        return {"L_iou": iou_loss(scores, iou).mean(),
+                "L_cl": contrastive_loss(contrastive_moments, contrastive_text, iou, video_of,
+                                         moments_sec, config.tau, config.margin,
+                                         excluded=EXCLUDED[config.excluded]).mean()}
 
 
 # ------------------------------------------------------------------------------------ the equations
@@ -224,6 +265,8 @@ def iou_loss(scores: Tensor, iou: Tensor, floor: float = 0.5) -> Tensor:
     # UNSPECIFIED: the overlap is scaled as in MMN's published code: (iou - 0.5) / (1 - 0.5), at
     # least 0
     target = ((iou - floor) / (1 - floor)).clamp(min=0)
+    if not scores.isfinite().all():     # subtle: BCE of these stops a CPU unnamed, a GPU for good
+        return scores.mean(1)
     return F.binary_cross_entropy(scores, target, reduction="none").mean(1)
 
 
@@ -297,6 +340,8 @@ def plain_product(iou_scores: Tensor, contrastive_scores: Tensor) -> Tensor:
     return torch.logit(iou_scores, eps=1e-6) / SCORE_SCALE * contrastive_scores
 
 
+FUSIONS = {"published": fuse, "product": plain_product}
+
 def best_cell(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. (10), second line, Sec. 3.1: start and end of the best moment, in clips, both inclusive.
 
@@ -347,3 +392,40 @@ def decode(scores: Tensor, durations_sec: Tensor, top_k: int = 1, nms: float = 0
             near = near_cells(N, nms, scores.device)[start * N + end].unflatten(1, (N, N))
             left.masked_fill_(near, float("-inf"))
     return result
+
+
+# -------------------------------------------------------------------------------------- a small map
+
+def main() -> None:
+    N, pool_counts, duration_sec = 6, (2, 1), torch.tensor([60.0])
+    candidates = MomentMap(N, 1, 1, pool_counts).candidates
+
+    def show(title: str, grid: Tensor) -> None:
+        print(f"\n{title}\n         last clip" + "".join(f"{j:6d}" for j in range(N)))
+        for i, row in enumerate(grid.tolist()):
+            print(f"first clip {i}      " + "".join(f"{v:6.2f}" if candidates[i, j] else "     ."
+                                                     for j, v in enumerate(row)))
+
+    print(f"{N} clips of 10 s; cell (i, j) is the moment [10 i, 10 (j + 1)) s. Candidates of "
+          f"pool_counts={pool_counts}: the\ndiagonal, 2 diagonals beside it, and 1 of every second "
+          f"cell, 2 further. \".\" is no candidate.")
+    overlap = iou_map(torch.tensor([[18.0, 41.0]]), duration_sec, N)        # [1, N, N]
+    show("Eq. 7, y^iou: overlap with the labelled moment, 18 to 41 s", overlap[0])
+    # in place of a trained retriever: the label, and noise
+    noise = torch.randn(2, N, N, generator=torch.Generator().manual_seed(0))
+    iou_scores = torch.sigmoid(8 * overlap - 4 + noise[0])
+    contrastive_scores = torch.tanh(2 * overlap - 1 + 0.3 * noise[1])
+    show("Eq. 6, Y~iou, of a good retriever, in (0, 1)", iou_scores[0])
+    show("Eq. 9, Y~cl, of the same, in [-1, 1]", contrastive_scores[0])
+    scores = fuse(iou_scores, contrastive_scores).masked_fill(~candidates, float("-inf"))
+    show("Eq. 10, Y~ = Y~iou sqrt(0.5 Y~cl + 0.5)", scores[0])
+    start, end = best_cell(scores)
+    print("\ncmax, the best of each row:  " + "".join(f"{v:6.2f}" for v in scores[0].amax(1))
+          + f"\nt~s = {start.item()} is the best row, t~e = {end.item()} its best cell; the best "
+            f"moments, none overlapping a better one by IoU > 0.5:")
+    for start_sec, end_sec, score in decode(scores, duration_sec, 3, 0.5, candidates)[0].tolist():
+        print(f"  {start_sec:4.0f} to {end_sec:2.0f} s, score {score:.2f}")
+
+
+if __name__ == "__main__":
+    main()

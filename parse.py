@@ -4,11 +4,13 @@ The noun chunks of a sentence (a noun plus the words describing it) tell what ca
 frame; the rest tells what changes. Q^s is the sentence with all but its noun chunks masked, Q^d the
 sentence with its noun chunks masked:
 
-    Q    "a person opens the door"
-    Q^s  "a person the door"
-    Q^d  "opens"
-
     python parse.py "a person opens the door"
+
+    Q    a person opens the door
+         ^^^^^^^^       ^^^^^^^^        the noun chunks
+    Q^s  a person the door
+    Q^d  opens
+    Q^h  person opens door
 
 Q^h (supplement, Table 5) is the control: a random half of the words in place of the noun chunks.
 
@@ -359,10 +361,12 @@ def main() -> None:
         parser = Parser(options.parser, options.mask)
         print(f"parser: {parser.name}")
         for sentence in options.sentences or (line.rstrip("\n") for line in sys.stdin):
-            query = parser.split(sentence)
-            for name, text in (*zip(("Q", "Q^s", "Q^d"), query),
-                               ("Q^h", parser.halve(sentence).static)):
-                print(f"{name:4s} {command.printable(text)}")
+            line = "".join("^" if any(a <= i < b for a, b in parser.chunks(sentence)) else " "
+                           for i in range(len(sentence)))
+            texts = (sentence, line.rstrip(), *parser.split(sentence)[1:],
+                     parser.halve(sentence).static)
+            for name, text in zip(("Q", "", "Q^s", "Q^d", "Q^h"), texts):
+                print(f"{name:4s} {command.printable(text)}".rstrip())
 
 
 if __name__ == "__main__":

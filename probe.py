@@ -151,13 +151,7 @@ def word_weights(text: clip.TextTower, sentences: list[str]) -> dict[str, list[f
 def true_mask(plan: dict, event: dict, times: np.ndarray, grid: int) -> Tensor:
     """Share of each patch that the actor of an event covers: [T, H, W]."""
     stage = np.zeros((len(times), shapes.SIZE, shapes.SIZE, 3), dtype=np.float32)
-    progress = np.clip((times - event["start"]) / (event["end"] - event["start"]), 0, 1)[:, None]
-    x, y, r = (np.array(event["from"]) * (1 - progress) + np.array(event["to"]) * progress).T
-    visible = (times >= event["enter"]) & (times < event["leave"])
-    if shapes.VERBS[event["verb"]][0] == "blinks":
-        acting = (times >= event["start"]) & (times < event["end"])
-        visible &= ~acting | (np.floor(times - event["start"]) % 2 == 1)
-    shapes.draw(stage, event["colour"], event["shape"], x, y, r, visible)
+    shapes.draw(stage, event["colour"], event["shape"], *shapes.whereabouts(event, times))
     painted = torch.from_numpy(stage.sum(3) > 0).float()                # [T, 32, 32]
     return F.adaptive_avg_pool2d(painted, grid)
 
@@ -168,7 +162,7 @@ def moments_of(world: str, root: str, count: int):
     store = data.open_store(world, world, root)
     for i in range(count):
         name = f"train-{i:04d}"
-        plan = shapes.script("train", np.random.default_rng([shapes.seed_of(world), 1, i]))
+        plan = shapes.plan_of(shapes.seed_of(world), "train", i)
         frames, patches = (F.normalize(torch.from_numpy(
             store.read(name, kind).astype(np.float32)), dim=1) for kind in ("frames", "patches"))
         for event in plan["events"]:

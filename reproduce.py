@@ -544,8 +544,7 @@ def draw_heat(options: argparse.Namespace) -> None:
         x, patches = (torch.nn.functional.normalize(y.float(), dim=1)
                       for y in video.encode_frames(model, pixels))
     else:
-        plan = shapes.script("train", np.random.default_rng([0, 1, 0]))
-        pixels = torch.from_numpy(shapes.render(plan, np.arange(32) + 0.5)).permute(0, 3, 1, 2)
+        pixels = shapes.film(shapes.plan_of(0, "train", 0))
         _, _, x, patches = next(probe.moments_of(world, options.root, 1))
     maps = {"frame": None, "Eq. 3, FC = identity": probe.plain_heat(x, patches),
             "Eq. 3, after `vdi`": trained_heat(0, options).heatmap(x[None], patches[None])[0]}

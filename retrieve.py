@@ -32,6 +32,7 @@ import pathlib
 import sys
 import urllib.parse
 import zipfile
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -163,43 +164,53 @@ class Retriever:
         return torch.cat(features), duration_sec
 
     @torch.no_grad()
-    def read(self, sentences: list[str]) -> tuple[Tensor, Tensor]:
-        """Both heads' unit vectors of the sentences: two of [S, J]. ValueError for an empty one."""
+    def text(self, sentences: list[str]) -> Tensor:
+        """x^q of the sentences, [S, D]. ValueError for an empty one."""
         for sentence in sentences:
             if not sentence.strip():
                 raise ValueError("a sentence is empty; say what to look for")
             if len(clip.encode(sentence)) > 75:
                 print(f"note: CLIP reads 77 tokens, so the end of \"{sentence[:60]}...\" is cut "
                       f"off", file=sys.stderr)
-        tokens = clip.tokenize(sentences, truncate=True).to(self.device)
-        x = self.run.text.encode_text(tokens)
-        return self.run.retriever.sentences(F.normalize(x, dim=1) if self.run.config["normalise"]
-                                            else x)
+        x = self.run.text.encode_text(clip.tokenize(sentences, truncate=True).to(self.device))
+        return F.normalize(x, dim=1) if self.run.config["normalise"] else x
 
     @torch.no_grad()
-    def moments(self, encoded: Encoded) -> tuple[Tensor, Tensor, Tensor]:
-        """All moments of a video: (start, end) in seconds [W * P, 2], and both heads' unit vectors,
-        two of [W * P, J]."""
-        parts, spans = [], []
+    def read(self, sentences: list[str]) -> tuple[Tensor, Tensor]:
+        """Both heads' unit vectors of the sentences: two of [S, J]. Of MMN only."""
+        return self.run.retriever.sentences(self.text(sentences))
+
+    def windows(self, encoded: Encoded) -> Iterator[tuple[Tensor, Tensor]]:
+        """Up to 16 windows at a time: their frames [w, T, D], and their moments' (start, end) in
+        seconds, [w, P, 2]."""
         cells = self.run.retriever.cells.cpu()
         corners = torch.stack([cells // self.N, cells % self.N + 1], 1)         # [P, 2] clips
         corners = corners * (self.T / self.N)                                   # features
         for i in range(0, len(encoded.starts), 16):
             starts = encoded.starts[i:i + 16]
-            frames = torch.stack([encoded.frames[s:s + self.T] for s in starts]).to(self.device)
-            parts.append([x.transpose(1, 2).flatten(0, 1).cpu()
-                          for x in self.run.retriever.moments(frames)])     # [16 * P, J]
-            spans += [(corners + s) * encoded.each_sec for s in starts]
-        iou, contrastive = (torch.cat(x) for x in zip(*parts))
-        return torch.cat(spans).clamp(max=encoded.duration_sec), iou, contrastive
+            spans = torch.stack([(corners + s) * encoded.each_sec for s in starts])
+            yield (torch.stack([encoded.frames[s:s + self.T] for s in starts]).to(self.device),
+                   spans.clamp(max=encoded.duration_sec))
 
+    @torch.no_grad()
+    def moments(self, encoded: Encoded) -> tuple[Tensor, Tensor, Tensor]:
+        """All moments of a video: (start, end) in seconds [W * P, 2], and both heads' unit vectors,
+        two of [W * P, J]. Of MMN only, whose moments do not depend on a sentence."""
+        parts = [(spans, *(x.transpose(1, 2).cpu() for x in self.run.retriever.moments(frames)))
+                 for frames, spans in self.windows(encoded)]            # [w, P, 2], [w, P, J] twice
+        return tuple(torch.cat(x).flatten(0, 1) for x in zip(*parts))
+
+    @torch.no_grad()
     def scores(self, encoded: Encoded, sentences: list[str]) -> tuple[Tensor, Tensor]:
         """The spans of all moments [W * P, 2] in seconds and their scores [S, W * P]."""
-        spans, *moments = self.moments(encoded)
-        iou_text, contrastive_text = (x.cpu() for x in self.read(sentences))
-        iou, contrastive = iou_text @ moments[0].T, contrastive_text @ moments[1].T
-        fuse = evaluate.FUSIONS[self.run.config["fusion"]]
-        return spans, fuse(torch.sigmoid(mmn.SCORE_SCALE * iou), contrastive)
+        text, model, all_spans, all_scores = self.text(sentences), self.run.retriever, [], []
+        for frames, spans in self.windows(encoded):                     # [w, T, D], [w, P, 2]
+            video_of = torch.arange(len(frames), device=self.device).repeat(len(text))  # [S * w]
+            scores = model.scores(frames, text.repeat_interleave(len(frames), 0), video_of,
+                                  self.run.config["fusion"])            # [S * w, N, N]
+            all_spans.append(spans.flatten(0, 1))
+            all_scores.append(model.at_candidates(scores).view(len(text), -1).cpu())
+        return torch.cat(all_spans), torch.cat(all_scores, 1)
 
     def predict(self, encoded: Encoded, sentences: str | list[str],
                 top_k: int = 5) -> list[Moment] | list[list[Moment]]:
@@ -578,9 +589,9 @@ def main_index(argv: list[str]) -> None:
     if not pathlib.Path(options.folder).is_dir():
         raise FileNotFoundError(f"there is no folder {options.folder}")
     retriever = Retriever(options.checkpoint, options.device, options.clip, cache=None)
-    if retriever.run.config["fusion"] != "published":
-        raise ValueError(f"an index is searched by MMN's published fusion, and "
-                         f"{options.checkpoint} was trained with another one")
+    if (retriever.run.config["retriever"], retriever.run.config["fusion"]) != ("mmn", "published"):
+        raise ValueError(f"an index is searched by MMN's two vectors and its published fusion, and "
+                         f"{options.checkpoint} has another retriever or another fusion")
     index = Index(options.out, options.checkpoint)
     failed = index.update(retriever, options.folder)
     for name, reason in failed.items():

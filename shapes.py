@@ -7,8 +7,7 @@ time, both always.
 
     python shapes.py  # data/shapes: stills, small CLIP and its gates, videos, features
     python shapes.py --seed 1                           # data/shapes-1: another world, another CLIP
-    python shapes.py --show world.png  # a contact sheet of one video, and stills with their
-    captions
+    python shapes.py --show world.png                   # videos and stills on one sheet
 
 It is an experiment, not a mock: the small CLIP is pre-trained as CLIP was, on images with captions
 in which a verb says nothing (a still cannot show it), so that its text tower ignores verbs, which
@@ -39,23 +38,22 @@ import command
 import data
 import video
 
-SIZE = 32                                                               # side of a frame, pixels
-FRAMES = 32  # T: a video is sampled at this many instants
+SIZE = 32                                               # side of a frame, pixels
+FRAMES = 32                                             # T: instants at which a video is sampled
 SCENES = {"sand": (52, 44, 20), "grass": (10, 44, 14), "night": (12, 10, 34), "snow": (52, 54, 60),
           "water": (8, 32, 56), "road": (34, 34, 34)}
 COLOURS = {"red": (230, 40, 40), "green": (50, 200, 60), "blue": (60, 90, 250),
            "yellow": (240, 230, 60), "white": (250, 250, 250), "pink": (250, 140, 190),
            "brown": (140, 85, 40), "grey": (140, 140, 140), "beige": (235, 210, 170),
            "maroon": (140, 20, 50), "olive": (140, 140, 30), "teal": (20, 140, 125),
-           "orange": (250, 140, 20), "purple": (150, 50, 210),
-           "cyan": (60, 225, 230)}
-SHAPES = ("circle", "square", "triangle", "cross", "bar", "star", "heart", "moon",
-          "ring", "diamond", "pillar")
+           "orange": (250, 140, 20), "purple": (150, 50, 210), "cyan": (60, 225, 230)}
+SHAPES = ("circle", "square", "triangle", "cross", "bar", "star", "heart", "moon", "ring",
+          "diamond", "pillar")
 NOVEL_COLOURS = ("orange", "purple", "cyan")
 NOVEL_SHAPES = ("ring", "diamond", "pillar")
 VERBS = (("rises", "climbs"), ("falls", "drops"), ("advances", "proceeds"),
-         ("retreats", "withdraws"),
-         ("grows", "expands"), ("shrinks", "contracts"), ("blinks", "flashes"))
+         ("retreats", "withdraws"), ("grows", "expands"), ("shrinks", "contracts"),
+         ("blinks", "flashes"))
 SPLITS = {"train": 800, "val": 150, "test": 150, "novel-word": 150, "novel-composition": 300,
           "val-novel-word": 150}  # choices are made on the two val splits only
 
@@ -324,6 +322,23 @@ def course(verb: int, rng: np.random.Generator) -> dict:
             return {"from": a, "to": b}
 
 
+def plan_of(seed: int, split: str, i: int) -> dict:
+    """The script of video i of a split."""
+    return script(split, np.random.default_rng([seed, list(SPLITS).index(split) + 1, i]))
+
+
+def whereabouts(event: dict, times: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The actor of an event at the given instants (in frame lengths, [n]): x, y, r, visible, each
+    [n]."""
+    progress = np.clip((times - event["start"]) / (event["end"] - event["start"]), 0, 1)[:, None]
+    x, y, r = (np.array(event["from"]) * (1 - progress) + np.array(event["to"]) * progress).T
+    visible = (times >= event["enter"]) & (times < event["leave"])
+    if VERBS[event["verb"]][0] == "blinks":                     # dark in every other frame length
+        acting = (times >= event["start"]) & (times < event["end"])
+        visible &= ~acting | (np.floor(times - event["start"]) % 2 == 1)
+    return x, y, r, visible
+
+
 def render(plan: dict, times: np.ndarray) -> np.ndarray:
     """The video of a script at the given instants (in frame lengths, [n]) -> uint8 [n, 32, 32,
     3]."""
@@ -331,15 +346,14 @@ def render(plan: dict, times: np.ndarray) -> np.ndarray:
     on_stage = [(times >= e["enter"]) & (times < e["leave"]) for e in plan["events"]]
     draw(frames, **plan["bystander"], visible=~np.any(on_stage, 0))
     for event in plan["events"]:
-        progress = np.clip((times - event["start"]) / (event["end"] - event["start"]), 0,
-                           1)[:, None]
-        x, y, r = (np.array(event["from"]) * (1 - progress) + np.array(event["to"]) * progress).T
-        visible = (times >= event["enter"]) & (times < event["leave"])
-        if VERBS[event["verb"]][0] == "blinks":                 # dark in every other frame length
-            acting = (times >= event["start"]) & (times < event["end"])
-            visible &= ~acting | (np.floor(times - event["start"]) % 2 == 1)
-        draw(frames, event["colour"], event["shape"], x, y, r, visible)
+        draw(frames, event["colour"], event["shape"], *whereabouts(event, times))
     return to_uint8(frames)
+
+
+def film(plan: dict, times: np.ndarray = np.arange(FRAMES) + 0.5) -> Tensor:
+    """`render` as CLIP takes it, by default at the middle of each of the 32 frame lengths: uint8
+    [n, 3, 32, 32]."""
+    return torch.from_numpy(render(plan, times)).permute(0, 3, 1, 2)
 
 
 def samples_of(name: str, split: str, plan: dict) -> list[data.Sample]:
@@ -396,23 +410,22 @@ def build_resnet(dataset: str, root: str | os.PathLike = "data") -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         video.save_atomically(file, lambda out: torch.save(model.state_dict(), out))
     model = clip.load(file)
-    R, grid = model.visual.resolution, model.visual.grid
     store = video.FeatureStore(data.store_folder(dataset, name, root), {
-        "clip": name, "sha256": clip.sha256(file), "resolution": R, "frames": FRAMES,
-        "patch_frames": FRAMES, "width": 64, "patch_width": 512, "grid": grid,
-        "precision": "float32"})
-    for part, (split, count) in enumerate(SPLITS.items()):
-        rows = data.read_annotations(dataset, split, root)
-        duration_sec = {row.video: row.duration_sec for row in rows}
+        "clip": name, "sha256": clip.sha256(file), "resolution": model.visual.resolution,
+        "frames": FRAMES, "patch_frames": FRAMES, "width": 64, "patch_width": 512,
+        "grid": model.visual.grid, "precision": "float32"})
+    for split, count in SPLITS.items():
         for i in trange(count, desc=f"videos: {split}", disable=None):
-            name = f"{split}-{i:04d}"
-            if name not in store:
-                plan = script(split, np.random.default_rng([seed, part + 1, i]))
-                pixels = torch.from_numpy(render(plan, np.arange(FRAMES) + 0.5)).permute(0, 3, 1, 2)
-                frames, patches = video.encode_frames(model, clip.crop(pixels, R))
-                store.write(name, frames, patches if split == "train" else None,
-                            duration_sec[name])
+            if f"{split}-{i:04d}" not in store:
+                encode(store, model, split, i, plan_of(seed, split, i))
     store.save_manifest()
+
+
+def encode(store: video.FeatureStore, model: clip.CLIP, split: str, i: int, plan: dict) -> None:
+    """Draws video i of a split and keeps its features."""
+    frames, patches = video.encode_frames(model, clip.crop(film(plan), model.visual.resolution))
+    store.write(f"{split}-{i:04d}", frames, patches if split == "train" else None,
+                round(FRAMES * plan["frame_sec"], 3))
 
 
 def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, int]) -> None:
@@ -427,20 +440,14 @@ def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, i
             "frames": FRAMES, "patch_frames": FRAMES, "width": 64, "patch_width": 64,
             "grid": model.visual.grid, "precision": "float32"})
         events = {}
-        for part, (split, count) in enumerate(counts.items()):
+        for split, count in counts.items():
             samples = []
             for i in trange(count, desc=f"videos: {split}", disable=None):
-                name, plan = f"{split}-{i:04d}", script(split,
-                                                        np.random.default_rng([seed, part + 1, i]))
-                pixels = torch.from_numpy(render(plan, np.arange(FRAMES) + 0.5)).permute(0, 3, 1, 2)
-                frames, patches = video.encode_frames(model, clip.crop(pixels, SIZE))
-                sentences = samples_of(name, split, plan)
-                store.write(name, frames, patches if split == "train" else None,
-                            sentences[0].duration_sec)
-                samples += sentences
+                name, plan = f"{split}-{i:04d}", plan_of(seed, split, i)
+                encode(store, model, split, i, plan)
+                samples += samples_of(name, split, plan)
                 events[name] = [(*seconds(e, plan), f"{e['colour']} {e['shape']}",
-                                 VERBS[e["verb"]][0])
-                                for e in plan["events"]]
+                                 VERBS[e["verb"]][0]) for e in plan["events"]]
             data.write_jsonl(folder / f"{split}.jsonl", samples)
         (folder / "events.json").write_text(json.dumps(events))
         store.save_manifest()
@@ -459,8 +466,8 @@ def export(folder: str | os.PathLike, count: int, seed: int, split: str = "test"
     samples = []
     for i in trange(count, desc="export", disable=None):
         name = f"{split}-{i:04d}"
-        plan = script(split, np.random.default_rng([seed, list(SPLITS).index(split) + 1, i]))
-        frames = render(plan, np.arange(FRAMES) + 0.5)
+        plan = plan_of(seed, split, i)
+        frames = film(plan).permute(0, 2, 3, 1).numpy()
         frames = frames.repeat(side // SIZE, 1).repeat(side // SIZE, 2)
         pace = fractions.Fraction(plan["frame_sec"]).limit_denominator(10_000) / rate
         with av.open(str(folder / f"{name}.mp4"), "w") as container:
@@ -488,7 +495,7 @@ def show(path: str, seed: int) -> None:
     figure = plt.figure(figsize=(16, 8))
     splits = ("train", "novel-word", "novel-composition")
     for row, split in enumerate(splits):
-        plan = script(split, np.random.default_rng([seed, list(SPLITS).index(split) + 1, 0]))
+        plan = plan_of(seed, split, 0)
         axes = figure.add_axes((0.01, 0.78 - 0.22 * row, 0.98, 0.16))
         frames = render(plan, np.arange(0, FRAMES, 2) + 0.5)
         frames = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)

@@ -37,14 +37,14 @@ import command
 import data
 import evaluate
 import inject
-import mmn
 import parallel
 import parse
 import shapes
 import video
 
 METHODS = ("mmn", "vdi", "vdi-staged")
-CHOICES = {"method": METHODS, "context_query": ("static", "full", "half", "none"),
+CHOICES = {"method": METHODS, "retriever": tuple(evaluate.RETRIEVERS),
+           "context_query": ("static", "full", "half", "none"),
            "inject_into": ("dynamic", "full"), "sequence": ("transformer", "lstm"),
            "vc_form": ("consistent", "relational"), "sd_form": ("relational", "consistent"),
            "stop_gradient": ("none", "video", "text"), "fusion": ("published", "product"),
@@ -79,6 +79,7 @@ class Config:
     mask: str = option("", "word that stands for masked words (empty: they are dropped; "
                            "vdi-staged: something)")
     # the retriever (MMN's published settings)
+    retriever: str = option("mmn", "mmn, or 2d-tan (tan.py)")
     num_clips: int = option(16, "N, side of the 2D map")
     frames: int = option(32, "T, features of a video; T / N are averaged to a clip")
     pool_counts: tuple[int, ...] = option((15,),
@@ -209,7 +210,7 @@ class Model(nn.Module):
                           kernel=config.kernel, layers=config.layers, hidden=config.hidden,
                           joint=config.joint)
         self.text = text                                                # f^q
-        self.retriever = mmn.MMN(**self.sizes)                          # f^g
+        self.retriever = evaluate.RETRIEVERS[config.retriever](**self.sizes)    # f^g
         self.context = self.dynamic = None
         if config.method == "vdi":
             if made["width"] % config.inject_heads:
@@ -233,21 +234,13 @@ def terms(model: Model, batch: data.Batch,
     with torch.autocast(batch.frames.device.type, torch.bfloat16, enabled=config.bf16):
         x = model.text.encode_text(queries.flatten(0, 1))               # [S or 3 S, D]
         x = F.normalize(x, dim=1) if config.normalise else x
-        iou_moments, contrastive_moments = model.retriever.moments(batch.frames)  # [B, J, P]
-        iou_text, contrastive_text = model.retriever.sentences(x[:S])   # [S, J]
-    iou = parallel.gather(model.retriever.at_candidates(batch.iou))     # [S, P]
+        outputs = model.retriever.outputs(batch.frames, x[:S], batch.video_of)
     before = sum(parallel.everyone(len(batch.videos))[:parallel.rank()])    # videos of the others
     video_of = parallel.gather(batch.video_of + before)                 # [S]
-    iou_moments, contrastive_moments, iou_text, contrastive_text = (
-        parallel.gather(y.float()) for y in (iou_moments, contrastive_moments, iou_text,
-                                             contrastive_text))
-    scores = mmn.overlap_scores(iou_moments, iou_text, video_of)
-    excluded = {"out": float("-inf"), "exp0": 0.0}[config.excluded]
-    # subtle: BCE of what is no number stops a CPU without naming it, and a GPU for good
-    result = {"L_iou": (mmn.iou_loss(scores, iou) if scores.isfinite().all() else scores).mean(),
-              "L_cl": mmn.contrastive_loss(contrastive_moments, contrastive_text, iou, video_of,
-                                           parallel.gather(batch.moments_sec), config.tau,
-                                           config.margin, excluded=excluded).mean()}
+    result = model.retriever.losses(
+        tuple(parallel.gather(y.float()) for y in outputs),
+        parallel.gather(model.retriever.at_candidates(batch.iou)), video_of,
+        parallel.gather(batch.moments_sec), config)
     if model.context is None:
         return result, {}
 
@@ -463,7 +456,7 @@ def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[
             p.data = p.data.flatten()[torch.randperm(p.numel())].view_as(p)
     model = Model(config, text, store.manifest).to(device)
     if config.compile:
-        model.retriever.moments = torch.compile(model.retriever.moments)
+        model.retriever.outputs = torch.compile(model.retriever.outputs)
     groups = [{"params": list(model.text.parameters()), "base": config.lr * config.text_lr},
               {"params": [p for n, p in model.named_parameters() if not n.startswith("text.")],
                "base": config.lr}]
@@ -572,7 +565,7 @@ def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[
         if better:
             save(folder / "ckpt.pt", {
                 "config": dataclasses.asdict(config), "epoch": epoch + 1, "history": history,
-                "metrics": row, "mmn_sizes": model.sizes, "mmn": model.retriever.state_dict(),
+                "metrics": row, "sizes": model.sizes, "retriever": model.retriever.state_dict(),
                 "text": model.text.state_dict(), "clip_sha256": store.manifest["sha256"],
                 "clip_name": store.manifest["clip"],
                 "features": {k: v for k, v in store.manifest.items() if k != "videos"},

@@ -4,6 +4,10 @@ A video is T frames at the centres of T equal parts of its duration, found by ti
 frame rate and length do not matter. The image tower is frozen (paper Sec. 4.1.3), so features are
 computed once.
 
+    python video.py FILE
+
+prints what the file is, and which of its frames would be sampled and how they would be cropped.
+
 The store is a folder, the same for every dataset:
 
     <video>.frames.npy    [T, D]          float16, global features x_i^v, not normalised
@@ -18,6 +22,7 @@ Files get their names only when they are complete.
 Shapes: T frames, D width of CLIP's joint space, D' channels of the patch features, H x W patch
 grid, R resolution, L features of a video made elsewhere.
 """
+import argparse
 import collections
 import concurrent.futures
 import concurrent.futures.process
@@ -40,6 +45,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import clip
+import command
 
 
 class VideoError(ValueError):
@@ -79,7 +85,7 @@ def open_video(path: str | os.PathLike):
     try:
         container = av.open(os.path.abspath(str(path)))         # "12:30.mp4" is no address
     except (av.FFmpegError, OSError) as error:
-        raise VideoError(f"{path} cannot be opened as a video: {error}") from error
+        raise VideoError(f"{path} cannot be opened as a video: {error.strerror}") from error
     if not container.streams.video:
         container.close()
         raise VideoError(f"{path} has no video stream")
@@ -502,3 +508,36 @@ def adopt_features(store: FeatureStore, files: dict[str, pathlib.Path], names: l
         print(f"a feature stands for {min(each_sec):.2f} to {max(each_sec):.2f} s, "
               f"{np.median(each_sec):.2f} s in the middle")
     return failed
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description="what would be sampled of a video",
+                                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    arguments.add_argument("file", help="a video")
+    arguments.add_argument("--frames", type=int, default=32, help="T, how many are sampled")
+    arguments.add_argument("--resolution", type=int, default=224, help="R, side of CLIP's images")
+    options = arguments.parse_args()
+    with command.sentences():
+        if min(options.frames, options.resolution) < 1:
+            raise ValueError("--frames and --resolution are at least 1")
+        duration_sec = probe_duration(options.file)
+        with open_video(options.file) as container:
+            stream = container.streams.video[0]
+            rate = float(stream.average_rate or stream.guessed_rate or 25)
+            h, w = next(iter(decoded(container)))[1].to_ndarray(format="rgb24").shape[:2]
+            print(f"{command.printable(options.file)}: {stream.codec_context.name}, {w} x {h}, "
+                  f"{rate:.2f} frames/s, {duration_sec:.2f} s")
+        T, R = options.frames, options.resolution
+        times_sec = frame_centres(duration_sec, T)
+        print(f"{T} parts of {duration_sec / T:.2f} s; at the centre of each, the frame on show "
+              f"(numbers by the mean rate):")
+        for i in range(0, T, 8):
+            line = "  ".join(f"{t:9.2f} s #{int(t * rate):<4d}" for t in times_sec[i:i + 8])
+            print(line.rstrip())
+        short, long = sorted((h, w))
+        print(f"short side of {short} to {R}, then the middle {R} x {R}: "
+              f"{100 * short / long:.0f}% of the picture")
+
+
+if __name__ == "__main__":
+    main()

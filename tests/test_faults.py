@@ -261,7 +261,7 @@ def test_a_loss_that_is_not_finite_leaves_its_batch(world, tmp_path, fault):
 
 def test_scores_that_are_not_finite_stop_the_evaluation(world, tmp_path, whole):
     saved = torch.load(whole / "ckpt.pt", weights_only=True)
-    saved["mmn"]["iou_text.bias"].fill_(float("nan"))
+    saved["retriever"]["iou_text.bias"].fill_(float("nan"))
     torch.save(saved, tmp_path / "ckpt.pt")
     assert "scores are not finite" in run("evaluate.py", tmp_path / "ckpt.pt", status=2)
 

@@ -125,8 +125,9 @@ def tiny_checkpoint(tmp_path):
     sizes = dict(width=4, num_clips=4, pool_counts=(3,), pool_kernel=2, pool_stride=2, kernel=3,
                  layers=1, hidden=4, joint=3)
     path = tmp_path / "ckpt.pt"
-    train.save(path, {"config": {"fusion": "published", "normalise": True, "dataset": "x"},
-                      "metrics": {}, "mmn_sizes": sizes, "mmn": mmn.MMN(**sizes).state_dict(),
+    train.save(path, {"config": {"fusion": "published", "normalise": True, "dataset": "x",
+                                 "retriever": "mmn"},
+                      "metrics": {}, "sizes": sizes, "retriever": mmn.MMN(**sizes).state_dict(),
                       "text": text.state_dict(), "window_sec": 3.0, "epoch": 1})
     assert evaluate.load(path).checkpoint["epoch"] == 1
     return path
@@ -231,8 +232,9 @@ def huge_npy() -> bytes:
 
 def huge_torch(path: pathlib.Path) -> bytes:
     """One number that claims to be 10^12, in every place where a weight belongs."""
-    torch.save({"config": {"fusion": "published", "normalise": True}, "metrics": {},
-                "mmn_sizes": {}, "mmn": {}, "window_sec": 1.0,
+    torch.save({"config": {"fusion": "published", "normalise": True, "retriever": "mmn"},
+                "metrics": {},
+                "sizes": {}, "retriever": {}, "window_sec": 1.0,
                 "text": {"token_embedding.weight": torch.zeros(1).expand(10 ** 6, 10 ** 6)}}, path)
     return path.read_bytes()
 
@@ -245,8 +247,9 @@ def far_apart(path: pathlib.Path) -> bytes:
             "text_projection": torch.zeros(10 ** 5, 1)}
     sizes = dict(width=10 ** 5, num_clips=10 ** 5, pool_counts=(3,), pool_kernel=2, pool_stride=2,
                  kernel=3, layers=1, hidden=10 ** 5, joint=3)
-    torch.save({"config": {"fusion": "published", "normalise": True}, "metrics": {},
-                "mmn_sizes": sizes, "mmn": {}, "window_sec": 1.0, "text": text, **text}, path)
+    torch.save({"config": {"fusion": "published", "normalise": True, "retriever": "mmn"},
+                "metrics": {},
+                "sizes": sizes, "retriever": {}, "window_sec": 1.0, "text": text, **text}, path)
     return path.read_bytes()
 
 

@@ -18,7 +18,8 @@ torch.set_num_threads(1)
 results = {}
 with parallel.processes(torch.device("cpu")):
     for count, changes in ((6, {}), (5, dict(sequence="lstm", layers=4, context_query="none")),
-                           (1, {}), (1, dict(sequence="lstm"))):
+                           (1, {}), (1, dict(sequence="lstm")), (5, dict(retriever="2d-tan")),
+                           (1, dict(retriever="2d-tan"))):
         config = train.Config(**{"dataset": "shapes", **train.preset("shapes"), "root": world,
                                  "method": "vdi", "lambda_sd": 1.0, **changes})
         store = data.open_store("shapes", "shapes", world)
@@ -73,8 +74,8 @@ def test_two_processes_compute_the_losses_and_gradients_of_one(world, tmp_path, 
                            mode)
         assert printed == "printed by 0\n"
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
-    assert [len(case["videos"]) for case in one.values()] == [6, 5, 1, 1]
-    assert [len(case["videos"]) for case in two.values()] == [3, 2, 0, 0]
+    assert [len(case["videos"]) for case in one.values()] == [6, 5, 1, 1, 5, 1]
+    assert [len(case["videos"]) for case in two.values()] == [3, 2, 0, 0, 2, 0]
     assert all(video in one[name]["videos"] for name in two for video in two[name]["videos"])
     for name in one:
         for case in (one, two):                 # what BatchNorm takes off has no gradient but noise

@@ -272,7 +272,7 @@ def test_injection_is_not_needed_at_inference(run, world):
     method, folder, _ = run
     saved = torch.load(folder / "ckpt.pt", weights_only=True)
     assert not any(key.startswith(("context", "dynamic"))
-                   for key in [*saved["mmn"], *saved["text"]])
+                   for key in [*saved["retriever"], *saved["text"]])
     whole = torch.load(folder / "last.pt", weights_only=True)
     assert any(key.startswith("context.") for key in whole["model"]) == (method == "vdi")
     if saved["epoch"] != whole["epoch"]:
