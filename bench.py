@@ -366,7 +366,7 @@ def greedy_nms(moments: Tensor, scores: Tensor, top_k: int, nms: float) -> Tenso
 def bench_nms(options: argparse.Namespace) -> list[dict]:
     """R@5 of ActivityNet-Captions' 17,031 test queries: five moments a query out of 1,104; by the
     time that 256 queries of random scores take."""
-    model = retriever_of(train.Config(**{"dataset": "activitynet", **train.preset("activitynet")}),
+    model = retriever_of(train.configure(dataset="activitynet"),
                          torch.device("cpu"))
     N, count, block = model.num_clips, 17_031, 256
     generator = torch.Generator().manual_seed(0)
@@ -550,7 +550,7 @@ def bench_train(options: argparse.Namespace) -> list[dict]:
     device = data.pick_device(options.device)
     rows = []
     for name in options.settings.split(","):
-        config = train.Config(**{"dataset": name, **train.preset(name)}, device=str(device))
+        config = train.configure(dataset=name, device=str(device))
         videos, sentences = SETTINGS[name]
         per_video = round(sentences / videos)
         losses = {}

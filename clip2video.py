@@ -52,6 +52,7 @@ TEMPORAL = ("mean", "transformer", "tdb")       # of the global vector
 VARIANTS = {"mean": ("mean", False), "transformer": ("transformer", False), "tdb": ("tdb", False),
             "tab": ("transformer", True), "both": ("tdb", True)}
 DATASETS = ("msrvtt", "msvd", "vatex")
+option = command.option
 
 
 # ---------------------------------------------------------------------------------------- the model
@@ -515,37 +516,34 @@ def build_shapes(config: "Config") -> None:
 class Config:
     """All there is to choose. Defaults: MSR-VTT 9k, with the training of CLIP4Clip, on which it
     builds."""
-    dataset: str = "msrvtt"
-    variant: str = "both"               # mean, transformer, tdb, tab or both
-    seed: int = 42
-    device: str = "auto"
-    root: str = "data"
-    out: str = ""
-    clip: str = "ViT-B/32"
-    frames: int = 12                    # L
-    words: int = 32                     # W
-    stride: int = 2                     # of the frames at 5 a second; 0: centres of equal parts
-    allow_missing: bool = False         # go on without the videos that have no features
-    centres: int = 5                    # K
-    layers: int = 4                     # of the temporal transformer
-    weight: float = 0.5                 # w, of the global similarity
-    batch: int = 128
-    together: int = 1                   # so many neighbours of the list share every batch
-    epochs: int = 5
-    lr: float = 1e-4                    # of the new modules
+    dataset: str = option("shapes", "shapes, shapes-1, ..., msrvtt, msvd or vatex")
+    variant: str = option("both", "which blocks there are", tuple(VARIANTS))
+    seed: int = option(42, "of weights and of the order of videos")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    root: str = option("data", "folder of datasets")
+    out: str = option("", "folder of the run (empty: runs/clip2video/<dataset>-<variant>)")
+    clip: str = option("ViT-B/32", "CLIP that made the features")
+    frames: int = option(12, "L, frames of a video", least=1)
+    words: int = option(32, "W, tokens of a sentence", least=1)
+    stride: int = option(2, "of the frames at 5 a second; 0: the centres of equal parts")
+    allow_missing: bool = option(False, "true: go on without the videos that have no features")
+    centres: int = option(5, "K", least=1)
+    layers: int = option(4, "of the temporal transformer", least=1)
+    weight: float = option(0.5, "w, of the global similarity; the aligned one has 1 - w")
+    batch: int = option(128, "videos in a batch", least=1)
+    together: int = option(1, "so many neighbours of the list share every batch", least=1)
+    epochs: int = option(5, "passes over all captions", least=1)
+    lr: float = option(1e-4, "learning rate of the new modules")
     # DEVIATION: 1e-7 moves nothing in float32; in the authors' float16 it acted as a far larger one
-    text_lr: float = 1e-6
-    weight_decay: float = 0.2
+    text_lr: float = option(1e-6, "learning rate of the text tower")
+    weight_decay: float = option(0.2, "of AdamW, but for biases")
 
     def __post_init__(self):
-        if self.variant not in VARIANTS:
-            raise ValueError(f"--variant is one of {', '.join(VARIANTS)}, not {self.variant!r}")
+        command.check_options(self)
         if not 0 <= self.weight <= 1:
             raise ValueError(f"--weight is between 0 and 1, not {self.weight}")
-        for name in ("frames", "words", "centres", "layers", "batch", "together", "epochs"):
-            if not 1 <= getattr(self, name) <= (77 if name in ("frames", "words") else math.inf):
-                raise ValueError(f"--{name} is at least 1"
-                                 + (" and at most 77" if name in ("frames", "words") else ""))
+        if max(self.frames, self.words) > 77:
+            raise ValueError("--frames and --words are at most 77, the places that CLIP has")
 
     @property
     def folder(self) -> pathlib.Path:
@@ -591,12 +589,16 @@ def vectors(model: CLIP2Video, part: Split, config: Config, device: torch.device
 def train(config: Config, resume: bool = False) -> dict:
     """Trains on `train`, keeps the epoch with the best text-to-video R@1 on `val`, and returns the
     metrics of `test`."""
+    with command.locked(config.folder, resume):
+        if config.dataset.startswith("shapes"):
+            build_shapes(config)
+        with command.Signals() as signals:
+            return loop(config, resume, signals)
+
+
+def loop(config: Config, resume: bool, signals: command.Signals) -> dict:
+    """The whole of `train`."""
     device, folder = data.pick_device(config.device), config.folder
-    if not resume and folder.exists() and any(p.name != command.LOCK for p in folder.iterdir()):
-        raise FileExistsError(f"{folder} holds a run already; continue it with --resume, or "
-                              f"choose another --out")
-    if config.dataset.startswith("shapes"):
-        build_shapes(config)
     # the test videos are not looked at before the end, but should they be missing, it is told now
     parts = {split: read_split(config, split, config.root, config.allow_missing)
              for split in ("train", "val", "test")}
@@ -615,69 +617,68 @@ def train(config: Config, resume: bool = False) -> dict:
     steps = passes * math.ceil(len(frames) / config.batch)
     print(f"{len(frames)} training videos, {passes} captions each, {steps} steps an epoch")
     history, first, digest = [], 0, parts["train"].store.manifest["sha256"]
-    with command.locked(folder), command.Signals() as signals:
-        if resume and (folder / "last.pt").exists():
-            saved = clip.read_torch(folder / "last.pt")
-            if saved["config"] != dataclasses.asdict(config) | {
-                    name: saved["config"].get(name) for name in ("device", "root", "out")}:
-                raise ValueError(f"{folder} holds a run with another configuration; resume it with "
-                                 f"its own settings, or choose another --out")
-            model.load_state_dict(saved["model"])
-            optimiser.load_state_dict(saved["optimiser"])
-            history, first = saved["history"], saved["epoch"]
-            print(f"continuing after epoch {first}")
-        for epoch in range(first, config.epochs):
-            draw = random.Random(1_000_003 * config.seed + epoch)
-            neighbours, batches = range(0, len(frames), config.together), []
-            for _ in range(passes):
-                order = torch.tensor([v for start in draw.sample(neighbours, len(neighbours))
-                                      for v in range(start, min(start + config.together,
-                                                                len(frames)))])
-                batches += order.split(config.batch)
-            model.train()
-            total = 0.0
-            for step, chosen in enumerate(tqdm(batches, desc=f"epoch {epoch + 1}", leave=False,
-                                               disable=None)):
-                x = (epoch + step / steps) / config.epochs
-                rate = min(x / 0.1, 1.0) if x < 0.1 else 0.5 * (1 + math.cos(math.pi * x))
-                for group in optimiser.param_groups:
-                    group["lr"] = group["base"] * rate
-                # one caption of each video: no video has two in a batch, which would be wrong pairs
-                texts = [draw.choice(parts["train"].captions[v]) for v in chosen.tolist()]
-                ids = clip.tokenize(texts, config.words, True).to(device)
-                similarities = logits(model.encode_text(ids), model.encode_video(
-                    frames[chosen].to(device), mask[chosen].to(device)), model.logit_scale)
-                value = loss(similarities, config.weight)
-                if not torch.isfinite(value):
-                    raise FloatingPointError(f"the loss is {value.item()} in epoch {epoch + 1}")
-                optimiser.zero_grad()
-                value.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                for p in model.parameters():                    # and each by itself, as CLIP4Clip
-                    nn.utils.clip_grad_norm_(p, 1.0)
-                optimiser.step()
-                with torch.no_grad():
-                    model.logit_scale.clamp_(max=math.log(100))
-                total += value.item() / steps
-                if signals.received:
-                    raise command.Stopped(f"stopped in epoch {epoch + 1}; --resume goes on after "
-                                          f"epoch {epoch}", signals.received)
-            texts, videos, of = vectors(model, parts["val"], config, device)
-            row = {"epoch": epoch + 1, "loss": total, **retrieval_metrics(texts @ videos.T, of)}
-            history.append(row)
-            tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-            best = max(history, key=lambda row: row["t2v R@1"])
-            common = {"config": dataclasses.asdict(config), "epoch": epoch + 1, "history": history,
-                      "model": model.state_dict(), "clip_sha256": digest}
-            if best is row:
-                trainer.save(folder / "ckpt.pt", common | {"versions": trainer.versions()})
-            trainer.save(folder / "last.pt", common | {"optimiser": optimiser.state_dict()})
+    if resume and (folder / "last.pt").exists():
+        saved = clip.read_torch(folder / "last.pt")
+        if saved["config"] != dataclasses.asdict(config) | {
+                name: saved["config"].get(name) for name in ("device", "root", "out")}:
+            raise ValueError(f"{folder} holds a run with another configuration; resume it with "
+                             f"its own settings, or choose another --out")
+        model.load_state_dict(saved["model"])
+        optimiser.load_state_dict(saved["optimiser"])
+        history, first = saved["history"], saved["epoch"]
+        print(f"continuing after epoch {first}")
+    for epoch in range(first, config.epochs):
+        draw = random.Random(1_000_003 * config.seed + epoch)
+        neighbours, batches = range(0, len(frames), config.together), []
+        for _ in range(passes):
+            order = torch.tensor([v for start in draw.sample(neighbours, len(neighbours))
+                                  for v in range(start, min(start + config.together,
+                                                            len(frames)))])
+            batches += order.split(config.batch)
+        model.train()
+        total = 0.0
+        for step, chosen in enumerate(tqdm(batches, desc=f"epoch {epoch + 1}", leave=False,
+                                           disable=None)):
+            x = (epoch + step / steps) / config.epochs
+            rate = min(x / 0.1, 1.0) if x < 0.1 else 0.5 * (1 + math.cos(math.pi * x))
+            for group in optimiser.param_groups:
+                group["lr"] = group["base"] * rate
+            # one caption of each video: no video has two in a batch, which would be wrong pairs
+            texts = [draw.choice(parts["train"].captions[v]) for v in chosen.tolist()]
+            ids = clip.tokenize(texts, config.words, True).to(device)
+            similarities = logits(model.encode_text(ids), model.encode_video(
+                frames[chosen].to(device), mask[chosen].to(device)), model.logit_scale)
+            value = loss(similarities, config.weight)
+            if not torch.isfinite(value):
+                raise FloatingPointError(f"the loss is {value.item()} in epoch {epoch + 1}")
+            optimiser.zero_grad()
+            value.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for p in model.parameters():                    # and each by itself, as CLIP4Clip
+                nn.utils.clip_grad_norm_(p, 1.0)
+            optimiser.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=math.log(100))
+            total += value.item() / steps
             if signals.received:
-                raise command.Stopped(f"stopped after epoch {epoch + 1}; go on with --resume",
-                                      signals.received)
-        results = evaluate_checkpoint(folder / "ckpt.pt", config.root, device)
-        video.save_atomically(folder / "results.json",
-                              lambda file: file.write(json.dumps(results, indent=1).encode()))
+                raise command.Stopped(f"stopped in epoch {epoch + 1}; --resume goes on after "
+                                      f"epoch {epoch}", signals.received)
+        texts, videos, of = vectors(model, parts["val"], config, device)
+        row = {"epoch": epoch + 1, "loss": total, **retrieval_metrics(texts @ videos.T, of)}
+        history.append(row)
+        tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        best = max(history, key=lambda row: row["t2v R@1"])
+        common = {"config": dataclasses.asdict(config), "epoch": epoch + 1, "history": history,
+                  "model": model.state_dict(), "clip_sha256": digest}
+        if best is row:
+            trainer.save(folder / "ckpt.pt", common | {"versions": trainer.versions()})
+        trainer.save(folder / "last.pt", common | {"optimiser": optimiser.state_dict()})
+        if signals.received:
+            raise command.Stopped(f"stopped after epoch {epoch + 1}; go on with --resume",
+                                  signals.received)
+    results = evaluate_checkpoint(folder / "ckpt.pt", config.root, device)
+    video.save_atomically(folder / "results.json",
+                          lambda file: file.write(json.dumps(results, indent=1).encode()))
     return results
 
 
@@ -869,22 +870,6 @@ class Ranker:
 
 # --------------------------------------------------------------------------------- the command line
 
-MEANING = {
-    "dataset": "shapes, shapes-1, ..., msrvtt, msvd or vatex",
-    "variant": f"one of {', '.join(VARIANTS)}",
-    "seed": "of weights and of the order of videos",
-    "out": "folder of the run (empty: runs/clip2video/<dataset>-<variant>)",
-    "clip": "CLIP that made the features", "frames": "L, frames of a video",
-    "words": "W, tokens of a sentence",
-    "stride": "of the frames at 5 a second; 0: the centres of equal parts of the video",
-    "allow_missing": "true: go on without the videos that have no features",
-    "centres": "K", "layers": "of the temporal transformer",
-    "weight": "w, of the global similarity; the aligned one has 1 - w",
-    "batch": "videos in a batch", "together": "so many neighbours of the list share every batch",
-    "epochs": "passes over all captions", "lr": "learning rate of the new modules",
-    "text_lr": "learning rate of the text tower", "weight_decay": "of AdamW, but for biases"}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -899,15 +884,7 @@ def main() -> None:
         return part
 
     part = add("train", "train, and evaluate on the test videos")
-    for field in dataclasses.fields(Config):
-        if field.name not in ("device", "root"):
-            presets = "; ".join(f"{name} {values[field.name]!r}"
-                                for name, values in PRESETS.items() if field.name in values)
-            default = "shapes" if field.name == "dataset" else field.default
-            part.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                              type=trainer.yes_or_no if field.type is bool else field.type,
-                              help=f"{MEANING[field.name]} (default {default!r}"
-                                   f"{'; ' + presets if presets else ''})")
+    command.add_options(part, Config, PRESETS, but=("device", "root"))
     part.add_argument("--resume", action="store_true", help="continue the run in --out")
     part = add("prepare", "captions and features of a published dataset")
     part.add_argument("dataset", choices=DATASETS, help="which")

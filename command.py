@@ -1,4 +1,5 @@
-"""What does a command do when something goes wrong? One sentence, and an exit status.
+"""What do all commands share? Options from a Config; one sentence and an exit status for what goes
+wrong.
 
     status 2    the user's mistake: a file, an option, an environment
     status 1    ours
@@ -6,7 +7,9 @@
 
 VDI_TRACEBACK=1 in the environment shows the traceback as well.
 """
+import argparse
 import contextlib
+import dataclasses
 import os
 import pathlib
 import signal
@@ -30,6 +33,50 @@ def printable(text: str, but: str = "") -> str:
     return "".join(c if c.isprintable() or c in but else c.encode("unicode_escape").decode()
                    for c in text)
 
+
+# ---------------------------------------------------------------------------- options from a Config
+
+def option(default, text: str, choices: tuple[str, ...] = (), least: int | None = None):
+    """A field of a Config: its default, what --help says, and what it may be."""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices,
+                                                        "least": least})
+
+
+def check_options(config) -> None:
+    """ValueError for a field of a Config that is not what its option allows."""
+    for field in dataclasses.fields(config):
+        name, value = "--" + field.name.replace("_", "-"), getattr(config, field.name)
+        choices, least = field.metadata["choices"], field.metadata["least"]
+        if choices and value not in choices:
+            raise ValueError(f"{name} is one of {', '.join(choices)}, not {value!r}")
+        if least is not None and value < least:
+            raise ValueError(f"{name} is at least {least}")
+
+
+def add_options(parser: argparse.ArgumentParser, config: type, presets: dict[str, dict],
+                but: tuple[str, ...] = ()) -> None:
+    """An option for every field, whose help tells the default and every preset's value. Only what
+    is given is set."""
+    def yes_or_no(text: str) -> bool:
+        return bool(("false", "true").index(text.lower()))      # ValueError for anything else
+
+    def numbers(text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in text.split(",") if part)
+
+    for field in dataclasses.fields(config):
+        if field.name not in but:
+            choices = field.metadata["choices"]         # `check_options` looks at them
+            values = [f"{name} {preset[field.name]!r}" for name, preset in presets.items()
+                      if field.name in preset]
+            parser.add_argument(
+                "--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
+                type={bool: yes_or_no, tuple[int, ...]: numbers}.get(field.type, field.type),
+                metavar="{" + ",".join(choices) + "}" if choices else None,
+                help=f"{field.metadata['help']} (default "
+                     f"{'; '.join([repr(field.default), *values])})")
+
+
+# -------------------------------------------------------------------------------- what goes wrong
 
 class Stopped(SystemExit):
     """Stopped by a signal, which is what the exit status tells."""
@@ -137,9 +184,13 @@ class Signals:
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path):
-    """Of two processes that write into one folder, the second raises FileExistsError. The lock ends
-    with its process, however that ends."""
+def locked(folder: pathlib.Path, resume: bool):
+    """The folder of a run. FileExistsError for one that holds a run already, unless that is to be
+    resumed; and for the second of two processes that write into it. The lock ends with its process,
+    however that ends."""
+    if not resume and folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+        raise FileExistsError(f"{folder} holds a run already; continue it with --resume, or "
+                              f"choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "w") as file:
         try:

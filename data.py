@@ -83,54 +83,8 @@ COUNTS = {                          # videos and sentences of each split, after 
     "activitynet-cg": {"train": (9659, 36720), "novel-word": (1991, 3920),
                        "novel-composition": (4202, 12028), "trivial": (4775, 15712)},
 }
-RAW = "https://raw.githubusercontent.com"
-SOURCES = {                         # file below the root: address below RAW, SHA-256
-    "charades/Charades_v1_test.csv":
-        ("microsoft/VideoX/HEAD/2D-TAN/data/Charades-STA/Charades_v1_test.csv",
-         "8b8b207b55fb95b949018027f69d83bd46cd844d15834f8f592ee8e7446173eb"),
-    "charades/Charades_v1_train.csv":
-        ("microsoft/VideoX/HEAD/2D-TAN/data/Charades-STA/Charades_v1_train.csv",
-         "59273c6dc2139ec7eb95b980fd26bc8529774b1ede0602f6ca90b546ed12f0fc"),
-    "charades/charades_sta_test.txt":
-        ("microsoft/VideoX/HEAD/2D-TAN/data/Charades-STA/charades_sta_test.txt",
-         "fab341679c20b0917173dcffffde367a71113fe63f3a645558cef2ebfbfefb55"),
-    "charades/charades_sta_train.txt":
-        ("microsoft/VideoX/HEAD/2D-TAN/data/Charades-STA/charades_sta_train.txt",
-         "47ec9b6b488fca753373d9cc29b07a959f7237a922cb29463cd088cd6198e805"),
-    "charades-cg/novel_composition.json":
-        ("YYJMJC/Compositional-Temporal-Grounding/HEAD/Charades-CG/novel_composition.json",
-         "c92beda2c861bb0da356d94bba131d49e20a59d893d6e182bda1ee68a852514d"),
-    "charades-cg/novel_word.json":
-        ("YYJMJC/Compositional-Temporal-Grounding/HEAD/Charades-CG/novel_word.json",
-         "f3ccd59c9f18e221028138faaf9bdddb5215e2550215ca62c8f24659168eb7f3"),
-    "charades-cg/test_trivial.json":
-        ("YYJMJC/Compositional-Temporal-Grounding/HEAD/Charades-CG/test_trivial.json",
-         "45eec9d3c46187235309344ab937a065b409cbdc3f3f9d926da6fd05302d822d"),
-    "charades-cg/train.json":
-        ("YYJMJC/Compositional-Temporal-Grounding/HEAD/Charades-CG/train.json",
-         "c66556077d8b6a1fd7ee91641f994cd1341c11adfa4fc078434c9fe7a4b93d8d"),
-    "activitynet/train.json":
-        ("microsoft/VideoX/HEAD/2D-TAN/data/ActivityNet/train.json",
-         "704536b2779011c1a729c927ae30e39ea9c90c38557836bbe969499917243d69"),
-    "activitynet/val_1.json":
-        ("microsoft/VideoX/HEAD/2D-TAN/data/ActivityNet/val.json",
-         "466aaccb9ebe45c6db4c98488a4ddbeb5b22faffe62e1bbce81222c14fc29e1c"),
-    "activitynet/val_2.json":
-        ("microsoft/VideoX/HEAD/2D-TAN/data/ActivityNet/test.json",
-         "08fe56568bc92dd02a6150fe1094457a5f2ac72975b8778a922bc9a65aa7f0e9"),
-    "activitynet-cg/novel_composition.json":
-        ("YYJMJC/Compositional-Temporal-Grounding/HEAD/ActivityNet_CG/novel_composition.json",
-         "d44d2c456974a4661bf14008d6316926e3b04d7ab9d48ed694861dc28602fe1b"),
-    "activitynet-cg/novel_word.json":
-        ("YYJMJC/Compositional-Temporal-Grounding/HEAD/ActivityNet_CG/novel_word.json",
-         "74e071738ece6d75ab1237c04a9a8cdebc939d3d65b015181596a84ae14f782c"),
-    "activitynet-cg/test_trivial.json":
-        ("YYJMJC/Compositional-Temporal-Grounding/HEAD/ActivityNet_CG/test_trivial.json",
-         "32c4d12ff1cdf35f4b48cf4d93bbb2c71beb802d693f57e0afc90347aaa937a4"),
-    "activitynet-cg/train.json":
-        ("YYJMJC/Compositional-Temporal-Grounding/HEAD/ActivityNet_CG/train.json",
-         "31a6e0aa938f1f0d469bcb8d5492de7f9e9f77f74ba5676772db052057e26102"),
-}
+# lines "file below the root, address, SHA-256"
+SOURCES = pathlib.Path(__file__).parent / "assets" / "annotations.txt"
 OWN_SPLITS = ("train", "val", "val-novel-word", "test", "novel-word", "novel-composition")
 
 
@@ -304,11 +258,11 @@ def install(dataset: str, root: str | os.PathLike, folder: str | os.PathLike | N
     published ones."""
     target = pathlib.Path(root) / dataset
     if folder is None:
+        sources = {file: rest for file, *rest in map(str.split, SOURCES.read_text().splitlines())}
         for split, names in FILES[dataset].items():
             if not annotation_file(dataset, split, root).exists():
                 for name in (names[0], *(CSV if dataset == "charades" else ())):
-                    address, digest = SOURCES[f"{dataset}/{name}"]
-                    clip.fetch(f"{RAW}/{address}", digest, target / name)
+                    clip.fetch(*sources[f"{dataset}/{name}"], target / name)
         return
     source = pathlib.Path(folder)
     if not source.is_dir():

@@ -69,15 +69,14 @@ def config_of(row: Row, dataset: str, seed: int, options: argparse.Namespace,
     if dataset != "shapes" and what not in ORIGINAL:
         dataset += "-cg"
     world = world_of(dataset, seed)
-    fields = {"dataset": world, **train.preset(dataset if dataset != "shapes" else world),
-              **row.fields, "seed": seed, "device": options.device, "root": options.root}
+    fields = {**row.fields, "dataset": world, "seed": seed, "device": options.device,
+              "root": options.root}
     if fields.get("clip") == "resnet":                  # the published one, or the world's own
         fields["clip"] = f"{world}-resnet" if dataset == "shapes" else "RN50"
     if fields.get("text_clip") == "other":              # of another CLIP, of the same width
         fields["text_clip"] = (world_of(dataset, (seed + 1) % 3) if dataset == "shapes"
                                else "ViT-B/16")
-    fields.setdefault("mask", train.MASKS.get(fields.get("method"), ""))
-    config = train.Config(**fields)
+    config = train.configure(**fields)
     return dataclasses.replace(config, out=f"runs/reproduce/{dataset}/{name_of(config)}")
 
 
@@ -275,6 +274,9 @@ TABLES = {
               for count in (50, 100, 200, 400, 800)
               for name, fields in (("MMN, tuned", TUNED), ("`vdi-staged`", STAGED))],
     "gain": [MAIN[1], MAIN[3], MAIN[4]],
+    "retrievers": [Row("MMN", TUNED), Row("MMN, `vdi-staged`", STAGED),
+                   Row("2D-TAN", TUNED | dict(retriever="2d-tan")),
+                   Row("2D-TAN, `vdi-staged`", STAGED | dict(retriever="2d-tan"))],
     "tuning": [
         *[Row(f"MMN, text rate {rate:g}", MMN | dict(text_lr=rate)) for rate in (0.1, 0.3, 1.0)],
         Row("MMN, text rate 1, 60 epochs", TUNED | dict(epochs=60)),
@@ -297,6 +299,7 @@ SHOWN = {                                               # what a table's columns
     "s-table5": SPLITS + [("novel-word", "noun accuracy")],
     "s-table6": [("test", "R@1,IoU=0.5"), ("test", "R@1,IoU=0.7")] + SPLITS[1:],
     "choices": SPLITS, "curve": SPLITS, "gain": SPLITS,
+    "retrievers": SPLITS + [("test", "verb accuracy"), ("novel-word", "verb accuracy")],
     "tuning": [("val", "R@1,IoU=0.5"), ("val", "R@1,IoU=0.7"), ("val-novel-word", "R@1,IoU=0.5"),
                ("val-novel-word", "R@1,IoU=0.7")]}
 ORIGINAL = ("table2", "s-table6")               # are about the original split; the others, novel
@@ -306,7 +309,8 @@ PAIRS = {                                               # rows whose difference 
     "table3": [(6, 0), (9, 7), (9, 8)], "s-table3": [(0, 1), (0, 2)],
     "s-table4": [(1, 0), (3, 2)], "s-table5": [(5, 0), (9, 8)],
     "targets": [(1, k) for k in (0, 2, 3, 4, 5, 6)], "choices": [(8, 9)],
-    "curve": [(2 * k + 1, 2 * k) for k in range(5)], "gain": [(2, 0), (2, 1)]}
+    "curve": [(2 * k + 1, 2 * k) for k in range(5)], "gain": [(2, 0), (2, 1)],
+    "retrievers": [(1, 0), (3, 2)]}
 
 
 # ---------------------------------------------------------------------------------------- reporting

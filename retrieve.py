@@ -29,6 +29,7 @@ import math
 import mimetypes
 import os
 import pathlib
+import string
 import sys
 import urllib.parse
 import zipfile
@@ -313,42 +314,7 @@ def plot(path: str, retriever: Retriever, encoded: Encoded, sentences: list[str]
     plt.close(figure)
 
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; media-src data: file:
- 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>Moments of {name}</title>
-<style>
-body {{ font: 18px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem;
-  color: #111; background: #fff; }}
-video {{ width: 100%; max-height: 60vh; background: #000; }}
-button {{ font: inherit; padding: .4rem .8rem; margin: .25rem .5rem .25rem 0; color: #fff;
-  background: #14467a; border: 2px solid #14467a; border-radius: .4rem; cursor: pointer; }}
-button:focus-visible {{ outline: 4px solid #b35900; outline-offset: 2px; }}
-button[aria-pressed=true] {{ background: #fff; color: #14467a; }}
-h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.2rem; margin: 1.2rem 0 .3rem; }}
-</style></head><body><main>
-<h1>Moments of {name}</h1>
-<video controls preload="auto" aria-label="{name}" src="{source}"></video>
-<p>A button plays its moment and stops at its end. Moments begin and end on steps of
-{resolution:.2f} s; the score is a rank, no probability.</p>
-{sections}
-</main><script>
-const video = document.querySelector("video");
-let end = Infinity;
-for (const button of document.querySelectorAll("button")) {{
-  button.addEventListener("click", () => {{
-    document.querySelectorAll("button").forEach(b => b.setAttribute("aria-pressed", b === button));
-    end = Number(button.dataset.end);
-    video.currentTime = Number(button.dataset.start);
-    video.play();
-  }});
-}}
-video.addEventListener("timeupdate", () => {{
-  if (video.currentTime >= end) {{ video.pause(); end = Infinity; }}
-}});
-</script></body></html>
-"""
+PAGE = pathlib.Path(__file__).parent / "assets" / "page.html"
 EMBEDDED = 32 * 2 ** 20         # a larger video is not copied into the page but named by it
 
 
@@ -369,8 +335,9 @@ def as_page(out: str, encoded: Encoded, resolution_sec: float, sentences: list[s
             f"(score {m.score:.2f})</button>" for m in moments)
         sections.append(f"<section aria-labelledby=\"s{i}\"><h2 id=\"s{i}\">"
                         f"{html.escape(command.printable(sentence))}</h2>\n{buttons}</section>")
-    return PAGE.format(name=html.escape(command.printable(path.name)), source=html.escape(source),
-                       resolution=resolution_sec, sections="\n".join(sections))
+    return string.Template(PAGE.read_text()).substitute(
+        name=html.escape(command.printable(path.name)), source=html.escape(source),
+        resolution=f"{resolution_sec:.2f}", sections="\n".join(sections))
 
 
 def write_clips(folder: str, path: str, answers: list[list[Moment]]) -> list[pathlib.Path]:

@@ -37,23 +37,14 @@ import command
 import data
 import evaluate
 import inject
+import mmn
 import parallel
 import parse
 import shapes
 import video
 
 METHODS = ("mmn", "vdi", "vdi-staged")
-CHOICES = {"method": METHODS, "retriever": tuple(evaluate.RETRIEVERS),
-           "context_query": ("static", "full", "half", "none"),
-           "inject_into": ("dynamic", "full"), "sequence": ("transformer", "lstm"),
-           "vc_form": ("consistent", "relational"), "sd_form": ("relational", "consistent"),
-           "stop_gradient": ("none", "video", "text"), "fusion": ("published", "product"),
-           "excluded": ("out", "exp0"),
-           "stage_target": ("change", "mean", "whole", "shuffled", "rotated", "random")}
-
-
-def option(default, text: str):
-    return dataclasses.field(default=default, metadata={"help": text})
+option = command.option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,33 +53,29 @@ class Config:
     the others."""
     dataset: str = option("shapes", "charades, charades-cg, activitynet, activitynet-cg, shapes, "
                                     "shapes-1, ..., or one's own below the root")
-    method: str = option("vdi", "mmn, vdi or vdi-staged")
+    method: str = option("vdi", "mmn, vdi or vdi-staged", METHODS)
     seed: int = option(0, "of weights, data order and targets")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     root: str = option("data", "folder of datasets")
     out: str = option("", "folder of the run (empty: runs/<dataset>-<method>)")
-    clip: str = option("ViT-B/32",
-                       "CLIP that made the features: a published name, a file, or a dataset that "
-                       "has one")
-    text_clip: str = option("",
-                            "CLIP whose text tower is taken instead: separated pre-training "
-                            "(suppl. Table 5); shuffled: its own, each weight matrix permuted")
-    parser: str = option("",
-                         "spaCy pipeline or 'rules' (empty: en_core_web_sm if installed, else "
-                         "rules)")
+    clip: str = option("ViT-B/32", "CLIP that made the features: a published name, a file, or a "
+                                   "dataset that has one")
+    text_clip: str = option("", "CLIP whose text tower is taken instead: separated pre-training "
+                                "(suppl. Table 5); shuffled: its own, each weight matrix permuted")
+    parser: str = option("", "spaCy pipeline or 'rules' (empty: en_core_web_sm if installed, else "
+                             "rules)")
     mask: str = option("", "word that stands for masked words (empty: they are dropped; "
                            "vdi-staged: something)")
     # the retriever (MMN's published settings)
-    retriever: str = option("mmn", "mmn, or 2d-tan (tan.py)")
-    num_clips: int = option(16, "N, side of the 2D map")
-    frames: int = option(32, "T, features of a video; T / N are averaged to a clip")
-    pool_counts: tuple[int, ...] = option((15,),
-                                          "diagonals of the map per level, each level twice as "
-                                          "coarse")
-    kernel: int = option(5, "size of the convolutions over the map")
-    layers: int = option(8, "number of these convolutions")
-    hidden: int = option(512, "their width")
-    joint: int = option(256, "J, width of the joint space")
+    retriever: str = option("mmn", "mmn, or 2d-tan (tan.py)", tuple(evaluate.RETRIEVERS))
+    num_clips: int = option(16, "N, side of the 2D map", least=1)
+    frames: int = option(32, "T, features of a video; T / N are averaged to a clip", least=1)
+    pool_counts: tuple[int, ...] = option((15,), "diagonals of the map per level, each level twice "
+                                                 "as coarse")
+    kernel: int = option(5, "size of the convolutions over the map", least=1)
+    layers: int = option(8, "number of these convolutions", least=1)
+    hidden: int = option(512, "their width", least=1)
+    joint: int = option(256, "J, width of the joint space", least=1)
     # the losses, Eq. 11
     lambda_iou: float = option(1.0, "weight of Eq. 7")
     lambda_cl: float = option(0.05, "weight of Eq. 8")
@@ -97,65 +84,60 @@ class Config:
     tau: float = option(0.1, "temperature of Eq. 8")
     margin: float = option(0.4, "margin on the positive of Eq. 8")
     cl_decay_epoch: int = option(7, "from this epoch on Eq. 8 weighs a hundredth (MMN)")
-    inject_layers: int = option(1, "layers of TransDecoder (Eq. 1) and SeqModel (Eq. 4)")
-    inject_heads: int = option(8, "heads of both")
+    inject_layers: int = option(1, "layers of TransDecoder (Eq. 1) and SeqModel (Eq. 4)", least=1)
+    inject_heads: int = option(8, "heads of both", least=1)
     # what the paper's tables compare; the defaults are its letter
     context_query: str = option("static", "what asks the frames in Eq. 1 and in stage 1: static "
                                           "(Q^s), full (Q), half (Q^h) or none (a learned probe; "
-                                          "in stage 1 all frames weigh the same)")
+                                          "in stage 1 all frames weigh the same)",
+                                ("static", "full", "half", "none"))
     inject_into: str = option("dynamic", "what Eq. 2, Eq. 5 and stage 1 adapt: dynamic (Q^d) or "
-                                         "full (Q)")
-    sequence: str = option("transformer", "SeqModel of Eq. 4: transformer or lstm")
-    vc_form: str = option("consistent", "Eq. 2: consistent, or relational like Eq. 5")
-    sd_form: str = option("relational", "Eq. 5: relational, or consistent like Eq. 2")
-    stop_gradient: str = option("none", "side of Eq. 2 and Eq. 5 that gets no gradient: none, "
-                                        "video or text")
+                                         "full (Q)", ("dynamic", "full"))
+    sequence: str = option("transformer", "SeqModel of Eq. 4", ("transformer", "lstm"))
+    vc_form: str = option("consistent", "Eq. 2: consistent, or relational like Eq. 5",
+                          ("consistent", "relational"))
+    sd_form: str = option("relational", "Eq. 5: relational, or consistent like Eq. 2",
+                          ("relational", "consistent"))
+    stop_gradient: str = option("none", "side of Eq. 2 and Eq. 5 that gets no gradient",
+                                ("none", "video", "text"))
     same_video: bool = option(False, "keep pairs of one video in Eq. 5")
     normalise: bool = option(True, "L2-normalise CLIP's features before every use")
-    fusion: str = option("published", "Eq. 10: published (MMN's), or product as printed")
+    fusion: str = option("published", "Eq. 10: published (MMN's), or product as printed",
+                         tuple(mmn.FUSIONS))
     excluded: str = option("out", "pairs that are neither positive nor negative in Eq. 8: out, or "
-                                  "exp0 as in MMN's code")
+                                  "exp0 as in MMN's code", tuple(mmn.EXCLUDED))
     # the optimiser: AdamW, betas (0.9, 0.99)
     lr: float = option(1e-4, "learning rate of everything but the text tower (Sec. 4.1.3)")
     text_lr: float = option(0.1, "learning rate of the text tower as a share of it (Sec. 4.1.3)")
     text_from_epoch: int = option(4, "the text tower is frozen before this epoch (MMN)")
     weight_decay: float = option(1e-5, "of AdamW")
-    batch: int = option(48, "videos in a batch, each with all its sentences")
-    epochs: int = option(18, "passes over the training videos")
-    milestones: tuple[int, ...] = option((8, 13),
-                                         "epochs at which the learning rate falls to a tenth; "
-                                         "none: cosine")
+    batch: int = option(48, "videos in a batch, each with all its sentences", least=1)
+    epochs: int = option(18, "passes over the training videos", least=1)
+    milestones: tuple[int, ...] = option((8, 13), "epochs at which the learning rate falls to a "
+                                                  "tenth; none: cosine")
     clip_norm: float = option(5.0, "largest norm of the gradient")
     patience: int = option(5, "epochs without a better validation result before the run stops")
     limit_videos: int = option(0, "train on the first so many videos only (0: all)")
-    select_on: str = option("val",
-                            "split that chooses the epoch ('test' is the field's habit)")
-    bf16: bool = option(False,
-                        "bfloat16 autocast in both towers of the loop; weights and losses stay "
-                        "float32")
+    select_on: str = option("val", "split that chooses the epoch ('test' is the field's habit)")
+    bf16: bool = option(False, "bfloat16 autocast in both towers of the loop; weights and losses "
+                               "stay float32")
     deterministic: bool = option(False, "only algorithms that give the same bits each time (on "
                                         "CUDA slower; on a CPU all are)")
     compile: bool = option(False, "torch.compile the retriever")
     workers: int = option(0, "processes that read features")
     # vdi-staged, stage 1
-    stage_steps: int = option(800, "steps of stage 1")
+    stage_steps: int = option(800, "steps of stage 1", least=1)
     stage_lr: float = option(1e-3, "learning rate of the text tower in stage 1")
-    stage_batch: int = option(64, "sentences in a batch of stage 1")
+    stage_batch: int = option(64, "sentences in a batch of stage 1", least=1)
     stage_target: str = option("change", "change: late minus early half of the moment; mean of the "
                                          "moment; whole: mean of the video; shuffled: the change "
                                          "of another sentence; rotated: the change, turned at "
                                          "random; random: a random code for each dynamic query. "
-                                         "The last three are controls: the last sees no video")
+                                         "The last three are controls: the last sees no video",
+                               ("change", "mean", "whole", "shuffled", "rotated", "random"))
 
     def __post_init__(self):
-        for name, values in CHOICES.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"--{name.replace('_', '-')} is one of {', '.join(values)}, not "
-                                 f"{getattr(self, name)!r}")
-        for name in ("num_clips", "frames", "kernel", "layers", "hidden", "joint", "inject_layers",
-                     "inject_heads", "batch", "epochs", "stage_steps", "stage_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is at least 1")
+        command.check_options(self)
         if self.kernel % 2 == 0:
             raise ValueError(f"--kernel is odd, not {self.kernel}")
         if sum(count * 2 ** i for i, count in enumerate(self.pool_counts)) >= self.num_clips:
@@ -181,19 +163,31 @@ PRESETS = {
     "shapes": dict(method="vdi-staged", kernel=3, layers=2, hidden=192, joint=128, inject_heads=4,
                    lambda_cl=0.5, lr=3e-3, text_lr=0.3, text_from_epoch=0, batch=16, epochs=30,
                    milestones=(), cl_decay_epoch=1000, patience=1000, limit_videos=400),
+    # python train.py --retriever 2d-tan     without BatchNorm it learns slower; widths as published
+    "shapes 2d-tan": dict(lr=1e-3, epochs=60),
+    "charades 2d-tan": dict(joint=512),
+    "activitynet 2d-tan": dict(joint=512, lr=1e-4),
 }
-MASKS = {"vdi-staged": "something"}      # with the other methods masked words are dropped
 
 
-def preset(dataset: str) -> dict:
+def preset(dataset: str, retriever: str = "mmn") -> dict:
     """Fields that differ from the defaults. One's own dataset has the sizes of the shapes world,
     and its CLIP."""
-    family = dataset.removesuffix("-cg")
-    if family in PRESETS and family != "shapes":
-        return PRESETS[family]
-    if dataset.startswith("shapes"):
-        return PRESETS["shapes"] | {"clip": dataset}
-    return PRESETS["shapes"] | {"clip": "shapes", "limit_videos": 0}
+    family, own = dataset.removesuffix("-cg"), {}
+    if family not in PRESETS or family == "shapes":
+        own = {"clip": dataset} if dataset.startswith("shapes") else {"clip": "shapes",
+                                                                      "limit_videos": 0}
+        family = "shapes"
+    return {**PRESETS[family], **own, **PRESETS.get(f"{family} {retriever}", {})}
+
+
+def configure(**given) -> Config:
+    """What is given; else the preset of the dataset and the retriever; else the defaults."""
+    dataset = given.get("dataset", "shapes")
+    fields = {"dataset": dataset, **preset(dataset, given.get("retriever", "mmn")), **given}
+    if fields.get("method") == "vdi-staged":    # with the others masked words are dropped
+        fields.setdefault("mask", "something")
+    return Config(**fields)
 
 
 # ----------------------------------------------------------------------------- Eq. 11 and its terms
@@ -398,15 +392,11 @@ def learning_rate(config: Config, progress: float) -> float:
 def train(config: Config, resume: bool = False) -> dict[str, dict]:
     """One run. Returns evaluate.evaluate of the kept epoch and leaves the run in config.folder. Of
     several processes the first one returns it."""
-    folder = config.folder
-    if not resume and folder.exists() and any(p.name != command.LOCK for p in folder.iterdir()):
-        raise FileExistsError(f"{folder} holds a run already; continue it with --resume, or "
-                              f"choose another --out")
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     alone = parallel.rank() == 0
-    with command.locked(folder) if alone else contextlib.nullcontext():
+    with command.locked(config.folder, resume) if alone else contextlib.nullcontext():
         if alone:
             for world in (config.dataset, config.text_clip):
                 if world.startswith("shapes"):
@@ -637,33 +627,15 @@ def versions() -> dict[str, str]:
 
 # --------------------------------------------------------------------------------- the command line
 
-def yes_or_no(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError(text)
-    return text.lower() == "true"
-
-
 def parse_arguments(argv: list[str] | None = None) -> tuple[Config, bool]:
-    """Options from the fields of Config. What is not given comes from the dataset's preset."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for field in dataclasses.fields(Config):
-        kind = {bool: yes_or_no,
-                tuple[int, ...]: lambda text: tuple(int(part) for part in text.split(",")
-                                                    if part)}.get(field.type, field.type)
-        presets = "; ".join(f"{name} {values[field.name]!r}"
-                            for name, values in PRESETS.items() if field.name in values)
-        parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, type=kind,
-                            default=argparse.SUPPRESS,
-                            choices=CHOICES.get(field.name),
-                            help=f"{field.metadata['help']} (default "
-                                 f"{field.default!r}{'; ' + presets if presets else ''})")
+    """Options from the fields of Config, and whether to resume."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     usage="%(prog)s [--option value ...] [--resume]")
+    command.add_options(parser, Config, PRESETS)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     given = vars(parser.parse_args(argv))
     resume = given.pop("resume")
-    dataset = given.get("dataset", "shapes")
-    fields = {"dataset": dataset, **preset(dataset), **given}
-    fields.setdefault("mask", MASKS.get(fields.get("method"), ""))
-    return Config(**fields), resume
+    return configure(**given), resume
 
 
 def main() -> None:

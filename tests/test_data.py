@@ -123,13 +123,14 @@ def test_annotations_are_installed_from_any_published_form(published, tmp_path):
 def test_missing_annotations_are_fetched_and_verified(published, tmp_path, monkeypatch):
     """From a server on this machine that sends the published files, then from one that is not
     there."""
-    asked = []
+    asked, sources = [], data.SOURCES.read_text()
+    away = "https://raw.githubusercontent.com"
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
-            name = next(name for name, (address, _) in data.SOURCES.items()
-                        if self.path == f"/{address}")
+            name = next(name for name, address, _ in map(str.split, sources.splitlines())
+                        if address == away + self.path)
             content = (published / name).read_bytes()
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
@@ -141,11 +142,13 @@ def test_missing_annotations_are_fetched_and_verified(published, tmp_path, monke
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(data, "RAW", f"http://127.0.0.1:{server.server_port}")
+        here = tmp_path / "sources.txt"
+        here.write_text(sources.replace(away, f"http://127.0.0.1:{server.server_port}"))
+        monkeypatch.setattr(data, "SOURCES", here)
         for dataset in data.FILES:
             data.install(dataset, tmp_path, None)
             assert data.describe(dataset, tmp_path) == data.describe(dataset, published)
-        assert len(asked) == len(data.SOURCES) == 15
+        assert len(asked) == len(sources.splitlines()) == 15
         data.install("charades", tmp_path, None)
         assert len(asked) == 15                                 # it is there: not asked again
         server.shutdown()

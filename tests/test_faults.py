@@ -210,13 +210,13 @@ def test_signal_to_the_whole_group_with_workers(world, tmp_path):
 
 def test_what_a_killed_process_was_writing_is_removed(tmp_path):
     (tmp_path / ".last.pt.123.tmp").write_bytes(b"half")
-    with command.locked(tmp_path):
+    with command.locked(tmp_path, True):
         assert [path.name for path in tmp_path.iterdir()] == [command.LOCK]
 
 
 def test_two_processes_on_one_folder(world, tmp_path, fault):
     """The first has the folder, the second says so, also where both are told to resume."""
-    with command.locked(tmp_path / "run"):
+    with command.locked(tmp_path / "run", False):
         message = run("train.py", "--root", world, *SMALL, "--out", tmp_path / "run", "--resume",
                       status=2)
     assert "another process is writing into" in message
