@@ -520,8 +520,7 @@ def bench_video(options: argparse.Namespace) -> list[dict]:
     frames = pixels.repeat(batch // T, 1, 1, 1)
     encoding = len(many) * T / batch * seconds_of(
         lambda: video.encode_frames(model, frames, batch, precision), device, 6.0)
-    made = {"clip": "random", "sha256": "", "resolution": 224, "frames": T, "patch_frames": T,
-            "width": 512, "patch_width": 512, "grid": 7, "precision": "bench"}
+    made = video.made_by(model, "random", "", T, T)
     with tempfile.TemporaryDirectory() as folder:
         store = video.FeatureStore(pathlib.Path(folder), made)
         started = time.perf_counter()
@@ -643,8 +642,7 @@ def hardware(device: torch.device) -> str:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    arguments = command.parser(__doc__.split("\n")[0])
     add = arguments.add_argument
     add("bench", nargs="*",
         help=f"{', '.join(BENCHES)}; all but the last two if none is named")
@@ -656,7 +654,7 @@ def main() -> None:
     add("--clip2video", default="runs/clip2video/shapes-both/ckpt.pt", help="checkpoint (stages)")
     add("--moments", default="runs/shapes-vdi-staged/ckpt.pt", help="checkpoint (stages)")
     add("--root", default="data", help="folder of datasets (stages)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--device", **command.DEVICE)
     add("--json", action="store_true", help="print json")
     options = arguments.parse_args()
     if unknown := [name for name in options.bench if name not in BENCHES]:

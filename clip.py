@@ -20,7 +20,6 @@ near 1, which is what the paper sets out to change.
 Shapes: B images or sentences, L words (77 at most), C width of a tower, D width of the joint space,
 D' channels of the patch features, H x W patch grid, R input resolution.
 """
-import argparse
 import functools
 import gzip
 import hashlib
@@ -533,7 +532,9 @@ PUBLISHED = {  # name: (sha256 of the file, which is also in its address; file n
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Hexadecimal SHA-256 of a file, or of the weights of a published name."""
+    if path in PUBLISHED:
+        return PUBLISHED[path][0]
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -670,8 +671,7 @@ def load(name_or_path: str | os.PathLike, device: str | torch.device = "cpu",
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description="similarities of an image and texts",
-                                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    arguments = command.parser("similarities of an image and texts")
     add = arguments.add_argument
     add("image", help="an image, or a video, whose first frame is taken")
     add("texts", nargs="+", help="what it may show")

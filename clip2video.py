@@ -418,8 +418,7 @@ def prepare(dataset: str, folder: str, videos: str, options: argparse.Namespace)
     for split, captions in splits.items():
         kept = {name: texts for name, texts in captions.items()
                 if name not in failed or split.startswith("test")}
-        video.save_atomically(target / f"{split}.captions.json",
-                              lambda file, kept=kept: file.write(json.dumps(kept).encode()))
+        command.save(target / f"{split}.captions.json", json.dumps(kept))
         print(f"{split}: {len(kept)} videos, {sum(map(len, kept.values()))} captions")
     if failed:
         print(f"{len(failed)} videos have no features, see {store.folder / 'failed.txt'}")
@@ -427,13 +426,8 @@ def prepare(dataset: str, folder: str, videos: str, options: argparse.Namespace)
 
 def made_with(config: "Config", model: clip.CLIP, root: str) -> dict:
     """What a store of features says of how they were made."""
-    path = data.clip_file(config.clip, root)
-    return {"clip": config.clip,
-            "sha256": clip.sha256(clip.download(path) if path in clip.PUBLISHED else path),
-            "resolution": model.visual.resolution, "frames": config.frames,
-            "stride": config.stride, "patch_frames": 0,
-            "width": model.text_projection.shape[1], "patch_width": 0, "grid": 0,
-            "precision": "float32"}
+    return video.made_by(model, config.clip, clip.sha256(data.clip_file(config.clip, root)),
+                         config.frames) | {"stride": config.stride}
 
 
 # --------------------------------------------------------------------------- whole videos of shapes
@@ -503,11 +497,9 @@ def build_shapes(config: "Config") -> None:
                             shapes.FRAMES * plan["frame_sec"])
                 captions[name] = [describe(plan["events"])]
                 changed[name] = altered(plan["events"])
-        video.save_atomically(target / f"{split}.captions.json", lambda file, captions=captions:
-                              file.write(json.dumps(captions).encode()))
+        command.save(target / f"{split}.captions.json", json.dumps(captions))
     store.save_manifest()
-    video.save_atomically(target / "altered.json",
-                          lambda file: file.write(json.dumps(changed).encode()))
+    command.save(target / "altered.json", json.dumps(changed))
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -677,8 +669,7 @@ def loop(config: Config, resume: bool, signals: command.Signals) -> dict:
             raise command.Stopped(f"stopped after epoch {epoch + 1}; go on with --resume",
                                   signals.received)
     results = evaluate_checkpoint(folder / "ckpt.pt", config.root, device)
-    video.save_atomically(folder / "results.json",
-                          lambda file: file.write(json.dumps(results, indent=1).encode()))
+    command.save(folder / "results.json", json.dumps(results, indent=1))
     return results
 
 
@@ -748,9 +739,7 @@ def ablation(seeds: int, root: str, device: str, only_kept: bool = False) -> dic
                 results = train(config, resume=config.folder.exists())
                 content = {"config": kept, "results": results, "versions": trainer.versions(),
                            "minutes": round((time.time() - started) / 60, 2)}
-                path.parent.mkdir(parents=True, exist_ok=True)
-                text = json.dumps(content, indent=1) + "\n"
-                video.save_atomically(path, lambda file: file.write(text.encode()))
+                command.save(path, json.dumps(content, indent=1) + "\n")
             found.setdefault(variant, []).append(json.loads(path.read_text())["results"])
     return found
 
@@ -778,8 +767,7 @@ def update_index(checkpoint: str, folder: str, out: str | pathlib.Path, device: 
     [V, 2D], size and time of change of each file [V, 2]. What is new or changed is read, what is
     gone is dropped; kept once a minute. Returns file -> reason for those that cannot be read."""
     model, config = load(checkpoint, root)
-    files = {str(path.relative_to(folder)): path for path in sorted(pathlib.Path(folder).rglob("*"))
-             if path.suffix.lower() in data.VIDEOS and path.is_file()}
+    files = data.video_files(folder)
     if not files:
         raise FileNotFoundError(f"{folder} holds no video")
     known = {}
@@ -792,12 +780,11 @@ def update_index(checkpoint: str, folder: str, out: str | pathlib.Path, device: 
             ranker.names, ranker.vectors, ranker.about.tolist()) if name in files}
     path = data.clip_file(config.clip, config.root)
     images = clip.load(path, device)
-    digest = clip.sha256(clip.download(path) if path in clip.PUBLISHED else path)
-    if digest != clip.read_torch(checkpoint)["clip_sha256"]:
+    if clip.sha256(path) != clip.read_torch(checkpoint)["clip_sha256"]:
         raise ValueError(f"{path} is not the CLIP that made the features of the training")
     model, failed, saved = model.to(device), {}, time.monotonic()
     for name, file in tqdm(files.items(), desc="index", unit="video", disable=None):
-        about = [file.stat().st_size, file.stat().st_mtime_ns]
+        about = list(data.state_of(file).values())
         if name in known and known[name][1] == about:
             continue
         try:
@@ -821,9 +808,7 @@ def update_index(checkpoint: str, folder: str, out: str | pathlib.Path, device: 
 def save_vectors(out: str | pathlib.Path, checkpoint: str | pathlib.Path,
                  known: dict[str, tuple[Tensor, list[int]]]) -> None:
     """Name -> (vector [2D], [size, time of change]) to <out>/clip2video.npz."""
-    path = pathlib.Path(out) / "clip2video.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    video.save_atomically(path, lambda file: np.savez(
+    command.save(pathlib.Path(out) / "clip2video.npz", lambda file: np.savez(
         file, names=np.array(list(known)), sha256=clip.sha256(checkpoint),
         vectors=torch.stack([row for row, _ in known.values()]).numpy(),
         about=np.array([about for _, about in known.values()]),
@@ -871,16 +856,16 @@ class Ranker:
 # --------------------------------------------------------------------------------- the command line
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command.parser(__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
         part = commands.add_parser(name, help=text, description=text,
-                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        part.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+                                   formatter_class=command.Defaults)
+        part.add_argument("--device", **command.DEVICE)
         known = name in ("evaluate", "index", "search")         # where training found it
         part.add_argument("--root", default=None if known else "data",
-                          help="folder of datasets" + " (None: the training's)" * known)
+                          help="folder of datasets" + " (not given: the training's)" * known)
         return part
 
     part = add("train", "train, and evaluate on the test videos")
@@ -890,7 +875,7 @@ def main() -> None:
     part.add_argument("dataset", choices=DATASETS, help="which")
     part.add_argument("--annotations", required=True, help="folder of its published files")
     part.add_argument("--videos", required=True, help="folder of its video files")
-    part.add_argument("--clip", help="published name or file (None: ViT-B/32)")
+    part.add_argument("--clip", help="published name or file (not given: ViT-B/32)")
     part = add("evaluate", "metrics on the test videos")
     part.add_argument("checkpoint", help="ckpt.pt of a run")
     part.add_argument("--split", default="test", help="which videos (vatex has test1k5, too)")

@@ -1,5 +1,5 @@
-"""What do all commands share? Options from a Config; one sentence and an exit status for what goes
-wrong.
+"""What do all commands share? Options from a Config, files that are whole or not there, and one
+sentence and an exit status for what goes wrong.
 
     status 2    the user's mistake: a file, an option, an environment
     status 1    ours
@@ -34,7 +34,23 @@ def printable(text: str, but: str = "") -> str:
                    for c in text)
 
 
-# ---------------------------------------------------------------------------- options from a Config
+# ----------------------------------------------------------------------------------------- options
+
+class Defaults(argparse.HelpFormatter):
+    """Tells the default of every option that has one."""
+
+    def _get_help_string(self, action):
+        shown = action.option_strings and str(action.default) not in ("None", "False", "",
+                                                                      argparse.SUPPRESS)
+        return action.help + (" (default %(default)s)" if shown else "")
+
+
+def parser(text: str, **more) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=text, formatter_class=Defaults, **more)
+
+
+DEVICE = dict(default="auto", help="auto, cpu, cuda, cuda:N or mps")
+
 
 def option(default, text: str, choices: tuple[str, ...] = (), least: int | None = None):
     """A field of a Config: its default, what --help says, and what it may be."""
@@ -181,6 +197,25 @@ class Signals:
     def __exit__(self, *exception) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def save(path: str | os.PathLike, content) -> None:
+    """A file that is there whole or not at all. content: a text, bytes, or what writes into a
+    binary file."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -246,8 +246,7 @@ def write_jsonl(path: pathlib.Path, samples: list[Sample]) -> None:
     lines = [json.dumps({"qid": i, "query": s.sentence, "vid": s.video, "duration": s.duration_sec,
                          "relevant_windows": [[s.start_sec, s.end_sec]]}) + "\n"
              for i, s in enumerate(samples)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    video.save_atomically(path, lambda file: file.write("".join(lines).encode()))
+    command.save(path, "".join(lines))
 
 
 def install(dataset: str, root: str | os.PathLike, folder: str | os.PathLike | None,
@@ -280,11 +279,9 @@ def install(dataset: str, root: str | os.PathLike, folder: str | os.PathLike | N
     for split, path in found.items():
         if path:
             check_counts(dataset, split, clean(read_file(path))[0], path)
-    target.mkdir(parents=True, exist_ok=True)
     for path in [*filter(None, found.values()), *(place / name for name in CSV)]:
         if path.exists():
-            content = path.read_bytes()
-            video.save_atomically(target / path.name, lambda file: file.write(content))
+            command.save(target / path.name, path.read_bytes())
 
 
 def check_counts(dataset: str, split: str, samples: list[Sample], path: pathlib.Path) -> None:
@@ -502,6 +499,18 @@ VIDEOS = {".mp4", ".mkv", ".avi", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".fl
 FEATURES = {".npy", ".npz", ".pt"}
 
 
+def video_files(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
+    """Path below the folder -> file, for all videos in it."""
+    return {str(path.relative_to(folder)): path for path in sorted(pathlib.Path(folder).rglob("*"))
+            if path.suffix.lower() in VIDEOS and path.is_file()}
+
+
+def state_of(path: pathlib.Path) -> dict[str, int]:
+    """What tells that a file has changed."""
+    stat = path.stat()
+    return {"size": stat.st_size, "changed_ns": stat.st_mtime_ns}
+
+
 def find_files(folder: str | os.PathLike, endings: set[str]) -> dict[str, pathlib.Path]:
     """File name without its ending -> file, for all files with such an ending below the folder.
     ValueError if two have one name."""
@@ -554,17 +563,10 @@ def make_features(dataset: str, samples: dict[str, list[Sample]],
         raise FileNotFoundError(f"the small CLIP of {options.clip} has not been made; make it "
                                 f"with: python shapes.py")
     model = clip.load(path, device)
-    visual, width = model.visual, model.text_projection.shape[1]
-    resnet = isinstance(visual, clip.ModifiedResNet)
-    patch_width = visual.layer4[-1].conv3.out_channels if resnet else width
     precision = options.precision or ("fp16" if device.type == "cuda" else "float32")
     T = options.frames or (256 if dataset.startswith("activitynet") else 32)
-    made = {"clip": options.clip,
-            "sha256": clip.sha256(clip.download(path) if path in clip.PUBLISHED else path),
-            "resolution": visual.resolution, "frames": T, "patch_frames": min(T, 32),
-            "width": width, "patch_width": patch_width, "grid": visual.grid, "precision": precision}
-    if options.features:
-        made |= {"patch_frames": 0, "patch_width": 0, "grid": 0, "precision": "made elsewhere"}
+    made = video.made_by(model, options.clip, clip.sha256(path), T,
+                         *((0, "made elsewhere") if options.features else (min(T, 32), precision)))
     store = video.FeatureStore(store_folder(dataset, options.clip, options.root), made,
                                f"-{rank}" if rank else "")
     rows = [sample for part in samples.values() for sample in part]
@@ -635,8 +637,8 @@ def gaps(store: video.FeatureStore, dataset: str, split: str, root: str):
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(
-        description="the annotations and features of a dataset",
+    arguments = command.parser(
+        "the annotations and features of a dataset",
         epilog="torchrun --nproc-per-node 8 data.py ... shares the videos among 8 processes")
     add = arguments.add_argument
     add("dataset", help="charades, activitynet, a name for one's own, or check: are the features "
@@ -644,18 +646,16 @@ def main() -> None:
     add("which", nargs="?", help="after check: a dataset (default: all)")
     add("--annotations", help="published: a folder that has them (default: fetched, once); one's "
                               "own: a json or jsonl file, see README")
-    add("--split", default="train", choices=OWN_SPLITS,
-        help="what one's own --annotations are (default train)")
+    add("--split", default="train", choices=OWN_SPLITS, help="what one's own --annotations are")
     source = arguments.add_mutually_exclusive_group()
     source.add_argument("--videos", help="folder of video files, named as in the annotations; "
                                          "without it no features are made")
     source.add_argument("--features", help="folder of features made elsewhere by the same CLIP, "
                                            "[L, D] a video: .npy, .npz (features) or .pt")
-    add("--clip", default="ViT-B/32",
-        help="published name, weight file, or 'shapes' (default ViT-B/32)")
+    add("--clip", default="ViT-B/32", help="published name, weight file, or 'shapes'")
     add("--frames", type=int, help="features a video (default 32; activitynet 256)")
-    add("--root", default="data", help="folder of datasets (default data)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)")
+    add("--root", default="data", help="folder of datasets")
+    add("--device", **command.DEVICE)
     add("--precision", choices=video.PRECISIONS,
         help="of the image tower (default fp16 on cuda, else float32)")
     add("--workers", type=int,

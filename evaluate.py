@@ -18,12 +18,12 @@ A hit is IoU >= mu. R@1 takes the best cell, R@5 the five best after greedy NMS 
 dropped). Shapes: S sentences, K retrieved moments, N clips, P candidate moments. Moments are
 [start, end) in seconds.
 """
-import argparse
 import dataclasses
 import json
 import math
 import pathlib
 import sys
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,6 @@ import data
 import mmn
 import parse
 import tan
-import video
 
 QUERIES = {"full": 0, "static": 1, "dynamic": 2}                # Q, Q^s, Q^d: rows of Batch.tokens
 RETRIEVERS = {"mmn": mmn.MMN, "2d-tan": tan.TAN}                # f^g
@@ -264,16 +263,14 @@ def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
     return Run(config, text.to(device), retriever.to(device).eval(), metrics, rest)
 
 
-def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
-             root: str | None = None, device: torch.device | str = "cpu",
-             allow_missing: bool = False, parser: str | None = None,
-             predictions: str | None = None) -> dict[str, dict]:
-    """Split -> metrics. `splits`: default all but train (train too, if it is the only one).
-    `parser`: default the one of the training. `predictions`: a file for the answers to the one
-    split, ten moments a sentence in QVHighlights' submission form."""
+def answers(run: Run, splits: list[str] | None = None, query: str = "full",
+            root: str | None = None, device: torch.device | str = "cpu",
+            allow_missing: bool = False, parser: str | None = None, top_k: int = 5
+            ) -> Iterator[tuple[str, data.Videos, Tensor]]:
+    """Of each split its name, its sentences and their moments [S, top_k, 3]. `splits`: default all
+    but train (train too, if it is the only one). `parser`: default the one of the training."""
     config = run.config
-    root = root or config["root"]
-    dataset = config["dataset"]
+    dataset, root = config["dataset"], root or config["root"]
     if splits is None:
         splits = [split for split in data.splits(dataset, root) if split != "train"] or ["train"]
     store = data.open_store(dataset, config["clip"], root)
@@ -285,29 +282,41 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
     if parser.name != run.checkpoint["parser"]:
         print(f"note: this checkpoint was trained with the parser {run.checkpoint['parser']}, and "
               f"is evaluated with {parser.name}", file=sys.stderr)
-    N = run.retriever.num_clips
-    train = data.read_annotations(dataset, "train", root)
-    moments_sec = torch.tensor([[s.start_sec, s.end_sec] for s in train])
-    durations_sec = torch.tensor([s.duration_sec for s in train])
-    candidates = run.retriever.cells.cpu()
-    prior = best_prior(mmn.iou_map(moments_sec, durations_sec, N).flatten(1)[:, candidates])
-    events = data.read_events(dataset, root)
-    results = {}
     for split in splits:
         rows = data.read_annotations(dataset, split, root)
         if allow_missing and not any(row.video in store for row in rows):
             print(f"note: no video of {split} has features, so it is left out", file=sys.stderr)
             continue
-        videos = data.Videos(rows, store, N, parser, normalise=config["normalise"])
+        videos = data.Videos(rows, store, run.retriever.num_clips, parser,
+                             normalise=config["normalise"])
         if videos.missing and not allow_missing:
             raise FileNotFoundError(f"{len(videos.missing)} of {len(videos.missing) + len(videos)} "
                                     f"videos of {split} have no features (see "
                                     f"{store.folder / 'failed.txt'}); --allow-missing leaves out "
                                     f"their {videos.lost} sentences")
-        predicted = predict(run.text, run.retriever, videos, config["batch"], device, query,
-                            10 if predictions else 5, config["fusion"], config["normalise"])
+        yield split, videos, predict(run.text, run.retriever, videos, config["batch"], device,
+                                     query, top_k, config["fusion"], config["normalise"])
+
+
+def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
+             root: str | None = None, device: torch.device | str = "cpu",
+             allow_missing: bool = False, parser: str | None = None,
+             predictions: str | None = None) -> dict[str, dict]:
+    """Split -> metrics. Arguments as of `answers`. `predictions`: a file for the answers to the one
+    split, ten moments a sentence in QVHighlights' submission form."""
+    dataset, root = run.config["dataset"], root or run.config["root"]
+    train = data.read_annotations(dataset, "train", root)
+    moments_sec = torch.tensor([[s.start_sec, s.end_sec] for s in train])
+    durations_sec = torch.tensor([s.duration_sec for s in train])
+    candidates = run.retriever.cells.cpu()
+    prior = best_prior(mmn.iou_map(moments_sec, durations_sec,
+                                   run.retriever.num_clips).flatten(1)[:, candidates])
+    events, results = data.read_events(dataset, root), {}
+    for split, videos, predicted in answers(run, splits, query, root, device, allow_missing,
+                                            parser, 10 if predictions else 5):
         if predictions:
-            write_predictions(predictions, rows, videos.samples, predicted)
+            write_predictions(predictions, data.read_annotations(dataset, split, root),
+                              videos.samples, predicted)
         iou = torch.cat([videos.iou(part).flatten(1)[:, candidates]     # [S, P]
                          for part in torch.arange(len(videos.samples)).split(1024)])
         results[split] = {
@@ -333,8 +342,7 @@ def write_predictions(path: str, rows: list[data.Sample], samples: list[data.Sam
         windows = [[round(v, 4) for v in moment] for moment in moments if moment[2] > -math.inf]
         lines[qid] = json.dumps({"qid": qid, "query": sample.sentence, "vid": sample.video,
                                  "pred_relevant_windows": windows}) + "\n"
-    text = "".join(lines[qid] for qid in sorted(lines))
-    video.save_atomically(pathlib.Path(path), lambda file: file.write(text.encode()))
+    command.save(path, "".join(lines[qid] for qid in sorted(lines)))
 
 
 def table(results: dict[str, dict]) -> str:
@@ -391,8 +399,7 @@ def explain() -> None:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    arguments = command.parser(__doc__.split("\n")[0])
     arguments.add_argument("checkpoint", nargs="*",
                            help="ckpt.pt of a run; of several the mean and standard deviation")
     arguments.add_argument("--predictions", metavar="JSONL",
@@ -406,7 +413,7 @@ def main() -> None:
                            help="what to retrieve by (Fig. 3)")
     arguments.add_argument("--root",
                            help="folder of datasets (default: the one used in training)")
-    arguments.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    arguments.add_argument("--device", **command.DEVICE)
     arguments.add_argument("--parser", help="spaCy pipeline or 'rules' (default: as in training)")
     arguments.add_argument("--allow-missing", action="store_true",
                            help="leave out videos without features")

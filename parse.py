@@ -19,7 +19,6 @@ else from the rules below on spaCy's own tokenizer. The rules tag each token by 
 endings, let its neighbours correct the tag, and then take every maximal run  determiner? modifier*
 noun.
 """
-import argparse
 import functools
 import hashlib
 import pathlib
@@ -119,38 +118,12 @@ class Parser:
 
 # ------------------------------------------------------------------------------- the built-in rules
 
-# Closed classes, whole; open classes are in assets/words.txt.
-ARTICLES = set("a an the my your his its our their every no one's".split())
-QUANTIFIERS = set("""this that these those some any each another all both either neither many
-    several few more most much such her one enough""".split())  # determiners before a noun
-PRONOUNS = set("""i you he she it we they me him us them himself herself itself themselves themself
-    myself yourself ourselves oneself someone somebody anyone anybody everyone everybody something
-    anything everything nothing nobody mine yours hers theirs""".split())
-ALONE = set("this these those one some another her all both each others".split())   # chunks alone
-PREPOSITIONS = set("""in on at by with from into onto of for to through across around about behind
-    before after against along among between beside besides beneath below above near toward towards
-    inside outside within without during until till like than past upon via per atop under
-    underneath alongside throughout amongst over down up off out opposite""".split())
-JOINING = set("""and or but nor so while because if since when where how why whether although though
-    once as then there here who which what whom whose not n't please""".split())
-BE = set("is are was were be been being am 's 're get gets getting got".split())
-AUXILIARY = BE | set("""has have had having do does did done doing can could will would shall should
-    may might must 've 'll 'd 'm wo ca""".split())
-SUBJECTS = set("""i you he she it we they who which that someone somebody everyone people
-    there""".split())
-SPANS = set("""time times day days moment moments while bit way minute minutes second seconds hour
-    hours night morning inch inches""".split())                 # heads of adverbial noun phrases
-PLACES = set("""next same last first second front back right left top other own middle
-    bottom""".split())
-PARTICLES = set("up down off out back away around over".split())
 RECIPROCAL = (("each", "other"), ("one", "another"))
-CLAUSE = set("who which while when where as then and but because".split())      # begin a clause
-NEVER_NOMINAL = PREPOSITIONS | JOINING | AUXILIARY | PRONOUNS | ARTICLES
 
 
 @functools.cache
 def word_lists() -> dict[str, set[str]]:
-    """assets/words.txt: lines "class: word word ..."."""
+    """Class -> its words: assets/words.txt, lines "class: word word ..."."""
     lists: dict[str, set[str]] = {}
     for line in WORDS.read_text(encoding="utf-8").splitlines():
         if ":" in line and not line.startswith("#"):
@@ -159,13 +132,16 @@ def word_lists() -> dict[str, set[str]]:
     return lists
 
 
+def is_a(word: str, *classes: str) -> bool:
+    return any(word in word_lists()[name] for name in classes)
+
+
 def kind_of(word: str) -> str:
     """The open class of a word out of context: V verb, E verb or noun, A adjective, R adverb, N
     noun."""
-    lists = word_lists()
     for kind, name in (("N", "noun"), ("V", "verb"), ("E", "either"), ("A", "adjective"),
                        ("R", "adverb")):
-        if word in lists[name]:
+        if is_a(word, name):
             return kind
     if word.endswith("ly"):
         return "R"
@@ -197,19 +173,20 @@ class Tagger:
     def nominal(self, i: int) -> bool:
         """Could word i go on with a noun phrase?"""
         word = self.word(i)
-        if not any(c.isalnum() for c in word) or word in NEVER_NOMINAL:
+        if not any(c.isalnum() for c in word) or is_a(
+                word, "preposition", "joining", "auxiliary", "pronoun", "article"):
             return False
-        if word in QUANTIFIERS:
+        if is_a(word, "quantifier"):
             return word in ("few", "many", "more", "such") and self.nominal(i + 1)
         kind, after = self.kinds[i], self.kinds[i + 1] if i + 1 < len(self.kinds) else "-"
-        return (kind in "NAE" or word in word_lists()["number"]
+        return (kind in "NAE" or is_a(word, "number")
                 or kind == "V" and participle(word) and after in "NAE" and self.nominal(i + 1)
                 or kind == "R" and word.endswith("ly") and self.nominal(i + 1))
 
     def takes_object(self, i: int) -> bool:
         """Does word i stand before a determiner or a pronoun, as a verb with its object does?"""
         after = self.word(i + 1)
-        return after in ARTICLES or after in PRONOUNS or after in QUANTIFIERS
+        return is_a(after, "article", "pronoun", "quantifier")
 
     def closed(self, i: int) -> str:
         """The tag of a word of a closed class; "" for all others."""
@@ -226,46 +203,47 @@ class Tagger:
             return "D"
         if (before, word) in RECIPROCAL:
             return "N"
-        if word in PRONOUNS:
+        if is_a(word, "pronoun"):
             return "O"
-        if word in ARTICLES:
+        if is_a(word, "article"):
             return "D"
         if word == "that":
             relative = (last in ("N", "O") or not self.nominal(i + 1)
                         or last == "V" and self.kinds[i + 1] != "N")
             self.finite = self.finite and not relative
             return "-" if relative else "D"
-        if word in QUANTIFIERS or word.isdigit() or word in word_lists()["number"]:
+        if word.isdigit() or is_a(word, "quantifier", "number"):
             return self.quantifier(i)
-        if word in AUXILIARY:
+        if is_a(word, "auxiliary"):
             self.finite = True
             return "V"
-        if word in JOINING:
+        if is_a(word, "joining"):
             if word in ("and", "or") and last in ("A", "N") and kind_of(before) == "A" \
                     and self.nominal(i + 2) and self.kinds[i + 1] == "A":
                 return "+"                      # "a red and white shirt"
-            self.finite = self.finite and word not in CLAUSE
+            self.finite = self.finite and not is_a(word, "clause")
             return "-"
-        if word in PREPOSITIONS and not (self.inside() and word in ("inside", "outside")):
+        if is_a(word, "preposition") and not (self.inside() and word in ("inside", "outside")):
             return "P"
         return ""
 
     def quantifier(self, i: int) -> str:
         """ "two men", "one of the men", "another", "both of them". """
         word, after, last = self.words[i], self.word(i + 1), self.last()
-        counts = word.isdigit() or word in word_lists()["number"]
+        counts = word.isdigit() or is_a(word, "number")
         if self.nominal(i + 1):
             return "D"
         if after in ("of", "-") and word not in ("more", "most", "much", "such"):
-            return "N" if counts or word in ALONE or word in ("many", "several", "few") else "-"
-        if word in ALONE and not (word in ("all", "both", "each") and last in ("N", "O")):
+            counts |= is_a(word, "alone") or word in ("many", "several", "few")
+            return "N" if counts else "-"
+        if is_a(word, "alone") and not (word in ("all", "both", "each") and last in ("N", "O")):
             return "O"
         return "N" if last in ("D", "A") or word.isdigit() else "-"
 
     def open(self, i: int) -> str:
         """The tag of a word of an open class."""
         word, before, kind, last = self.words[i], self.word(i - 1), self.kinds[i], self.last()
-        if last == "D" and word in PLACES or self.inside() and kind in "NAE":
+        if last == "D" and is_a(word, "place") or self.inside() and kind in "NAE":
             modifies = kind == "A" or word in ("next", "last", "other")
             return "A" if modifies and self.nominal(i + 1) else "N"
         if self.inside():                       # "a smiling man", "his painting"
@@ -274,7 +252,7 @@ class Tagger:
             modifies = last in ("P", "V") and word.endswith("ly") and self.nominal(i + 1)
             return "A" if modifies and self.kinds[i + 1] in "VA" and self.nominal(i + 2) else "-"
         if kind == "A":
-            predicate = before in BE and self.word(i + 1) and self.kinds[i + 1] == "E"
+            predicate = is_a(before, "be") and self.word(i + 1) and self.kinds[i + 1] == "E"
             if self.nominal(i + 1) and not predicate:
                 return "A"
             return "N" if before in ("in", "of") else "-"       # "a man in black"
@@ -293,26 +271,26 @@ class Tagger:
         if self.kinds[i] == "V":                # "with painted nails" has no verb
             modifies = word.endswith("ed") and (last == "P" and before != "to" or not last)
             return "A" if modifies and self.nominal(i + 1) else "V"
-        if before == "to" or before in SUBJECTS or last == "O" or before in AUXILIARY:
-            predicate = before in BE and not participle(word) and word in word_lists()["adjective"]
+        if before == "to" or last == "O" or is_a(before, "subject", "auxiliary"):
+            predicate = is_a(before, "be") and not participle(word) and is_a(word, "adjective")
             return "-" if predicate else "V"
         if last == "N":
             if self.finite:
                 return "V" if has_object or participle(word) else "N"
             return "V"
         if last == "P":
-            gerund = has_object or after in PREPOSITIONS and after != "of"
+            gerund = has_object or is_a(after, "preposition") and after != "of"
             return "V" if word.endswith("ing") and gerund else "N"
         if last == "V":
             return "V" if word.endswith("ing") or has_object and not self.finite else "N"
         if before in ("and", "or", "then", "but"):
             earlier = next((tag for tag in reversed(self.tags[:-1]) if tag in "NV"), "")
-            goes_on = before == "then" or after in PARTICLES or word.endswith("ing")
-            follows = earlier == "V" and after in PREPOSITIONS
+            goes_on = before == "then" or is_a(after, "particle") or word.endswith("ing")
+            follows = earlier == "V" and is_a(after, "preposition")
             return "V" if has_object or follows or goes_on and "V" in self.tags else "N"
         if participle(word) or has_object:
             return "V"
-        return "V" if last and after in PREPOSITIONS and after != "of" else "N"
+        return "V" if last and is_a(after, "preposition") and after != "of" else "N"
 
 
 def participle(word: str) -> bool:
@@ -342,20 +320,19 @@ def rule_chunks(doc) -> list[tuple[int, int]]:
 
 def adverbial(words: list[str], tags: list[str], first: int, last: int) -> bool:
     """Is the noun phrase first..last a measure of time or extent ("several times", "each day")?"""
-    if words[last] not in SPANS or first and tags[first - 1] == "P":
+    if not is_a(words[last], "span") or first and tags[first - 1] == "P":
         return False
     return words[first] not in ("his", "her", "their", "its", "my", "our", "your")
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(
-        description="split sentences into static and dynamic queries")
+    arguments = command.parser("split sentences into static and dynamic queries")
     arguments.add_argument("sentences", nargs="*",
                            help="sentences (default: one a line from standard input)")
     arguments.add_argument("--parser", help="spaCy pipeline by name or path, or 'rules' (default: "
                                             "en_core_web_sm if installed, else rules)")
     arguments.add_argument("--mask", default="",
-                           help="word that stands for what is masked (default: none)")
+                           help="word that stands for what is masked")
     options = arguments.parse_args()
     with command.sentences():
         parser = Parser(options.parser, options.mask)

@@ -128,10 +128,8 @@ def run(config: train.Config, fresh: bool = False) -> dict:
         "log": [{name: float(f"{value:.4g}") for name, value in row.items()} for row in log],
         "minutes": round((time.time() - started) / 60, 2), "versions": train.versions() | {
             "threads": torch.get_num_threads()}}
-    path = kept_file(config)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=None, separators=(",", ":")).replace(',"log":', ',\n"log":')
-    video.save_atomically(path, lambda file: file.write((text + "\n").encode()))
+    command.save(kept_file(config), text + "\n")
     return content
 
 
@@ -139,16 +137,9 @@ def hits(checkpoint: pathlib.Path, config: train.Config, splits: list[str],
          query: str = "full") -> dict[str, str]:
     """Split -> a digit a sentence: how many of the thresholds 0.5 and 0.7 its first moment reaches,
     retrieved by Q, Q^s or Q^d."""
-    device = data.pick_device(config.device)
-    model = evaluate.load(checkpoint, device)
-    store = data.open_store(config.dataset, config.clip, config.root)
-    parser = parse.Parser(config.parser or None, config.mask)
-    result = {}
-    for split in splits:
-        rows = data.read_annotations(config.dataset, split, config.root)
-        videos = data.Videos(rows, store, config.num_clips, parser, normalise=config.normalise)
-        predicted = evaluate.predict(model.text, model.retriever, videos, config.batch, device,
-                                     query, 1, config.fusion, config.normalise)
+    device, result = data.pick_device(config.device), {}
+    for split, videos, predicted in evaluate.answers(evaluate.load(checkpoint, device), splits,
+                                                     query, config.root, device, top_k=1):
         iou = mmn.interval_iou(predicted[:, 0, :2], videos.moments_sec)
         result[split] = "".join(str(sum(v >= mu for mu in HITS)) for v in iou.tolist())
     return result
@@ -425,9 +416,7 @@ def keep(what: str, options: argparse.Namespace, make) -> dict:
     content = json.loads(path.read_text()) if path.exists() and not options.fresh else {}
     if missing := [str(seed) for seed in seeds_of(what, options) if str(seed) not in content]:
         content |= {seed: make(int(seed)) for seed in missing}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dict(sorted(content.items())), indent=1) + "\n"
-        video.save_atomically(path, lambda file: file.write(text.encode()))
+        command.save(path, json.dumps(dict(sorted(content.items())), indent=1) + "\n")
     return {seed: content[str(seed)] for seed in seeds_of(what, options)}
 
 
@@ -684,20 +673,18 @@ def put_into_readme(options: argparse.Namespace) -> str:
     before, rest = path.read_text().split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     text = f"{before}{MARKS[0]}\n\n{section(options)}\n{MARKS[1]}{after}"
-    video.save_atomically(path, lambda file: file.write(text.encode()))
+    command.save(path, text)
     return f"{path.name} has been rewritten between its marks"
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(
-        description="the paper's tables and figures, ours beside the paper's",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    arguments = command.parser("the paper's tables and figures, ours beside the paper's")
     add = arguments.add_argument
     add("what", nargs="+", choices=[*TABLES, *OTHERS, "readme"], metavar="what",
         help=f"{', '.join((*TABLES, *OTHERS))}; or readme: put the kept results into README.md")
     add("--dataset", default="shapes", help="shapes, charades or activitynet")
     add("--seeds", type=int, help="of each row (three, if not given; of gain five)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--device", **command.DEVICE)
     add("--root", default="data", help="folder of datasets")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; on one GPU take 1")
     add("--fresh", action="store_true", help="run again what has been run")
@@ -725,10 +712,10 @@ def main() -> None:
             text = show(what, options) if what in TABLES else OTHERS[what](options)
             print(f"\n{what}, {options.dataset}\n\n{text}")
             folder = RESULTS / options.dataset / "tables"
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{what}.md").write_text(text + "\n")
+            command.save(folder / f"{what}.md", text + "\n")
             if what in TABLES:
-                (folder / f"{what}.json").write_text(json.dumps(tabulate(what, options), indent=1))
+                command.save(folder / f"{what}.json",
+                             json.dumps(tabulate(what, options), indent=1))
 
 
 if __name__ == "__main__":

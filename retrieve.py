@@ -19,7 +19,6 @@ those of all moments of all videos, and a search is a product with two vectors.
 Shapes: F features of a video, W windows of T of them, P candidate moments of a window, S sentences,
 R moments of an index (rows), J width of MMN's joint space.
 """
-import argparse
 import base64
 import bisect
 import hashlib
@@ -129,8 +128,7 @@ class Retriever:
             frames, duration_sec = self.extract(path)
             if kept:
                 try:
-                    kept.parent.mkdir(parents=True, exist_ok=True)
-                    video.save_atomically(kept, lambda file: np.savez(
+                    command.save(kept, lambda file: np.savez(
                         file, frames=frames.numpy(), duration_sec=duration_sec))
                 except OSError as error:
                     print(f"note: the features are not kept: {error}", file=sys.stderr)
@@ -370,12 +368,6 @@ def write_clips(folder: str, path: str, answers: list[list[Moment]]) -> list[pat
 
 # ------------------------------------------------------------------------------------ many videos
 
-def state_of(path: pathlib.Path) -> dict[str, int]:
-    """What tells that a file has changed."""
-    stat = path.stat()
-    return {"size": stat.st_size, "changed_ns": stat.st_mtime_ns}
-
-
 class Index:
     """The moments of many videos, in a folder:
 
@@ -417,8 +409,7 @@ class Index:
 
     def save(self) -> None:
         self.mapped = None                                      # the files may have changed
-        text = json.dumps(self.content, indent=1)
-        video.save_atomically(self.table, lambda file: file.write(text.encode()))
+        command.save(self.table, json.dumps(self.content, indent=1))
 
     def add(self, name: str, about: dict, spans: Tensor, iou: Tensor, contrastive: Tensor) -> None:
         first, J = self.rows(), iou.shape[1]
@@ -439,9 +430,7 @@ class Index:
     def update(self, retriever: Retriever, folder: str | os.PathLike) -> dict[str, str]:
         """Brings the index in step with a folder of videos: new and changed files are read, those
         that are gone are left out. Returns file -> reason for those that cannot be read."""
-        files = {str(path.relative_to(folder)): path
-                 for path in sorted(pathlib.Path(folder).rglob("*"))
-                 if path.suffix.lower() in data.VIDEOS and path.is_file()}
+        files = data.video_files(folder)
         known, failed = self.content["videos"], {}
         if known and not files:
             raise FileNotFoundError(f"{folder} holds no video, and the index holds {len(known)}: "
@@ -452,7 +441,7 @@ class Index:
             if name not in files:
                 print(f"gone: {name}")
                 del known[name]
-            elif any(known[name][key] != value for key, value in state_of(files[name]).items()):
+            elif data.state_of(files[name]).items() - known[name].items():
                 print(f"changed: {name}")
                 del known[name]
         self.save()             # before `add` writes over the rows of what is gone
@@ -460,7 +449,7 @@ class Index:
         for name, path in bar:
             if name in known:
                 continue
-            about = state_of(path)
+            about = data.state_of(path)
             try:
                 encoded = retriever.encode(path)
             except video.VideoError as error:
@@ -544,13 +533,13 @@ class Index:
 # -------------------------------------------------------------------------------- the command line
 
 def main_index(argv: list[str]) -> None:
-    arguments = argparse.ArgumentParser(
-        prog="retrieve.py index", description="index a folder of videos, or bring an index in step")
+    arguments = command.parser("index a folder of videos, or bring an index in step",
+                               prog="retrieve.py index")
     add = arguments.add_argument
     add("checkpoint", help="ckpt.pt of a run")
     add("folder", help="folder of videos")
     add("--out", required=True, help="folder of the index")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)")
+    add("--device", **command.DEVICE)
     add("--clip", help="file of the CLIP's weights (default: where training found them)")
     options = arguments.parse_args(argv)
     if not pathlib.Path(options.folder).is_dir():
@@ -570,8 +559,7 @@ def main_index(argv: list[str]) -> None:
 
 
 def main_search(argv: list[str]) -> None:
-    arguments = argparse.ArgumentParser(prog="retrieve.py search", description="search an index",
-                                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    arguments = command.parser("search an index", prog="retrieve.py search")
     add = arguments.add_argument
     add("index", help="folder of the index")
     add("sentences", nargs="+", help="what to look for")
@@ -579,7 +567,7 @@ def main_search(argv: list[str]) -> None:
     add("--per-video", type=int, default=3, help="answers of one video at most")
     add("--videos", type=int, help="look in so many videos only, those that CLIP2Video ranks first "
                                    "(clip2video.py index CKPT DIR --out INDEX); not given: in all")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--device", **command.DEVICE)
     add("--json", action="store_true", help="print json")
     options = arguments.parse_args(argv)
     if min(options.top, options.per_video, 1 if options.videos is None else options.videos) < 1:
@@ -612,7 +600,7 @@ def main_search(argv: list[str]) -> None:
     folder = pathlib.Path(index.content["folder"])
     for name in sorted({name for answers in results for name, _ in answers}):
         known, path = index.content["videos"][name], folder / name
-        if not path.is_file() or state_of(path).items() - known.items():
+        if not path.is_file() or data.state_of(path).items() - known.items():
             print(f"note: {name} is gone or has changed since it was indexed; run index again",
                   file=sys.stderr)
     for sentence, answers in zip(options.sentences, results):
@@ -623,19 +611,18 @@ def main_search(argv: list[str]) -> None:
 
 
 def main_video(argv: list[str]) -> None:
-    arguments = argparse.ArgumentParser(
-        prog="retrieve.py", description="find the moments of a video that sentences describe",
+    arguments = command.parser(
+        "find the moments of a video that sentences describe", prog="retrieve.py",
         epilog="also: retrieve.py index CKPT DIR --out INDEX; retrieve.py search INDEX SENTENCE")
     add = arguments.add_argument
     add("checkpoint", help="ckpt.pt of a run")
     add("video", help="a video file")
     add("sentences", nargs="+", help="what to look for")
-    add("--top", type=int, default=5, help="moments a sentence (default 5)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)")
+    add("--top", type=int, default=5, help="moments a sentence")
+    add("--device", **command.DEVICE)
     add("--clip", help="file of the CLIP's weights (default: where training found them)")
     add("--cache", default="~/.cache/visual-dynamic-injection",
-        help="folder of features of videos that were read before; '' keeps none (default "
-             "%(default)s)")
+        help="folder of features of videos that were read before; '' keeps none")
     add("--json", action="store_true", help="print json")
     add("--jsonl", metavar="FILE", help="write QVHighlights' submission form")
     add("--plot", metavar="PNG", help="draw film strip, scores, 2D map, moments")
@@ -656,13 +643,12 @@ def main_video(argv: list[str]) -> None:
     else:
         print(as_text(encoded, resolution_sec, options.sentences, answers))
     if options.jsonl:
-        text = as_submission(options.video, options.sentences, answers)
-        video.save_atomically(pathlib.Path(options.jsonl), lambda file: file.write(text.encode()))
+        command.save(options.jsonl, as_submission(options.video, options.sentences, answers))
     if options.plot:
         plot(options.plot, retriever, encoded, options.sentences, answers)
     if options.html:
-        page = as_page(options.html, encoded, resolution_sec, options.sentences, answers)
-        video.save_atomically(pathlib.Path(options.html), lambda file: file.write(page.encode()))
+        command.save(options.html, as_page(options.html, encoded, resolution_sec,
+                                           options.sentences, answers))
     if options.clips:
         write_clips(options.clips, options.video, answers)
 

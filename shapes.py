@@ -18,7 +18,6 @@ annotations, features and CLIP weights in the form in which a real dataset has t
 
 Lengths are in pixels of a 32 x 32 frame with y downwards, times in seconds.
 """
-import argparse
 import fractions
 import json
 import math
@@ -407,13 +406,10 @@ def build_resnet(dataset: str, root: str | os.PathLike = "data") -> None:
     if not file.exists():
         print(f"building {file}: pre-training a small CLIP with a ResNet on stills")
         model = pretrained(seed, resnet=True)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        video.save_atomically(file, lambda out: torch.save(model.state_dict(), out))
+        command.save(file, lambda out: torch.save(model.state_dict(), out))
     model = clip.load(file)
-    store = video.FeatureStore(data.store_folder(dataset, name, root), {
-        "clip": name, "sha256": clip.sha256(file), "resolution": model.visual.resolution,
-        "frames": FRAMES, "patch_frames": FRAMES, "width": 64, "patch_width": 512,
-        "grid": model.visual.grid, "precision": "float32"})
+    store = video.FeatureStore(data.store_folder(dataset, name, root), video.made_by(
+        model, name, clip.sha256(file), FRAMES, FRAMES))
     for split, count in SPLITS.items():
         for i in trange(count, desc=f"videos: {split}", disable=None):
             if f"{split}-{i:04d}" not in store:
@@ -435,10 +431,8 @@ def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, i
     folder.mkdir(parents=True)
     try:
         torch.save(model.state_dict(), folder / "clip.pt")
-        store = video.FeatureStore(folder / "features" / target.name, {
-            "clip": target.name, "sha256": clip.sha256(folder / "clip.pt"), "resolution": SIZE,
-            "frames": FRAMES, "patch_frames": FRAMES, "width": 64, "patch_width": 64,
-            "grid": model.visual.grid, "precision": "float32"})
+        store = video.FeatureStore(folder / "features" / target.name, video.made_by(
+            model, target.name, clip.sha256(folder / "clip.pt"), FRAMES, FRAMES))
         events = {}
         for split, count in counts.items():
             samples = []
@@ -519,13 +513,13 @@ def show(path: str, seed: int) -> None:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description="build a shapes world, or show one")
-    arguments.add_argument("--seed", type=int, default=0, help="seed of the world (default 0)")
-    arguments.add_argument("--root", default="data", help="folder of datasets (default data)")
+    arguments = command.parser("build a shapes world, or show one")
+    arguments.add_argument("--seed", type=int, default=0, help="seed of the world")
+    arguments.add_argument("--root", default="data", help="folder of datasets")
     arguments.add_argument("--show", metavar="PNG", help="draw a contact sheet instead of building")
     arguments.add_argument("--export", metavar="DIR",
                            help="write test videos as mp4, with sentences, instead of building")
-    arguments.add_argument("-n", type=int, default=5, help="how many --export writes (default 5)")
+    arguments.add_argument("-n", type=int, default=5, help="how many --export writes")
     options = arguments.parse_args()
     with command.sentences():
         if options.show:

@@ -12,7 +12,6 @@ collapse, and then trains the retriever.
 A run is a folder: ckpt.pt (the best epoch on the validation split; all that evaluate.py needs),
 last.pt (for --resume), log.jsonl (a line an epoch, and of stage 1), results.json.
 """
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -494,7 +493,7 @@ def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[
             keep(0)
         text = "".join(json.dumps(row) + "\n" for row in (*staged, *history))
         # without what a killed run added after its checkpoint: it comes again
-        video.save_atomically(folder / "log.jsonl", lambda file: file.write(text.encode()))
+        command.save(folder / "log.jsonl", text)
     started = time.time() - 60 * (history[-1]["minutes"] if history else 0)
     for epoch in range(first, config.epochs):
         if len(history) - best_epoch(history) >= config.patience:
@@ -567,8 +566,7 @@ def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[
         return {}
     run = evaluate.load(folder / "ckpt.pt", device)
     results = evaluate.evaluate(run, device=device, allow_missing=True)
-    video.save_atomically(folder / "results.json",
-                          lambda file: file.write(json.dumps(results, indent=1).encode()))
+    command.save(folder / "results.json", json.dumps(results, indent=1))
     print(f"epoch {run.checkpoint['epoch']} of {len(history)}, " + (
         f"chosen on {config.select_on}" if config.select_on in videos
         else "the last: there is no validation split"))
@@ -606,8 +604,7 @@ def best_epoch(history: list[dict]) -> int:
 
 
 def save(path: pathlib.Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    video.save_atomically(path, lambda file: torch.save(content, file))
+    command.save(path, lambda file: torch.save(content, file))
 
 
 def write_log(folder: pathlib.Path, row: dict) -> None:
@@ -629,7 +626,7 @@ def versions() -> dict[str, str]:
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[Config, bool]:
     """Options from the fields of Config, and whether to resume."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+    parser = command.parser(__doc__.split("\n")[0],
                                      usage="%(prog)s [--option value ...] [--resume]")
     command.add_options(parser, Config, PRESETS)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")

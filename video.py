@@ -22,7 +22,6 @@ Files get their names only when they are complete.
 Shapes: T frames, D width of CLIP's joint space, D' channels of the patch features, H x W patch
 grid, R resolution, L features of a video made elsewhere.
 """
-import argparse
 import collections
 import concurrent.futures
 import concurrent.futures.process
@@ -206,26 +205,24 @@ def patch_frames(frames: int, count: int) -> np.ndarray:
 
 # -------------------------------------------------------------------------------- the feature store
 
-def save_atomically(path: pathlib.Path, write) -> None:
-    """`write(file)` into a temporary file beside `path`, which takes the name `path` only when it
-    is complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def made_by(model: clip.CLIP, name: str, digest: str, frames: int, patch_frames: int = 0,
+            precision: str = "float32") -> dict:
+    """How features are made: by the CLIP of this name and SHA-256, T frames of a video, of T' of
+    them the patches (D' channels, H = W `grid`)."""
+    visual, width = model.visual, model.text_projection.shape[1]
+    resnet = isinstance(visual, clip.ModifiedResNet)
+    patch_width = visual.layer4[-1].conv3.out_channels if resnet else width
+    return {"clip": name, "sha256": digest, "resolution": visual.resolution, "frames": frames,
+            "patch_frames": patch_frames, "width": width,
+            "patch_width": patch_width if patch_frames else 0,
+            "grid": visual.grid if patch_frames else 0, "precision": precision}
 
 
 class FeatureStore:
     """The folder of features described at the top.
 
-    `made` says how the features were made: clip, sha256, resolution, frames (T), patch_frames (T'),
-    width (D), patch_width (D'), grid (H = W), precision. It is required to create a store, and must
-    agree with one that exists. `part` is "-r" in process r of several that fill one store."""
+    `made` (`made_by`) is required to create a store, and must agree with one that exists. `part` is
+    "-r" in process r of several that fill one store."""
 
     def __init__(self, folder: str | os.PathLike, made: dict | None = None, part: str = ""):
         self.folder, self.part, self.saved = pathlib.Path(folder), part, time.monotonic()
@@ -272,10 +269,9 @@ class FeatureStore:
         known, as this does every ten seconds. `size` is that of the video file in bytes."""
         if not (torch.isfinite(frames).all() and math.isfinite(duration_sec)):
             raise VideoError(f"{video}: its features or its duration are not finite")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_atomically(self.path(video, "frames"), lambda file: np.save(file, frames.numpy()))
+        command.save(self.path(video, "frames"), lambda file: np.save(file, frames.numpy()))
         if patches is not None:
-            save_atomically(self.path(video, "patches"),
+            command.save(self.path(video, "patches"),
                             lambda file: np.save(file, patches.numpy()))
         self.manifest["videos"][video] = {"duration_sec": duration_sec,
                                           "seconds_per_feature": duration_sec / len(frames),
@@ -285,17 +281,13 @@ class FeatureStore:
 
     def save_manifest(self) -> None:
         """Videos in order of name: two stores of the same features are the same bytes."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         content = self.manifest | {"videos": dict(sorted(self.manifest["videos"].items()))}
-        text = json.dumps(content, indent=1)
-        save_atomically(self.folder / f"manifest{self.part}.json",
-                        lambda file: file.write(text.encode()))
+        command.save(self.folder / f"manifest{self.part}.json", json.dumps(content, indent=1))
         self.saved = time.monotonic()
 
     def save_failed(self, failed: dict[str, str]) -> None:
         text = "".join(f"{name}\t{reason}\n" for name, reason in sorted(failed.items()))
-        save_atomically(self.folder / f"failed{self.part}.txt",
-                        lambda file: file.write(text.encode()))
+        command.save(self.folder / f"failed{self.part}.txt", text)
 
     def read(self, video: str, kind: str) -> np.ndarray:
         """`kind` is "frames" or "patches"; float16."""
@@ -511,8 +503,7 @@ def adopt_features(store: FeatureStore, files: dict[str, pathlib.Path], names: l
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description="what would be sampled of a video",
-                                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    arguments = command.parser("what would be sampled of a video")
     arguments.add_argument("file", help="a video")
     arguments.add_argument("--frames", type=int, default=32, help="T, how many are sampled")
     arguments.add_argument("--resolution", type=int, default=224, help="R, side of CLIP's images")

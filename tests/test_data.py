@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import clip
+import command
 import data
 import mmn
 import parse
@@ -556,7 +557,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
         raise OSError("disk full")
     (tmp_path / "x").write_bytes(b"before")
     with pytest.raises(OSError):
-        video.save_atomically(tmp_path / "x", fail)
+        command.save(tmp_path / "x", fail)
     assert (tmp_path / "x").read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1
 
 

@@ -19,7 +19,6 @@ import command
 import evaluate
 import mmn
 import train
-import video
 
 HERE = pathlib.Path(__file__).parent.parent
 SMALL = ("--epochs", "4", "--batch", "4", "--stage-steps", "6", "--device", "cpu", "--hidden", "16",
@@ -151,7 +150,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it(tmp_path, monkeypatc
             if after < 5800:
                 raise full
         with contextlib.suppress(OSError):
-            video.save_atomically(path, write)
+            command.save(path, write)
         assert list(tmp_path.iterdir()) == [path]
         assert path.read_bytes() == (before if after < 5800 else bytes(5000))
         tried += 1
@@ -161,14 +160,14 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it(tmp_path, monkeypatc
 
 FULL = """
 import resource, signal, sys
-import video
+import command
 most = int(sys.argv.pop(1))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-save = video.save_atomically
+save = command.save
 def small(path, write):
     resource.setrlimit(resource.RLIMIT_FSIZE, (most if path.name == "last.pt" else -1, -1))
     save(path, write)
-video.save_atomically = small
+command.save = small
 import train
 train.main()
 """
