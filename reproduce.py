@@ -10,6 +10,7 @@ and hits a query; a row that is there is not run again, unless --fresh is given.
 validation splits; what is printed are test splits.
 """
 import argparse
+import ast
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -622,6 +623,62 @@ def collapse(options: argparse.Namespace) -> str:
     return markdown(["", "first", "last"], rows)
 
 
+BOXES = {                       # of fig2: where, text, kind
+    "video": (9, 13, "a video", "data"),
+    "sentence": (9, 60, "Q    {full}\nQ^s  {static}\nQ^d  {dynamic}\n(parse.py)", "data"),
+    "f^v": (26, 13, "f^v: CLIP's image tower\nclip.py, frozen", "kept"),
+    "f^q": (28, 60, "f^q: CLIP's text tower\nclip.py, adapted", "kept"),
+    "eq1": (45, 29, "Eq. 1  TransDecoder\nQ^s asks the frames", "inject"),
+    "eq2": (45, 45, "Eq. 2  L^vc: FC(x^qd) is\nto be what Q^s found", "loss"),
+    "eq3": (64, 18, "Eq. 3  heatmaps\nEq. 4  SeqModel reads them", "inject"),
+    "eq5": (64, 45, "Eq. 5  L^sd: queries relate\nas their videos' motions do", "loss"),
+    "map": (84, 13, "all moments in a 2D map\nmmn.py", "kept"),
+    "eq6": (84, 60, "Eq. 6, 9  overlap and\nalignment with the sentence", "kept"),
+    "eq7": (102, 45, "Eq. 7, 8  L^iou, L^cl", "loss"),
+    "eq10": (102, 60, "Eq. 10  start, end", "kept")}
+ARROWS = ("video f^v", "sentence f^q", "f^v eq1 X^v", "f^v eq3 X~^v", "f^v map X^v", "f^q eq1 x^qs",
+          "f^q eq2 x^qd", "f^q eq5 x^qd", "f^q eq6 x^q", "eq1 eq2 x~^qs", "eq3 eq5 m~",
+          "map eq6 X^m", "eq6 eq7", "eq6 eq10")
+
+
+def fig2(options: argparse.Namespace) -> str:
+    """Fig. 2: the method, with a video of the shapes world."""
+    model, world = clip_of(0, options)
+    plan = shapes.plan_of(0, "train", 0)
+    row = shapes.samples_of("", "train", plan)[2]
+    _, _, x, patches = next(probe.moments_of(world, options.root, 1))
+    chosen = [event["start"] + 2 for event in plan["events"]]
+    pixels, heat = shapes.film(plan).permute(0, 2, 3, 1)[chosen], probe.plain_heat(x, patches)
+    overlap = mmn.iou_map(torch.tensor([[row.start_sec, row.end_sec]]),
+                          torch.tensor([row.duration_sec]), 16)[0]
+    overlap[torch.ones(16, 16).tril(-1) > 0] = torch.nan        # no moment ends before it begins
+    plt = video.pyplot()
+    figure, axes = plt.subplots(figsize=(15, 7.5))
+    figure.subplots_adjust(0, 0, 1, 1)
+    axes.axvspan(35, 74, 0.17, 0.97, color="#fdf1e3", zorder=0)
+    axes.text(73, 54.5, "in training only: inject.py", ha="right", color="#a05a00")
+    for picture, place in ((np.concatenate(list(pixels), 1), (1, 17, 24, 17)),
+                           (np.concatenate(list(heat[chosen]), 1), (56, 72, 29, 22.5)),
+                           (overlap, (79, 89, 29, 18))):
+        axes.imshow(picture, extent=place, cmap="inferno", zorder=2)
+    colours = {"data": "#ffffff", "kept": "#dce9f7", "inject": "#fbd9ae", "loss": "#f7c6c6"}
+    for x, y, text, kind in BOXES.values():
+        axes.text(x, y, text.format(**parse.Parser("rules").split(row.sentence)._asdict()),
+                  ha="center", va="center", ma="left" if kind == "data" else "center", zorder=3,
+                  bbox=dict(boxstyle="round,pad=0.5", facecolor=colours[kind], edgecolor="#555555"))
+    for arrow in ARROWS:
+        a, b, *label = arrow.split()
+        (ax, ay), (bx, by) = BOXES[a][:2], BOXES[b][:2]
+        axes.annotate("", (bx, by), (ax, ay), zorder=1, arrowprops=dict(
+            arrowstyle="-|>", color="#333333", shrinkB=24 if ax == bx else 72 if ay == by else 44))
+        axes.text(ax + 0.5 * (bx - ax), ay + 0.5 * (by - ay), *label or [""], ha="center",
+                  va="center", zorder=2, bbox=dict(pad=1, facecolor="white", edgecolor="none"))
+    axes.set(xlim=(0, 112), ylim=(68, 6), aspect="auto")
+    axes.axis("off")
+    save_figure(figure, "fig2.png", options)
+    return "assets/fig2.png is drawn"
+
+
 def save_figure(figure, name: str, options: argparse.Namespace) -> None:
     """Into assets/, where the README shows them; of other datasets into results/<dataset>/."""
     folder = HERE / "assets" if options.dataset == "shapes" else RESULTS / options.dataset
@@ -638,7 +695,7 @@ def blocks(options: argparse.Namespace) -> str:
         only_kept=not options.figures))
 
 
-OTHERS = {"fig3": fig3, "s-table1": s_table1, "s-fig1": s_fig1, "collapse": collapse,
+OTHERS = {"fig2": fig2, "fig3": fig3, "s-table1": s_table1, "s-fig1": s_fig1, "collapse": collapse,
           "probes": probes, "heat": heat, "clip2video": blocks}
 FIGURES = ("fig3", "s-fig1", "collapse", "heat", "curve")       # assets/<name>.png
 NEEDS = {"fig3": "table1", "collapse": "table1", "heat": "table1"}      # whose runs they show
@@ -667,13 +724,27 @@ def section(options: argparse.Namespace) -> str:
     return re.sub(r"^{{(.*)}}$", lambda match: table(match[1]), TEXT.read_text(), flags=re.M)
 
 
+def linked(text: str) -> str:
+    """Every [`file.name`](file.py) leads to the line of that function or class."""
+    def link(match: re.Match) -> str:
+        file, *names = match[1].split(".")
+        node = ast.parse((HERE / f"{file}.py").read_text())
+        for name in names:
+            node = next((part for part in node.body if getattr(part, "name", "") == name), None)
+            if node is None:
+                raise ValueError(f"README.md links to {match[1]}, which is not there")
+        return f"[`{match[1]}`]({file}.py#L{node.lineno})"
+
+    return re.sub(r"\[`([\w.]+)`\]\(\w+\.py(?:#L\d+)?\)", link, text)
+
+
 def put_into_readme(options: argparse.Namespace) -> str:
-    """Rewrites what stands between the two marks in README.md."""
+    """Rewrites what stands between the two marks in README.md, and the links to functions."""
     path = HERE / "README.md"
     before, rest = path.read_text().split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     text = f"{before}{MARKS[0]}\n\n{section(options)}\n{MARKS[1]}{after}"
-    command.save(path, text)
+    command.save(path, linked(text))
     return f"{path.name} has been rewritten between its marks"
 
 
@@ -712,7 +783,8 @@ def main() -> None:
             text = show(what, options) if what in TABLES else OTHERS[what](options)
             print(f"\n{what}, {options.dataset}\n\n{text}")
             folder = RESULTS / options.dataset / "tables"
-            command.save(folder / f"{what}.md", text + "\n")
+            if what != "fig2":                          # which is a picture alone
+                command.save(folder / f"{what}.md", text + "\n")
             if what in TABLES:
                 command.save(folder / f"{what}.json",
                              json.dumps(tabulate(what, options), indent=1))

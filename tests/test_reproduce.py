@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -111,6 +112,18 @@ def test_the_readme_is_in_step_with_the_results():
     text = (reproduce.HERE / "README.md").read_text()
     inside = text.split(reproduce.MARKS[0])[1].split(reproduce.MARKS[1])[0]
     assert inside.strip() == reproduce.section(options).strip()
+
+
+def test_links_of_the_readme_lead_to_their_functions():
+    """Each of the 20 and more links ends in the line that defines what it names."""
+    text = (reproduce.HERE / "README.md").read_text()
+    links = re.findall(r"\[`[\w.]*?(\w+)`\]\((\w+\.py)#L(\d+)\)", text)
+    assert len(links) > 20 and reproduce.linked(text) == text
+    for name, file, line in links:
+        assert re.match(rf"\s*(def|class) {name}\b",
+                        (reproduce.HERE / file).read_text().split("\n")[int(line) - 1])
+    with pytest.raises(ValueError, match="links to mmn.nothing, which is not there"):
+        reproduce.linked("[`mmn.nothing`](mmn.py)")
 
 
 # ------------------------------------------------------------------------------------------- probes
