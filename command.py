@@ -62,7 +62,7 @@ def check_options(config) -> None:
     """ValueError for a field of a Config that is not what its option allows."""
     for field in dataclasses.fields(config):
         name, value = "--" + field.name.replace("_", "-"), getattr(config, field.name)
-        choices, least = field.metadata["choices"], field.metadata["least"]
+        choices, least = field.metadata.get("choices"), field.metadata.get("least")
         if choices and value not in choices:
             raise ValueError(f"{name} is one of {', '.join(choices)}, not {value!r}")
         if least is not None and value < least:
