@@ -8,10 +8,10 @@
     python bench.py --json
 
 Each row is set against something else: the plain way of doing the same, a peer, or what the machine
-can do. Where both compute something, the results are compared before any time is taken, and
-another result is an error. Weights are random (speed does not depend on them). The README's
-performance section is what this prints. Left out: anything that decides whether a result is right;
-that is what tests are for.
+can do. Where both compute something, the results are compared before any time is taken, and another
+result is an error. Weights are random (speed does not depend on them). The README's performance
+section is what this prints. Left out: anything that decides whether a result is right; that is what
+tests are for.
 """
 import argparse
 import dataclasses
@@ -301,8 +301,7 @@ def one_step(published: bool, config: train.Config) -> tuple[Tensor, float, floa
     between = time.perf_counter()
     sum(losses).backward()
     ended = time.perf_counter()
-    return (torch.stack(losses).detach(), between - started, ended - between,
-            peak_gib() - before)
+    return (torch.stack(losses).detach(), between - started, ended - between, peak_gib() - before)
 
 
 def bench_step(options: argparse.Namespace) -> list[dict]:
@@ -366,8 +365,7 @@ def greedy_nms(moments: Tensor, scores: Tensor, top_k: int, nms: float) -> Tenso
 def bench_nms(options: argparse.Namespace) -> list[dict]:
     """R@5 of ActivityNet-Captions' 17,031 test queries: five moments a query out of 1,104; by the
     time that 256 queries of random scores take."""
-    model = retriever_of(train.configure(dataset="activitynet"),
-                         torch.device("cpu"))
+    model = retriever_of(train.configure(dataset="activitynet"), torch.device("cpu"))
     N, count, block = model.num_clips, 17_031, 256
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(block, N, N, generator=generator)       # the same for each block
@@ -644,8 +642,7 @@ def hardware(device: torch.device) -> str:
 def main() -> None:
     arguments = command.parser(__doc__.split("\n")[0])
     add = arguments.add_argument
-    add("bench", nargs="*",
-        help=f"{', '.join(BENCHES)}; all but the last two if none is named")
+    add("bench", nargs="*", help=f"{', '.join(BENCHES)}; all but the last two if none is named")
     add("--annotations", default="data", help="folder with the published annotations "
                                               "(tokens, text; python data.py charades gets them)")
     add("--videos", default="videos", help="folder of video files (video)")

@@ -240,8 +240,7 @@ class VisionTransformer(nn.Module):
     neither shape nor place."""
 
     def __init__(self, resolution: int, patch: int, width: int, layers: int, heads: int,
-                 output: int,
-                 activation: type[nn.Module], stem: tuple[int, ...] = ()):
+                 output: int, activation: type[nn.Module], stem: tuple[int, ...] = ()):
         super().__init__()
         self.resolution = resolution
         self.grid = resolution // 2 ** len(stem) // patch               # H = W
@@ -350,8 +349,7 @@ class TextTower(nn.Module):
     """f^q: tokens -> sentence feature, read at the end token of a causal transformer."""
 
     def __init__(self, vocabulary_size: int, context_length: int, width: int, layers: int,
-                 heads: int, output: int,
-                 activation: type[nn.Module]):
+                 heads: int, output: int, activation: type[nn.Module]):
         super().__init__()
         self.token_embedding = nn.Embedding(vocabulary_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
@@ -468,8 +466,7 @@ def _fill(make, state: dict[str, Tensor]) -> nn.Module:
             state.setdefault(key, torch.tensor(0))
         elif _get(state, key).shape != value.shape:
             raise ValueError(f"these are not the weights of a CLIP: {key!r} has shape "
-                             f"{list(state[key].shape)} "
-                             f"where {list(value.shape)} belongs")
+                             f"{list(state[key].shape)} " f"where {list(value.shape)} belongs")
     unknown = [key for key in state if key not in expected]
     if unknown:
         raise ValueError(f"these are not the weights of a CLIP: the key {unknown[0]!r} is unknown")

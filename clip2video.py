@@ -624,8 +624,7 @@ def loop(config: Config, resume: bool, signals: command.Signals) -> dict:
         neighbours, batches = range(0, len(frames), config.together), []
         for _ in range(passes):
             order = torch.tensor([v for start in draw.sample(neighbours, len(neighbours))
-                                  for v in range(start, min(start + config.together,
-                                                            len(frames)))])
+                                  for v in range(start, min(start + config.together, len(frames)))])
             batches += order.split(config.batch)
         model.train()
         total = 0.0

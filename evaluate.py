@@ -356,8 +356,7 @@ def table(results: dict[str, dict]) -> str:
                 "  best prior": metrics["best prior"]}
         for name, values in rows.items():
             cells = ["" if c not in values else f"{values[c]:.2f}" if isinstance(values[c], float)
-                     else str(values[c])
-                     for c in columns]
+                     else str(values[c]) for c in columns]
             lines.append(name.ljust(width) + "".join(f"  {cell:>{len(c.replace('IoU=', ''))}}"
                                                      for c, cell in zip(columns, cells)))
     return "\n".join(lines)
@@ -411,8 +410,7 @@ def main() -> None:
                            help="a split, may be given again (default: all but train)")
     arguments.add_argument("--query", choices=QUERIES, default="full",
                            help="what to retrieve by (Fig. 3)")
-    arguments.add_argument("--root",
-                           help="folder of datasets (default: the one used in training)")
+    arguments.add_argument("--root", help="folder of datasets (default: the one used in training)")
     arguments.add_argument("--device", **command.DEVICE)
     arguments.add_argument("--parser", help="spaCy pipeline or 'rules' (default: as in training)")
     arguments.add_argument("--allow-missing", action="store_true",
@@ -444,8 +442,7 @@ def main() -> None:
         for path in options.checkpoint:
             run = load(path, device)
             results.append(evaluate(run, options.split, options.query, options.root, device,
-                                    options.allow_missing, options.parser,
-                                    options.predictions))
+                                    options.allow_missing, options.parser, options.predictions))
             title = {name: run.config[name] for name in ("dataset", "method", "seed")}
             methods.add(run.config["method"])
             if len(methods) > 1:

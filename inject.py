@@ -35,9 +35,8 @@ class VisualContext(nn.Module):
         x^qs = f^q(Q^s),   x~^qs = TransDecoder(x^qs, X^v, X^v)
 
     and `project`, the FC of Eq. (2). UNSPECIFIED: depth, heads, positions. The preset's layers and
-    heads, no dropout, and no positions: the context is which entities there are, not when.
-    `probe` asks where no query does (Table 3, "without Q").
-    """
+    heads, no dropout, and no positions: the context is which entities there are, not when. `probe`
+    asks where no query does (Table 3, "without Q")."""
 
     def __init__(self, width: int, layers: int, heads: int):
         super().__init__()
@@ -72,8 +71,7 @@ class SpatialDynamic(nn.Module):
 
     The FCs of Eq. (3), (4), SeqModel, and `project`, the FC of Eq. (5). UNSPECIFIED: depth, heads,
     positions. The preset's layers and heads, no dropout, learned positions: the dynamics is in the
-    order of the frames. `lstm`: SeqModel is an LSTM instead (Table 3).
-    """
+    order of the frames. `lstm`: SeqModel is an LSTM instead (Table 3)."""
 
     def __init__(self, width: int, patch_width: int, grid: int, frames: int, layers: int,
                  heads: int, lstm: bool = False):
@@ -92,8 +90,7 @@ class SpatialDynamic(nn.Module):
 
             M_i = FC(x_i^v) . FC(X~_i^v) / sqrt(D)
 
-        frames [B, T, D], patches [B, T, D', H, W]; returns [B, T, H, W]
-        """
+        frames [B, T, D], patches [B, T, D', H, W]; returns [B, T, H, W]"""
         D = frames.shape[2]
         # UNSPECIFIED: with unit-norm features the heatmap is almost 0; inputs are scaled by sqrt(D)
         frame = self.frame_fc(frames * D ** 0.5)                        # [B, T, D]
@@ -106,8 +103,7 @@ class SpatialDynamic(nn.Module):
 
             m_i = FC(Flatten(M_i)),   m~ = SeqModel({m_i})
 
-        heatmaps [B, T, H, W]; returns [B, D]
-        """
+        heatmaps [B, T, H, W]; returns [B, D]"""
         m = self.flat_fc(heatmaps.flatten(2))                           # [B, T, D]
         if isinstance(self.sequence, nn.LSTM):
             return self.sequence(m)[0][:, -1]                           # [B, D]

@@ -167,8 +167,7 @@ class MMN(MomentMap):
     num_clips, pool_kernel, pool_stride, pool_counts   of the map
     kernel, layers, hidden, joint   size, number and width C of the convolutions; J of the heads
 
-    What a retriever is to the loop, evaluate.py and retrieve.py: `outputs`, `losses`, `scores`.
-    """
+    What a retriever is to the loop, evaluate.py and retrieve.py: `outputs`, `losses`, `scores`."""
 
     def __init__(self, width: int, num_clips: int, pool_kernel: int, pool_stride: int,
                  pool_counts: tuple[int, ...], kernel: int, layers: int, hidden: int, joint: int):
@@ -236,8 +235,7 @@ def cosine_scores(moments: Tensor, text: Tensor, video_of: Tensor) -> Tensor:
 
         Y~cl = cos(x~q, X~m)
 
-    moments [B, J, P] and text [S, J] unit vectors, video_of [S]; returns [S, P] in [-1, 1]
-    """
+    moments [B, J, P] and text [S, J] unit vectors, video_of [S]; returns [S, P] in [-1, 1]"""
     return torch.bmm(text[:, None], moments[video_of])[:, 0]
 
 
@@ -246,8 +244,7 @@ def overlap_scores(moments: Tensor, text: Tensor, video_of: Tensor) -> Tensor:
 
         Y~iou = cos(FC(x^q), Conv1D(X^m)),  then sigmoid(10 Y~iou)
 
-    moments [B, J, P] and text [S, J] unit vectors, video_of [S]; returns [S, P] in (0, 1)
-    """
+    moments [B, J, P] and text [S, J] unit vectors, video_of [S]; returns [S, P] in (0, 1)"""
     # UNSPECIFIED: a cosine cannot enter the BCE of Eq. (7) as it is; MMN's published scale and
     # sigmoid
     return torch.sigmoid(SCORE_SCALE * cosine_scores(moments, text, video_of))
@@ -326,8 +323,7 @@ def fuse(iou_scores: Tensor, contrastive_scores: Tensor) -> Tensor:
         Y~ = Y~iou * sqrt(0.5 Y~cl + 0.5)
 
     Any shape, iou_scores in (0, 1) and contrastive_scores in [-1, 1]; returns scores in [0, 1): a
-    rank, no probability.
-    """
+    rank, no probability."""
     # DEVIATION: as printed, the plain product of two cosines ranks two negatives first; MMN's
     # published fusion
     return iou_scores * (0.5 * contrastive_scores + 0.5).clamp(min=0).sqrt()
@@ -347,8 +343,7 @@ def best_cell(scores: Tensor) -> tuple[Tensor, Tensor]:
 
         t~s = argmax(cmax(Y~)),  t~e = argmax(y~_{t~s})
 
-    scores [S, N, N] with -inf where there is no moment; returns two LongTensors [S]
-    """
+    scores [S, N, N] with -inf where there is no moment; returns two LongTensors [S]"""
     start = scores.amax(2).argmax(1)                            # row maxima, then the best row
     return start, scores[torch.arange(len(scores), device=scores.device), start].argmax(1)
 

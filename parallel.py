@@ -84,8 +84,7 @@ def gather(x: Tensor) -> Tensor:
     sent = sent.contiguous().view(most, -1).view(torch.uint8)
     parts = [torch.empty_like(sent) for _ in counts]
     dist.all_gather(parts, sent)
-    parts = [part.view(x.dtype).view(most, *x.shape[1:])[:int(n)]
-             for part, n in zip(parts, counts)]
+    parts = [part.view(x.dtype).view(most, *x.shape[1:])[:int(n)] for part, n in zip(parts, counts)]
     parts[rank()] = x
     return torch.cat(parts)
 

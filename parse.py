@@ -331,8 +331,7 @@ def main() -> None:
                            help="sentences (default: one a line from standard input)")
     arguments.add_argument("--parser", help="spaCy pipeline by name or path, or 'rules' (default: "
                                             "en_core_web_sm if installed, else rules)")
-    arguments.add_argument("--mask", default="",
-                           help="word that stands for what is masked")
+    arguments.add_argument("--mask", default="", help="word that stands for what is masked")
     options = arguments.parse_args()
     with command.sentences():
         parser = Parser(options.parser, options.mask)

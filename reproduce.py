@@ -786,8 +786,7 @@ def main() -> None:
             if what != "fig2":                          # which is a picture alone
                 command.save(folder / f"{what}.md", text + "\n")
             if what in TABLES:
-                command.save(folder / f"{what}.json",
-                             json.dumps(tabulate(what, options), indent=1))
+                command.save(folder / f"{what}.json", json.dumps(tabulate(what, options), indent=1))
 
 
 if __name__ == "__main__":

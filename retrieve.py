@@ -292,8 +292,7 @@ def plot(path: str, retriever: Retriever, encoded: Encoded, sentences: list[str]
         curve.set(xlim=(0, encoded.duration_sec), ylim=(-0.09 * (len(moments) + 1), 1.02),
                   yticks=(0, 0.5, 1))
         curve.set_title(f"\"{command.printable(sentence)}\": best score of a moment at each "
-                        f"instant",
-                        loc="left", fontsize=10)
+                        f"instant", loc="left", fontsize=10)
         curve.set_xlabel("seconds")
         picture = figure.add_subplot(grid[i + 1, 1])
         winner = int(scores[i].argmax())

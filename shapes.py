@@ -245,8 +245,7 @@ def zero_shot(model: clip.CLIP, seed: int, count: int = 1000) -> dict[str, float
                            [list(COLOURS).index(t["colour"]) for t in things]),
         "shape": accuracy([lambda t, s=s: f"a {t['colour']} {s}" for s in SHAPES],
                           [SHAPES.index(t["shape"]) for t in things]),
-        "left or right": accuracy([lambda t,
-                                   p=p: f"a {t['colour']} {t['shape']} on the {p}"
+        "left or right": accuracy([lambda t, p=p: f"a {t['colour']} {t['shape']} on the {p}"
                                    for p in ("left", "right")],
                                   [int(t["x"] >= SIZE / 2) for t in things]),
         "verb cosine": (verbs @ verbs.T)[apart].mean().item()}
@@ -360,8 +359,7 @@ def samples_of(name: str, split: str, plan: dict) -> list[data.Sample]:
     are novel."""
     duration_sec = round(FRAMES * plan["frame_sec"], 3)
     return [data.Sample(name, f"the {e['colour']} {e['shape']} {e['word']}", *seconds(e, plan),
-                        duration_sec)
-            for e in plan["events"]
+                        duration_sec) for e in plan["events"]
             if split != "novel-composition" or held_out(e["verb"], e["shape"])]
 
 

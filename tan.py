@@ -22,8 +22,7 @@ import mmn
 class TAN(mmn.MomentMap):
     """Frames and sentences -> one score a moment.
 
-    Arguments as of mmn.MMN; `joint` is the width J in which map and sentence are multiplied.
-    """
+    Arguments as of mmn.MMN; `joint` is the width J in which map and sentence are multiplied."""
 
     def __init__(self, width: int, num_clips: int, pool_kernel: int, pool_stride: int,
                  pool_counts: tuple[int, ...], kernel: int, layers: int, hidden: int, joint: int):

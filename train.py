@@ -156,8 +156,7 @@ PRESETS = {
     "charades": {},
     # python train.py --dataset activitynet --device cuda
     "activitynet": dict(num_clips=64, frames=256, pool_counts=(15, 8, 8), kernel=9, layers=4,
-                        lambda_cl=0.1, margin=0.3, lr=8e-4, milestones=(7, 15),
-                        cl_decay_epoch=6),
+                        lambda_cl=0.1, margin=0.3, lr=8e-4, milestones=(7, 15), cl_decay_epoch=6),
     # python train.py     two cores, four minutes with the building of the world
     "shapes": dict(method="vdi-staged", kernel=3, layers=2, hidden=192, joint=128, inject_heads=4,
                    lambda_cl=0.5, lr=3e-3, text_lr=0.3, text_from_epoch=0, batch=16, epochs=30,
@@ -242,8 +241,11 @@ def terms(model: Model, batch: data.Batch,
     adapted, spoken = ((full, batch.spoken[0]) if config.inject_into == "full"
                        else (dynamic, batch.spoken[2]))
     spoken, static_spoken = map(parallel.gather, (spoken, batch.spoken[1]))     # [S]
-    into_video = torch.Tensor.detach if config.stop_gradient == "video" else lambda y: y
-    into_text = torch.Tensor.detach if config.stop_gradient == "text" else lambda y: y
+
+    def of_all(y: Tensor, side: str) -> Tensor:
+        y = parallel.gather(y)
+        return y.detach() if config.stop_gradient == side else y
+
     forms = {"consistent": lambda a, b, _: inject.visual_context_loss(a, b),
              "relational": lambda a, b, video_of: inject.spatial_dynamic_loss(
                  b, a, video_of, config.same_video)}
@@ -251,17 +253,16 @@ def terms(model: Model, batch: data.Batch,
     # UNSPECIFIED: what an empty query means; it has no term in Eq. 2, nor in Eq. 5
     if config.lambda_vc:
         has_both = static_spoken & spoken                               # [S]
-        context = model.context(asking, batch.frames, batch.video_of)   # x~^qs [S, D]
-        context = into_video(parallel.gather(context))
-        projected = into_text(parallel.gather(model.context.project(adapted)))  # FC(x^qd) [S, D]
+        context = of_all(model.context(asking, batch.frames, batch.video_of), "video")  # x~^qs
+        projected = of_all(model.context.project(adapted), "text")      # FC(x^qd) [S, D]
         loss = forms[config.vc_form](projected[has_both], context[has_both], video_of[has_both])
         result["L_vc"] = loss.sum() / has_both.sum().clamp(min=1)
         spread |= {"var FC(x^qd), Eq. 2": projected, "var x~^qs": context}
     if config.lambda_sd:
         which = video.patch_frames(batch.frames.shape[1], batch.patches.shape[1])
         motion = model.dynamic(batch.frames[:, which], batch.patches)[batch.video_of]  # m~ [S, D]
-        motion = into_video(parallel.gather(motion))
-        projected = into_text(parallel.gather(model.dynamic.project(adapted)))  # FC(x^qd) [S, D]
+        motion = of_all(motion, "video")
+        projected = of_all(model.dynamic.project(adapted), "text")      # FC(x^qd) [S, D]
         loss = forms[config.sd_form](projected[spoken], motion[spoken], video_of[spoken])
         result["L_sd"] = loss.sum() / spoken.sum().clamp(min=1)
         spread |= {"var FC(x^qd), Eq. 5": projected, "var m~": motion}
@@ -295,32 +296,32 @@ def query_cosine(text: clip.TextTower, videos: data.Videos, device: torch.device
     different = list(dict.fromkeys(query.dynamic for query in videos.queries if query.dynamic))[:64]
     if len(different) < 2:
         return 1.0
-    x = F.normalize(text.encode_text(clip.tokenize(different, truncate=True).to(device)), dim=1)
-    return (x @ x.T)[~torch.eye(len(x), dtype=torch.bool, device=device)].mean().item()
+    x = text.encode_text(clip.tokenize(different, truncate=True).to(device))
+    return inject.pairwise_cosine(x)[~torch.eye(len(x), dtype=torch.bool, device=device)] \
+        .mean().item()
 
 
 # ------------------------------------------------------------------------------ vdi-staged, stage 1
 
-def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config,
-                     device: torch.device, signals: command.Signals) -> list[dict]:
-    """Algorithm 1, line "Adapts the textual encoder f^q", as a stage of its own. Returns a log.
+@torch.no_grad()
+def stage_targets(text: clip.TextTower, videos: data.Videos, config: Config,
+                  device: torch.device) -> tuple[Tensor, Tensor]:
+    """What each training sentence's x^qd is to become in stage 1, [S, D], and which sentences have
+    both halves, [S'].
 
-    Eq. (2) with another target: || f^q(Q^d) - target ||^2, where the target is
-    inject.temporal_change, less its mean over the training sentences, over its root mean square."""
+    The target is inject.temporal_change, less its mean over these sentences, over its root mean
+    square."""
     which = {"full": 0, "none": None}.get(config.context_query, 1)
-    into = 0 if config.inject_into == "full" else 2
-    with torch.no_grad():
-        static = torch.cat([text.encode_text(part.to(device))           # x^qs of the original tower
-                            for part in videos.tokens[which or 0].split(1024)])
-        static = F.normalize(static, dim=1)                             # [S, D]
-        target = []
-        for batch in videos.batches(64):
-            batch = batch.to(device)
-            asking = None if which is None else static[batch.index]
-            target.append(inject.temporal_change(asking, batch.frames[batch.video_of],
-                                                 batch.moments_sec, batch.durations_sec,
-                                                 config.stage_target))
-        target = torch.cat(target)                                      # [S, D]
+    static = torch.cat([text.encode_text(part.to(device))               # x^qs of the original tower
+                        for part in videos.tokens[which or 0].split(1024)])
+    static, target = F.normalize(static, dim=1), []                     # [S, D]
+    for batch in videos.batches(64):
+        batch = batch.to(device)
+        asking = None if which is None else static[batch.index]
+        target.append(inject.temporal_change(asking, batch.frames[batch.video_of],
+                                             batch.moments_sec, batch.durations_sec,
+                                             config.stage_target))
+    target = torch.cat(target)                                          # [S, D]
     generator = torch.Generator().manual_seed(config.seed)
     if config.stage_target == "random":                         # the control: no video in it at all
         dynamic = dict.fromkeys(query.dynamic for query in videos.queries)
@@ -332,14 +333,23 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config,
     elif config.stage_target == "rotated":
         turn = torch.linalg.qr(torch.randn(target.shape[1], target.shape[1], generator=generator))
         target = target @ turn.Q.to(device)
+    into = 0 if config.inject_into == "full" else 2
     usable = (videos.spoken[1] & videos.spoken[into]).nonzero()[:, 0]
     if len(usable) < 2:
         raise ValueError("fewer than two training sentences have both a noun chunk and other "
                          "words, so there is nothing to inject; use --method mmn")
     target = target - target[usable].mean(0)
     # DEVIATION: standardised, so that no constant fits it
-    target = target / target[usable].square().mean().sqrt().clamp(min=1e-6)
+    return target / target[usable].square().mean().sqrt().clamp(min=1e-6), usable
 
+
+def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config,
+                     device: torch.device, signals: command.Signals) -> list[dict]:
+    """Algorithm 1, line "Adapts the textual encoder f^q", as a stage of its own. Returns a log.
+
+    Eq. (2) with another target: || f^q(Q^d) - target ||^2, see `stage_targets`."""
+    target, usable = stage_targets(text, videos, config, device)
+    into = 0 if config.inject_into == "full" else 2
     if config.stage_batch < parallel.size():
         raise ValueError(f"--stage-batch {config.stage_batch} leaves some of {parallel.size()} "
                          f"processes without a sentence")
@@ -450,8 +460,7 @@ def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[
               {"params": [p for n, p in model.named_parameters() if not n.startswith("text.")],
                "base": config.lr}]
     optimiser = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99),
-                                  weight_decay=config.weight_decay,
-                                  fused=True)
+                                  weight_decay=config.weight_decay, fused=True)
     # `done` steps of epoch `first` are behind us; `sums` is what they add to its row of the log
     history, staged, first, done, sums = [], [], 0, 0, {}
     there = parallel.everyone((folder / "last.pt").exists())

@@ -271,8 +271,7 @@ class FeatureStore:
             raise VideoError(f"{video}: its features or its duration are not finite")
         command.save(self.path(video, "frames"), lambda file: np.save(file, frames.numpy()))
         if patches is not None:
-            command.save(self.path(video, "patches"),
-                            lambda file: np.save(file, patches.numpy()))
+            command.save(self.path(video, "patches"), lambda file: np.save(file, patches.numpy()))
         self.manifest["videos"][video] = {"duration_sec": duration_sec,
                                           "seconds_per_feature": duration_sec / len(frames),
                                           **({"bytes": size} if size is not None else {})}
