@@ -257,11 +257,9 @@ def published_losses(model: mmn.MMN, frames: Tensor, text: Tensor, video_of: Ten
 def our_losses(model: mmn.MMN, frames: Tensor, text: Tensor, video_of: Tensor, iou: Tensor,
                moments_sec: Tensor) -> tuple[Tensor, Tensor]:
     """The same by mmn.py."""
-    overlaps, contrasts = model.moments(frames)
-    iou_text, contrastive_text = model.sentences(text)
-    iou = model.at_candidates(iou)
-    return (mmn.iou_loss(mmn.overlap_scores(overlaps, iou_text, video_of), iou).mean(),
-            mmn.contrastive_loss(contrasts, contrastive_text, iou, video_of, moments_sec).mean())
+    terms = model.losses(model.outputs(frames, text, video_of), model.at_candidates(iou), video_of,
+                         moments_sec, train.Config())
+    return terms["L_iou"], terms["L_cl"]
 
 
 def random_batch(config: train.Config, device: torch.device, per_video: int = 2) -> tuple:

@@ -399,25 +399,20 @@ def explain() -> None:
 
 def main() -> None:
     arguments = command.parser(__doc__.split("\n")[0])
-    arguments.add_argument("checkpoint", nargs="*",
-                           help="ckpt.pt of a run; of several the mean and standard deviation")
-    arguments.add_argument("--predictions", metavar="JSONL",
-                           help="QVHighlights' submission form: written with one checkpoint and "
-                                "one --split, scored with --truth")
-    arguments.add_argument("--truth", metavar="FILE",
-                           help="jsonl in QVHighlights' form, or an annotation file as published")
-    arguments.add_argument("--split", action="append",
-                           help="a split, may be given again (default: all but train)")
-    arguments.add_argument("--query", choices=QUERIES, default="full",
-                           help="what to retrieve by (Fig. 3)")
-    arguments.add_argument("--root", help="folder of datasets (default: the one used in training)")
-    arguments.add_argument("--device", **command.DEVICE)
-    arguments.add_argument("--parser", help="spaCy pipeline or 'rules' (default: as in training)")
-    arguments.add_argument("--allow-missing", action="store_true",
-                           help="leave out videos without features")
-    arguments.add_argument("--json", action="store_true", help="print one json object a checkpoint")
-    arguments.add_argument("--explain", action="store_true",
-                           help="show IoU, NMS and R@5 on three moments by hand, and no more")
+    add = arguments.add_argument
+    add("checkpoint", nargs="*", help="ckpt.pt of a run; of several the mean and deviation")
+    add("--predictions", metavar="JSONL", help="QVHighlights' submission form: written with one "
+                                               "checkpoint and one --split, scored with --truth")
+    add("--truth", metavar="FILE", help="jsonl in QVHighlights' form, or an annotation file as "
+                                        "published")
+    add("--split", action="append", help="may be given again (default: all but train)")
+    add("--query", choices=QUERIES, default="full", help="what to retrieve by (Fig. 3)")
+    add("--root", help="folder of datasets (default: the one used in training)")
+    add("--device", **command.DEVICE)
+    add("--parser", help="spaCy pipeline or 'rules' (default: as in training)")
+    add("--allow-missing", action="store_true", help="leave out videos without features")
+    add("--json", action="store_true", help="print one json object a checkpoint")
+    add("--explain", action="store_true", help="show IoU, NMS and R@5 by hand, and no more")
     options = arguments.parse_args()
     with command.sentences():
         if options.explain:

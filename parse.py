@@ -327,11 +327,11 @@ def adverbial(words: list[str], tags: list[str], first: int, last: int) -> bool:
 
 def main() -> None:
     arguments = command.parser("split sentences into static and dynamic queries")
-    arguments.add_argument("sentences", nargs="*",
-                           help="sentences (default: one a line from standard input)")
-    arguments.add_argument("--parser", help="spaCy pipeline by name or path, or 'rules' (default: "
-                                            "en_core_web_sm if installed, else rules)")
-    arguments.add_argument("--mask", default="", help="word that stands for what is masked")
+    add = arguments.add_argument
+    add("sentences", nargs="*", help="sentences (default: one a line from standard input)")
+    add("--parser", help="spaCy pipeline by name or path, or 'rules' (default: en_core_web_sm if "
+                         "installed, else rules)")
+    add("--mask", default="", help="word that stands for what is masked")
     options = arguments.parse_args()
     with command.sentences():
         parser = Parser(options.parser, options.mask)

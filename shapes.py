@@ -512,12 +512,12 @@ def show(path: str, seed: int) -> None:
 
 def main() -> None:
     arguments = command.parser("build a shapes world, or show one")
-    arguments.add_argument("--seed", type=int, default=0, help="seed of the world")
-    arguments.add_argument("--root", default="data", help="folder of datasets")
-    arguments.add_argument("--show", metavar="PNG", help="draw a contact sheet instead of building")
-    arguments.add_argument("--export", metavar="DIR",
-                           help="write test videos as mp4, with sentences, instead of building")
-    arguments.add_argument("-n", type=int, default=5, help="how many --export writes")
+    add = arguments.add_argument
+    add("--seed", type=int, default=0, help="seed of the world")
+    add("--root", default="data", help="folder of datasets")
+    add("--show", metavar="PNG", help="draw a contact sheet instead of building")
+    add("--export", metavar="DIR", help="write test videos as mp4, with sentences, instead")
+    add("-n", type=int, default=5, help="how many --export writes")
     options = arguments.parse_args()
     with command.sentences():
         if options.show:
