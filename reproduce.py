@@ -267,7 +267,7 @@ TABLES = {
               for name, fields in (("MMN, tuned", TUNED), ("`vdi-staged`", STAGED))],
     "gain": [MAIN[1], MAIN[3], MAIN[4]],
     "retrievers": [Row("MMN", TUNED), Row("MMN, `vdi-staged`", STAGED),
-                   Row("2D-TAN", TUNED | dict(retriever="2d-tan")),
+                   Row("2D-TAN", TUNED | dict(retriever="2d-tan", text_lr=0.3)),
                    Row("2D-TAN, `vdi-staged`", STAGED | dict(retriever="2d-tan"))],
     "tuning": [
         *[Row(f"MMN, text rate {rate:g}", MMN | dict(text_lr=rate)) for rate in (0.1, 0.3, 1.0)],

@@ -221,14 +221,19 @@ class Retriever:
         return answers[0] if isinstance(sentences, str) else answers
 
 
-def greedy_nms(spans: Tensor, scores: Tensor, top_k: int) -> list[int]:
-    """Indices of the best moments, each overlapping no better one by more than NMS. spans [n, 2],
-    scores [n]."""
-    chosen = []
+def greedy_nms(spans: Tensor, scores: Tensor, top_k: int, video_of: list | None = None,
+               per_video: int | None = None) -> list[int]:
+    """Indices of the best moments, each overlapping no better one of its video by more than NMS,
+    at most `per_video` of a video. spans [n, 2], scores [n]; video_of: of one video, if not
+    given."""
+    chosen, of = [], {}
     for k in scores.argsort(descending=True, stable=True).tolist():
         if len(chosen) == top_k:
             break
-        if not chosen or mmn.interval_iou(spans[k], spans[chosen]).max() <= NMS:
+        own = of.setdefault(video_of and video_of[k], [])
+        if len(own) != per_video and (not own or mmn.interval_iou(spans[k],
+                                                                  spans[own]).max() <= NMS):
+            own.append(k)
             chosen.append(k)
     return chosen
 
@@ -489,18 +494,9 @@ class Index:
             """The best of the rows `which`, after NMS."""
             scores = mmn.fuse(torch.sigmoid(mmn.SCORE_SCALE * iou[which].float() @ iou_text),
                               contrastive[which].float() @ contrastive_text)
-            found, taken = [], {}
-            for k in scores.argsort(descending=True, stable=True).tolist():
-                row = which[k].item()
-                name = names[bisect.bisect_right(firsts, row) - 1]
-                span, mine = spans[row], taken.setdefault(name, [])
-                if len(mine) < per_video and (not mine or mmn.interval_iou(
-                        span, torch.stack(mine)).max() <= NMS):
-                    mine.append(span)
-                    found.append((name, Moment(*span.tolist(), scores[k].item())))
-                    if len(found) == top_k:
-                        break
-            return found
+            owner = [names[bisect.bisect_right(firsts, row) - 1] for row in which.tolist()]
+            return [(owner[k], Moment(*spans[which[k]].tolist(), scores[k].item()))
+                    for k in greedy_nms(spans[which], scores, top_k, owner, per_video)]
 
         a, b = iou_text.half(), contrastive_text.half()
         bounds = torch.full((-(-rows // 64) * 64,), -math.inf)
