@@ -378,9 +378,9 @@ def over_runs(runs: list[dict[str, dict]]) -> str:
 def explain() -> None:
     """One sentence whose moment is 10 to 20 s, three answers, and every metric by hand."""
     truth = torch.tensor([[10.0, 20.0]])
-    answers = torch.tensor([[14.0, 30.0, 0.9], [12.0, 30.0, 0.8], [9.0, 18.0, 0.3]])
+    moments = torch.tensor([[14.0, 30.0, 0.9], [12.0, 30.0, 0.8], [9.0, 18.0, 0.3]])
     print("The sentence's moment is [10, 20) s. Three answers, best first:")
-    for start, end, score in answers.tolist():
+    for start, end, score in moments.tolist():
         overlap = min(end, 20) - max(start, 10)
         union = max(end, 20) - min(start, 10)
         iou = mmn.interval_iou(torch.tensor([start, end]), truth)[0]
@@ -388,10 +388,10 @@ def explain() -> None:
               f"union of {union:2.0f} s: IoU {overlap:.0f} / {union:.0f} = {iou:.2f}, "
               f"{'a hit' if iou >= 0.5 else 'no hit'} at 0.5, "
               f"{'a hit' if iou >= 0.7 else 'no hit'} at 0.7")
-    near = mmn.interval_iou(answers[0, :2], answers[1, :2])
+    near = mmn.interval_iou(moments[0, :2], moments[1, :2])
     print(f"NMS: the second overlaps the first by IoU {near:.2f} > 0.5 and is dropped; the third "
-          f"by {mmn.interval_iou(answers[0, :2], answers[2, :2]):.2f}, and stays.")
-    found = recall(answers[None, [0, 2], :2], truth)
+          f"by {mmn.interval_iou(moments[0, :2], moments[2, :2]):.2f}, and stays.")
+    found = recall(moments[None, [0, 2], :2], truth)
     print("R@1 looks at the first answer that is left, R@5 at the first five, here two; in percent "
           "of all sentences, here one:")
     print("  " + "   ".join(f"{name} {value:.2f}" for name, value in found.items()))

@@ -337,7 +337,7 @@ def as_page(out: str, encoded: Encoded, resolution_sec: float, sentences: list[s
             f"(score {m.score:.2f})</button>" for m in moments)
         sections.append(f"<section aria-labelledby=\"s{i}\"><h2 id=\"s{i}\">"
                         f"{html.escape(command.printable(sentence))}</h2>\n{buttons}</section>")
-    return string.Template(PAGE.read_text()).substitute(
+    return string.Template(PAGE.read_text(encoding="utf-8")).substitute(
         name=html.escape(command.printable(path.name)), source=html.escape(source),
         resolution=f"{resolution_sec:.2f}", sections="\n".join(sections))
 

@@ -514,9 +514,10 @@ def main() -> None:
         with open_video(options.file) as container:
             stream = container.streams.video[0]
             rate = float(stream.average_rate or stream.guessed_rate or 25)
-            h, w = next(iter(decoded(container)))[1].to_ndarray(format="rgb24").shape[:2]
-            print(f"{command.printable(options.file)}: {stream.codec_context.name}, {w} x {h}, "
-                  f"{rate:.2f} frames/s, {duration_sec:.2f} s")
+            name = stream.codec_context.name
+        h, w = next(frames_at(options.file, np.zeros(1))).shape[1:]
+        print(f"{command.printable(options.file)}: {name}, {w} x {h}, {rate:.2f} frames/s, "
+              f"{duration_sec:.2f} s")
         T, R = options.frames, options.resolution
         times_sec = frame_centres(duration_sec, T)
         print(f"{T} parts of {duration_sec / T:.2f} s; at the centre of each, the frame on show "
