@@ -417,12 +417,10 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
             return algorithm_1(config, resume, signals)
 
 
-def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[str, dict]:
-    """The whole of Algorithm 1."""
-    device, folder = data.pick_device(config.device), config.folder
-    first_process = parallel.rank() == 0                        # which alone writes and validates
-    parser = parse.Parser(config.parser or None, config.mask)
-    store = data.open_store(config.dataset, config.clip, config.root)
+def read_videos(config: Config, parser: parse.Parser,
+                store: video.FeatureStore) -> dict[str, data.Videos]:
+    """The training videos, and those that choose the epoch where there are any; of the latter none
+    is trained on."""
     there = [*data.splits(config.dataset, config.root),
              *(["val"] if config.dataset in data.FILES else [])]
     if config.select_on == "train" or config.select_on not in (*there, "val"):
@@ -430,13 +428,11 @@ def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[
                          f"{config.dataset} are {', '.join(there)}")
     samples = {split: data.read_annotations(config.dataset, split, config.root)
                for split in ("train", config.select_on) if split in there}
-    if config.select_on in samples:
-        chosen = {sample.video for sample in samples[config.select_on]}
-        samples["train"] = [sample for sample in samples["train"] if sample.video not in chosen]
-    if config.limit_videos:
-        first = list(dict.fromkeys(sample.video for sample in samples["train"]))
-        first = set(first[:config.limit_videos])
-        samples["train"] = [sample for sample in samples["train"] if sample.video in first]
+    chosen = {sample.video for sample in samples.get(config.select_on, [])}
+    names = list(dict.fromkeys(sample.video for sample in samples["train"]
+                               if sample.video not in chosen))
+    names = set(names[:config.limit_videos] if config.limit_videos else names)
+    samples["train"] = [sample for sample in samples["train"] if sample.video in names]
     videos = {split: data.Videos(rows, store, config.num_clips, parser,
                                  split == "train" and config.method == "vdi",
                                  config.context_query == "half", config.normalise)
@@ -446,7 +442,12 @@ def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[
         print(f"{split}: {len(part)} videos, {len(part.samples)} sentences"
               + (f" ({len(part.missing)} videos with {part.lost} sentences have no features and "
                  f"are left out)" if part.missing else ""))
+    return videos
 
+
+def start(config: Config, store: video.FeatureStore,
+          device: torch.device) -> tuple[Model, torch.optim.Optimizer]:
+    """The model before any step, and the optimiser of Eq. (11)."""
     torch.manual_seed(config.seed)
     source = config.clip if config.text_clip in ("", "shuffled") else config.text_clip
     text = clip.build_text(clip.read_state(data.clip_file(source, config.root)))
@@ -459,8 +460,18 @@ def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[
     groups = [{"params": list(model.text.parameters()), "base": config.lr * config.text_lr},
               {"params": [p for n, p in model.named_parameters() if not n.startswith("text.")],
                "base": config.lr}]
-    optimiser = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99),
-                                  weight_decay=config.weight_decay, fused=True)
+    return model, torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99),
+                                    weight_decay=config.weight_decay, fused=True)
+
+
+def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[str, dict]:
+    """Algorithm 1: stage 1 where the method has one, then the loop."""
+    device, folder = data.pick_device(config.device), config.folder
+    first_process = parallel.rank() == 0                        # which alone writes and validates
+    parser = parse.Parser(config.parser or None, config.mask)
+    store = data.open_store(config.dataset, config.clip, config.root)
+    videos = read_videos(config, parser, store)
+    model, optimiser = start(config, store, device)
     # `done` steps of epoch `first` are behind us; `sums` is what they add to its row of the log
     history, staged, first, done, sums = [], [], 0, 0, {}
     there = parallel.everyone((folder / "last.pt").exists())
