@@ -678,6 +678,9 @@ def main() -> None:
     with command.sentences(), torch.no_grad():
         import video                                            # which imports this file
 
+        if options.weights not in PUBLISHED and not os.path.exists(options.weights):
+            raise FileNotFoundError(f"there is no {options.weights}; python shapes.py makes "
+                                    f"data/shapes/clip.pt, or take --weights ViT-B/32")
         model = load(options.weights)
         frame = next(video.frames_at(options.image, [0.0]))
         x, patches = model.encode_image(preprocess(frame[None], model.visual.resolution))
@@ -685,7 +688,7 @@ def main() -> None:
         print(f"image {list(frame.shape)} -> x {list(x.shape)}, patches {list(patches.shape)}")
         cosines = (q @ F.normalize(x, dim=1).T)[:, 0]                   # [S]
         shares = (model.logit_scale.exp() * cosines).softmax(0)
-        print("  image   share   cosine with each text")
+        print("cosine with the image, share (a softmax over the texts), cosine with each text")
         for text, cosine, share, row in zip(options.texts, cosines, shares, q @ q.T):
             print(f"{cosine:7.3f} {share:7.3f}   " + " ".join(f"{v:6.3f}" for v in row)
                   + f"   {command.printable(text)}")

@@ -52,10 +52,13 @@ def parser(text: str, **more) -> argparse.ArgumentParser:
 DEVICE = dict(default="auto", help="auto, cpu, cuda, cuda:N or mps")
 
 
-def option(default, text: str, choices: tuple[str, ...] = (), least: int | None = None):
-    """A field of a Config: its default, what --help says, and what it may be."""
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices,
-                                                        "least": least})
+def option(default, text: str, choices: tuple[str, ...] = (), least: int | None = None,
+           only: str = ""):
+    """A field of a Config: its default, what --help says, what it may be, and the one method that
+    reads it, if not all do."""
+    return dataclasses.field(default=default, metadata={
+        "help": f"{text} [{only} only]" if only else text, "choices": choices, "least": least,
+        "only": only})
 
 
 def check_options(config) -> None:
@@ -87,7 +90,8 @@ def add_options(parser: argparse.ArgumentParser, config: type, presets: dict[str
             parser.add_argument(
                 "--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
                 type={bool: yes_or_no, tuple[int, ...]: numbers}.get(field.type, field.type),
-                metavar="{" + ",".join(choices) + "}" if choices else None,
+                metavar="{" + ",".join(choices) + "}" if choices else
+                {bool: "{true,false}", tuple[int, ...]: "N,N,..."}.get(field.type),
                 help=f"{field.metadata['help']} (default "
                      f"{'; '.join([repr(field.default), *values])})")
 
@@ -236,4 +240,10 @@ def locked(folder: pathlib.Path, resume: bool):
                                   f"choose another --out") from None
         for left in folder.glob(".*.tmp"):      # what a killed process was about to write
             left.unlink()
-        yield
+        try:
+            yield
+        except BaseException:
+            if [path.name for path in folder.iterdir()] == [LOCK]:      # nothing has come of it
+                (folder / LOCK).unlink()
+                folder.rmdir()
+            raise

@@ -222,6 +222,8 @@ def read_lines(path: pathlib.Path, lines, read) -> list[Sample]:
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError,
                 RecursionError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else error
+            if isinstance(error, json.JSONDecodeError):
+                what = f"it is no json ({error})"
             bad.append(f"\n  {'line ' * isinstance(number, int)}{number}: {what}")
     if bad:
         raise ValueError(f"{path} has {len(bad)} entries that cannot be read:{''.join(bad)}")

@@ -239,6 +239,8 @@ def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
     """Reads a checkpoint of train.py. Nothing in the file is executed. The injection modules stay
     unread."""
     path = pathlib.Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; the checkpoint in it is {path / 'ckpt.pt'}")
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}; python train.py makes one")
     try:
@@ -259,7 +261,7 @@ def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
     except Exception as error:  # torch raises a dozen kinds for what does not fit
         raise ValueError(f"{path} is not a checkpoint of train.py: {type(error).__name__} "
                          f"{str(error).splitlines()[0] if str(error) else ''}") from error
-    rest = {key: value for key, value in saved.items() if key not in ("mmn", "text")}
+    rest = {key: value for key, value in saved.items() if key not in ("retriever", "text")}
     return Run(config, text.to(device), retriever.to(device).eval(), metrics, rest)
 
 
@@ -283,6 +285,8 @@ def answers(run: Run, splits: list[str] | None = None, query: str = "full",
         print(f"note: this checkpoint was trained with the parser {run.checkpoint['parser']}, and "
               f"is evaluated with {parser.name}", file=sys.stderr)
     for split in splits:
+        if dataset not in data.FILES and split not in (known := data.splits(dataset, root)):
+            raise ValueError(f"{dataset} has no split {split!r}; it has {', '.join(known)}")
         rows = data.read_annotations(dataset, split, root)
         if allow_missing and not any(row.video in store for row in rows):
             print(f"note: no video of {split} has features, so it is left out", file=sys.stderr)

@@ -203,9 +203,11 @@ def characters(maps: Tensor) -> str:
 @torch.no_grad()
 def main() -> None:
     import clip                                                 # only the walk needs these
+    import command
     import parse
     import shapes
 
+    command.parser("two videos of the shapes world through Eq. 1-5").parse_args()
     weights = pathlib.Path("data/shapes/clip.pt")               # which python train.py makes
     model = clip.load(weights) if weights.exists() else shapes.small_clip(0)
     plans = [shapes.plan_of(0, "train", i) for i in range(2)]
@@ -244,6 +246,7 @@ def main() -> None:
                         ("Eq. 3, FC = identity", heat[0, :, None])):
         maps = F.adaptive_avg_pool2d(maps, 2 * grid)[:, 0]
         print(f"\n{title}\n{characters(maps[[e['start'] + 2 for e in plans[0]['events']]])}")
+    print("\nThe heat of Eq. 3 is no map of objects by itself (README, \"What Eq. 3-5 carry\").")
 
 
 if __name__ == "__main__":

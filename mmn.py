@@ -392,6 +392,9 @@ def decode(scores: Tensor, durations_sec: Tensor, top_k: int = 1, nms: float = 0
 # -------------------------------------------------------------------------------------- a small map
 
 def main() -> None:
+    import command                                              # only this needs it
+
+    command.parser("a map of 6 clips, and how Eq. 10 reads it").parse_args()
     N, pool_counts, duration_sec = 6, (2, 1), torch.tensor([60.0])
     candidates = MomentMap(N, 1, 1, pool_counts).candidates
 

@@ -100,8 +100,9 @@ class Retriever:
             found = clip.sha256(path)
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(f"this checkpoint needs the weights of the CLIP {name!r}, "
-                                    f"SHA-256 {digest}: {error}; name their file with "
-                                    f"--clip") from error
+                                    f"SHA-256 {digest}, which are not where they were in training "
+                                    f"(root {self.run.config['root']}, {error}); name their file "
+                                    f"with --clip") from error
         if found != digest:
             raise ValueError(f"{path} is another CLIP than the one this checkpoint was trained "
                              f"with: its SHA-256 is {found}, not {digest}; name the right file "
@@ -113,6 +114,9 @@ class Retriever:
         """The features of a video file: read from the cache, or made. video.VideoError for what is
         no video."""
         path = pathlib.Path(path)
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; for the videos in it see retrieve.py "
+                                    f"index --help")
         if not path.is_file():
             raise FileNotFoundError(f"there is no video {path}")
         kept = self.cache / f"{self.key(path)}.npz" if self.cache else None
@@ -273,6 +277,7 @@ def plot(path: str, retriever: Retriever, encoded: Encoded, sentences: list[str]
     """A film strip; and for each sentence the score over time, the moments as bars, and the 2D map
     of the window that holds the best one, with its cell."""
     plt = video.pyplot()
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     spans, scores = retriever.scores(encoded, sentences)
     N, windows, rows = retriever.N, len(encoded.starts), len(sentences)
     figure = plt.figure(figsize=(13, 1.9 + 2.6 * rows))

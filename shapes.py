@@ -206,8 +206,9 @@ def pretrain(seed: int, steps: int = 3000, count: int = 24_000, batch: int = 128
         whole[used] = model.token_embedding.weight.data
         model.eval()
         model.token_embedding = torch.nn.Embedding.from_pretrained(whole, freeze=False)
-        if not missed_gates(zero_shot(model, seed)):
+        if not (missed := missed_gates(zero_shot(model, seed))):
             break
+        print(f"not there yet ({', '.join(missed)}): another round")
     return model
 
 
@@ -522,6 +523,7 @@ def main() -> None:
     with command.sentences():
         if options.show:
             show(options.show, options.seed)
+            print(f"{options.show} is drawn")
         elif options.export:
             export(options.export, options.n, options.seed)
             print(f"{options.n} videos and annotations.jsonl are in {options.export}")

@@ -78,13 +78,14 @@ class Config:
     # the losses, Eq. 11
     lambda_iou: float = option(1.0, "weight of Eq. 7")
     lambda_cl: float = option(0.05, "weight of Eq. 8")
-    lambda_vc: float = option(0.5, "weight of Eq. 2 (Sec. 4.1.3)")
-    lambda_sd: float = option(0.01, "weight of Eq. 5 (Sec. 4.1.3)")
+    lambda_vc: float = option(0.5, "weight of Eq. 2 (Sec. 4.1.3)", only="vdi")
+    lambda_sd: float = option(0.01, "weight of Eq. 5 (Sec. 4.1.3)", only="vdi")
     tau: float = option(0.1, "temperature of Eq. 8")
     margin: float = option(0.4, "margin on the positive of Eq. 8")
     cl_decay_epoch: int = option(7, "from this epoch on Eq. 8 weighs a hundredth (MMN)")
-    inject_layers: int = option(1, "layers of TransDecoder (Eq. 1) and SeqModel (Eq. 4)", least=1)
-    inject_heads: int = option(8, "heads of both", least=1)
+    inject_layers: int = option(1, "layers of TransDecoder (Eq. 1) and SeqModel (Eq. 4)", least=1,
+                                only="vdi")
+    inject_heads: int = option(8, "heads of both", least=1, only="vdi")
     # what the paper's tables compare; the defaults are its letter
     context_query: str = option("static", "what asks the frames in Eq. 1 and in stage 1: static "
                                           "(Q^s), full (Q), half (Q^h) or none (a learned probe; "
@@ -92,14 +93,14 @@ class Config:
                                 ("static", "full", "half", "none"))
     inject_into: str = option("dynamic", "what Eq. 2, Eq. 5 and stage 1 adapt: dynamic (Q^d) or "
                                          "full (Q)", ("dynamic", "full"))
-    sequence: str = option("transformer", "SeqModel of Eq. 4", ("transformer", "lstm"))
+    sequence: str = option("transformer", "SeqModel of Eq. 4", ("transformer", "lstm"), only="vdi")
     vc_form: str = option("consistent", "Eq. 2: consistent, or relational like Eq. 5",
-                          ("consistent", "relational"))
+                          ("consistent", "relational"), only="vdi")
     sd_form: str = option("relational", "Eq. 5: relational, or consistent like Eq. 2",
-                          ("relational", "consistent"))
+                          ("relational", "consistent"), only="vdi")
     stop_gradient: str = option("none", "side of Eq. 2 and Eq. 5 that gets no gradient",
-                                ("none", "video", "text"))
-    same_video: bool = option(False, "keep pairs of one video in Eq. 5")
+                                ("none", "video", "text"), only="vdi")
+    same_video: bool = option(False, "keep pairs of one video in Eq. 5", only="vdi")
     normalise: bool = option(True, "L2-normalise CLIP's features before every use")
     fusion: str = option("published", "Eq. 10: published (MMN's), or product as printed",
                          tuple(mmn.FUSIONS))
@@ -116,7 +117,7 @@ class Config:
                                                   "tenth; none: cosine")
     clip_norm: float = option(5.0, "largest norm of the gradient")
     patience: int = option(5, "epochs without a better validation result before the run stops")
-    limit_videos: int = option(0, "train on the first so many videos only (0: all)")
+    limit_videos: int = option(0, "train on the first so many videos only (0: all)", least=0)
     select_on: str = option("val", "split that chooses the epoch ('test' is the field's habit)")
     bf16: bool = option(False, "bfloat16 autocast in both towers of the loop; weights and losses "
                                "stay float32")
@@ -125,18 +126,22 @@ class Config:
     compile: bool = option(False, "torch.compile the retriever")
     workers: int = option(0, "processes that read features")
     # vdi-staged, stage 1
-    stage_steps: int = option(800, "steps of stage 1", least=1)
-    stage_lr: float = option(1e-3, "learning rate of the text tower in stage 1")
-    stage_batch: int = option(64, "sentences in a batch of stage 1", least=1)
+    stage_steps: int = option(800, "steps of stage 1", least=1, only="vdi-staged")
+    stage_lr: float = option(1e-3, "learning rate of the text tower in stage 1", only="vdi-staged")
+    stage_batch: int = option(64, "sentences in a batch of stage 1", least=1, only="vdi-staged")
     stage_target: str = option("change", "change: late minus early half of the moment; mean of the "
                                          "moment; whole: mean of the video; shuffled: the change "
                                          "of another sentence; rotated: the change, turned at "
                                          "random; random: a random code for each dynamic query. "
                                          "The last three are controls: the last sees no video",
-                               ("change", "mean", "whole", "shuffled", "rotated", "random"))
+                               ("change", "mean", "whole", "shuffled", "rotated", "random"),
+                               only="vdi-staged")
 
     def __post_init__(self):
         command.check_options(self)
+        for name in ("lr", "tau", "clip_norm", "stage_lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} is more than 0")
         if self.kernel % 2 == 0:
             raise ValueError(f"--kernel is odd, not {self.kernel}")
         if sum(count * 2 ** i for i, count in enumerate(self.pool_counts)) >= self.num_clips:
@@ -246,9 +251,9 @@ def terms(model: Model, batch: data.Batch,
         y = parallel.gather(y)
         return y.detach() if config.stop_gradient == side else y
 
-    forms = {"consistent": lambda a, b, _: inject.visual_context_loss(a, b),
-             "relational": lambda a, b, video_of: inject.spatial_dynamic_loss(
-                 b, a, video_of, config.same_video)}
+    forms = {"consistent": lambda query, seen, _: inject.visual_context_loss(query, seen),
+             "relational": lambda query, seen, video_of: inject.spatial_dynamic_loss(
+                 seen, query, video_of, config.same_video)}
     spread = {}
     # UNSPECIFIED: what an empty query means; it has no term in Eq. 2, nor in Eq. 5
     if config.lambda_vc:
@@ -385,6 +390,8 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config,
         if any(parallel.everyone(signals.received)):
             raise command.Stopped("stopped in stage 1, of which nothing is kept; --resume starts "
                                   "it again", signals.received or signal.SIGTERM)
+    print(f"stage 1, {config.stage_steps} steps: " + ", ".join(
+        f"{name} {log[0][name]:.4g} -> {log[-1][name]:.4g}" for name in ("L_vc", "cos x^qd")))
     return log
 
 
@@ -651,8 +658,12 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Config, bool]:
     command.add_options(parser, Config, PRESETS)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     given = vars(parser.parse_args(argv))
-    resume = given.pop("resume")
-    return configure(**given), resume
+    resume, config = given.pop("resume"), configure(**given)
+    for field in dataclasses.fields(Config):
+        if field.name in given and field.metadata.get("only") not in (None, "", config.method):
+            print(f"note: --{field.name.replace('_', '-')} is read by --method "
+                  f"{field.metadata['only']} only, and this is {config.method}", file=sys.stderr)
+    return config, resume
 
 
 def main() -> None:
