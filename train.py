@@ -390,8 +390,9 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config,
         if any(parallel.everyone(signals.received)):
             raise command.Stopped("stopped in stage 1, of which nothing is kept; --resume starts "
                                   "it again", signals.received or signal.SIGTERM)
-    print(f"stage 1, {config.stage_steps} steps: " + ", ".join(
-        f"{name} {log[0][name]:.4g} -> {log[-1][name]:.4g}" for name in ("L_vc", "cos x^qd")))
+    first, last = log[0], log[-1]
+    print(f"stage 1, {config.stage_steps} steps: |x^qd - target|^2 {first['L_vc']:.4g} -> "
+          f"{last['L_vc']:.4g}, cos x^qd {first['cos x^qd']:.4g} -> {last['cos x^qd']:.4g}")
     return log
 
 

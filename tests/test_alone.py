@@ -48,7 +48,9 @@ def test_inject_walks_from_frames_to_both_losses(tmp_path):
     assert re.findall(r"Eq. (\d) .*?(\[.*?\])", printed) == [
         ("1", "[8, 64]"), ("2", "[8]"), ("3", "[2, 32, 4, 4]"), ("4", "[2, 64]"), ("5", "[8]")]
     frames, heat = printed.split("frames of the first video")[1].split("Eq. 3, FC = identity\n")
+    heat, rest = heat.split("\n\n")
     assert "@" in frames and "@" in heat and len(heat.splitlines()) == 8
+    assert "no map of objects" in rest
 
 
 def test_mmn_shows_how_the_answer_is_read_off_the_map(tmp_path):

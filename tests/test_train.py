@@ -437,3 +437,26 @@ def test_real_videos_go_through_extraction_training_and_evaluation(published, wo
                                 "--allow-missing"))
     result = answer["splits"]["train"]
     assert result["queries"] == 8 and result["videos missing"] == 1 and result["R@1,IoU=0.5"] == 100
+
+
+def test_options_that_a_method_does_not_read_are_told(capsys):
+    """The paper's own weights do nothing in vdi-staged, which has neither loss."""
+    train.parse_arguments(["--lambda-vc", "50", "--stage-steps", "9"])
+    told = capsys.readouterr().err
+    assert "--lambda-vc is read by --method vdi only" in told and "--stage" not in told
+    train.parse_arguments(["--method", "vdi", "--lambda-vc", "50"])
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option, value", [("limit_videos", -3), ("lr", -1.0), ("tau", 0.0),
+                                           ("stage_lr", float("nan"))])
+def test_numbers_that_cannot_be(option, value):
+    with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} is (at least|more than)"):
+        train.Config(**{option: value})
+
+
+def test_a_mistake_leaves_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        train.train(train.Config(dataset="charade", out=str(tmp_path / "run"),
+                                 root=str(tmp_path)))
+    assert not (tmp_path / "run").exists()
