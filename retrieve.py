@@ -283,7 +283,7 @@ def plot(path: str, retriever: Retriever, encoded: Encoded, sentences: list[str]
     figure = plt.figure(figsize=(13, 1.9 + 2.6 * rows))
     grid = figure.add_gridspec(rows + 1, 2, width_ratios=(4, 1), height_ratios=[1.1] + [2] * rows)
     strip = figure.add_subplot(grid[0, 0])
-    times_sec = video.frame_centres(encoded.duration_sec, 12)
+    times_sec = video.frame_centres(encoded.duration_sec, 9)
     frames = [clip.crop(frame[None], 96)[0].permute(1, 2, 0).numpy()
               for frame in video.frames_at(encoded.path, times_sec)]
     strip.imshow(np.concatenate(frames, 1), extent=(0, encoded.duration_sec, 0, 1), aspect="auto")
@@ -294,13 +294,14 @@ def plot(path: str, retriever: Retriever, encoded: Encoded, sentences: list[str]
     for i, (sentence, moments) in enumerate(zip(sentences, answers)):
         curve = figure.add_subplot(grid[i + 1, 0])
         best = torch.where(inside, scores[i][:, None], 0).amax(0)
-        curve.plot(at, best, color="black", linewidth=1)
+        top = max(1e-9, scores[i].max().item())
+        curve.plot(at, best / top, color="black", linewidth=1)
         for k, moment in enumerate(moments):
             curve.barh(-0.09 * (k + 1), moment.end_sec - moment.start_sec, 0.07, moment.start_sec,
                        color=f"C{k}")
             curve.text(moment.end_sec, -0.09 * (k + 1), f" {k + 1}", va="center", fontsize=8)
-        curve.set(xlim=(0, encoded.duration_sec), ylim=(-0.09 * (len(moments) + 1), 1.02),
-                  yticks=(0, 0.5, 1))
+        curve.set(xlim=(0, encoded.duration_sec), ylim=(-0.09 * (len(moments) + 1), 1.02))
+        curve.set_yticks((0, 0.5, 1), [f"{share * top:.2g}" for share in (0, 0.5, 1)])
         curve.set_title(f"\"{command.printable(sentence)}\": best score of a moment at each "
                         f"instant", loc="left", fontsize=10)
         curve.set_xlabel("seconds")
@@ -310,7 +311,7 @@ def plot(path: str, retriever: Retriever, encoded: Encoded, sentences: list[str]
         shown = np.full(N * N, np.nan)
         cells = retriever.run.retriever.cells.cpu()
         shown[cells] = scores[i].unflatten(0, (windows, -1))[window]
-        picture.imshow(shown.reshape(N, N), vmin=0, vmax=1, cmap="viridis")
+        picture.imshow(shown.reshape(N, N), vmin=0, vmax=top, cmap="viridis")
         start, end = divmod(int(cells[cell]), N)
         picture.plot(end, start, "s", markersize=9, markerfacecolor="none", color="red")
         picture.set(xlabel="last clip", ylabel="first clip", xticks=(0, N - 1), yticks=(0, N - 1))
