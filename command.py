@@ -73,21 +73,24 @@ def check_options(config) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser, config: type, presets: dict[str, dict],
-                but: tuple[str, ...] = ()) -> None:
+                but: tuple[str, ...] = (), groups: dict[str, str] | None = None) -> None:
     """An option for every field, whose help tells the default and every preset's value. Only what
-    is given is set."""
+    is given is set. groups: first field of a group -> its title."""
     def yes_or_no(text: str) -> bool:
         return bool(("false", "true").index(text.lower()))      # ValueError for anything else
 
     def numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part)
 
+    part = parser
     for field in dataclasses.fields(config):
+        if field.name in (groups or {}):
+            part = parser.add_argument_group(groups[field.name])
         if field.name not in but:
             choices = field.metadata["choices"]         # `check_options` looks at them
             values = [f"{name} {preset[field.name]!r}" for name, preset in presets.items()
                       if field.name in preset]
-            parser.add_argument(
+            part.add_argument(
                 "--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
                 type={bool: yes_or_no, tuple[int, ...]: numbers}.get(field.type, field.type),
                 metavar="{" + ",".join(choices) + "}" if choices else

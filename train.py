@@ -656,7 +656,10 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Config, bool]:
     """Options from the fields of Config, and whether to resume."""
     parser = command.parser(__doc__.split("\n")[0],
                                      usage="%(prog)s [--option value ...] [--resume]")
-    command.add_options(parser, Config, PRESETS)
+    command.add_options(parser, Config, PRESETS, groups={
+        "dataset": "the run", "retriever": "the retriever", "lambda_iou": "the losses, Eq. 11",
+        "context_query": "what the paper's tables compare", "lr": "the optimiser, and how long",
+        "stage_steps": "stage 1"})
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     given = vars(parser.parse_args(argv))
     resume, config = given.pop("resume"), configure(**given)
