@@ -405,7 +405,7 @@ def extract(store: FeatureStore, model: clip.CLIP, videos: dict[str, pathlib.Pat
     kept = patch_frames(T, store.manifest["patch_frames"])
     sizes = {name: os.path.getsize(str(videos[name])) for name in names if name in videos}
     missing = [name for name in names if not store.has(name, name in training, sizes.get(name))]
-    failed = {name: f"there is no video file named {name} (without its ending)" for name in missing
+    failed = {name: f"there is no video file named {name}" for name in missing
               if name not in videos}
     paths = {name: videos[name] for name in missing if name in videos}
     group, waited_sec, started = [], 0.0, time.monotonic()
