@@ -54,8 +54,8 @@ DEVICE = dict(default="auto", help="auto, cpu, cuda, cuda:N or mps")
 
 def option(default, text: str, choices: tuple[str, ...] = (), least: int | None = None,
            only: str = ""):
-    """A field of a Config: its default, what --help says, what it may be, and the one method that
-    reads it, if not all do."""
+    """A field of a Config: its default, what --help says, what it may be, and which values of
+    another field it is read with, if not all ("method vdi")."""
     return dataclasses.field(default=default, metadata={
         "help": f"{text} [{only} only]" if only else text, "choices": choices, "least": least,
         "only": only})

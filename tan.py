@@ -28,6 +28,8 @@ class TAN(mmn.MomentMap):
                  pool_counts: tuple[int, ...], kernel: int, layers: int, hidden: int, joint: int):
         super().__init__(num_clips, pool_kernel, pool_stride, pool_counts)
         self.map_fc = nn.Conv2d(width, joint, 1)
+        # DEVIATION: x^q and CLIP's frames as they are; published are an LSTM over words, and a
+        # convolution over frames
         self.text_fc = nn.Linear(width, joint)
         self.add_convolutions(joint, hidden, kernel, layers)
         self.score = nn.Conv2d(hidden, 1, 1)

@@ -56,7 +56,8 @@ class Config:
     seed: int = option(0, "of weights, data order and targets")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     root: str = option("data", "folder of datasets")
-    out: str = option("", "folder of the run (empty: runs/<dataset>-<method>)")
+    out: str = option("", "folder of the run (empty: runs/<dataset>-<method>, and the retriever "
+                          "where it is not mmn)")
     clip: str = option("ViT-B/32", "CLIP that made the features: a published name, a file, or a "
                                    "dataset that has one")
     text_clip: str = option("", "CLIP whose text tower is taken instead: separated pre-training "
@@ -77,35 +78,40 @@ class Config:
     joint: int = option(256, "J, width of the joint space", least=1)
     # the losses, Eq. 11
     lambda_iou: float = option(1.0, "weight of Eq. 7")
-    lambda_cl: float = option(0.05, "weight of Eq. 8")
-    lambda_vc: float = option(0.5, "weight of Eq. 2 (Sec. 4.1.3)", only="vdi")
-    lambda_sd: float = option(0.01, "weight of Eq. 5 (Sec. 4.1.3)", only="vdi")
-    tau: float = option(0.1, "temperature of Eq. 8")
-    margin: float = option(0.4, "margin on the positive of Eq. 8")
-    cl_decay_epoch: int = option(7, "from this epoch on Eq. 8 weighs a hundredth (MMN)")
+    lambda_cl: float = option(0.05, "weight of Eq. 8", only="retriever mmn")
+    lambda_vc: float = option(0.5, "weight of Eq. 2 (Sec. 4.1.3)", only="method vdi")
+    lambda_sd: float = option(0.01, "weight of Eq. 5 (Sec. 4.1.3)", only="method vdi")
+    tau: float = option(0.1, "temperature of Eq. 8", only="retriever mmn")
+    margin: float = option(0.4, "margin on the positive of Eq. 8", only="retriever mmn")
+    cl_decay_epoch: int = option(7, "from this epoch on Eq. 8 weighs a hundredth (MMN)",
+                                 only="retriever mmn")
     inject_layers: int = option(1, "layers of TransDecoder (Eq. 1) and SeqModel (Eq. 4)", least=1,
-                                only="vdi")
-    inject_heads: int = option(8, "heads of both", least=1, only="vdi")
+                                only="method vdi")
+    inject_heads: int = option(8, "heads of both", least=1, only="method vdi")
     # what the paper's tables compare; the defaults are its letter
     context_query: str = option("static", "what asks the frames in Eq. 1 and in stage 1: static "
                                           "(Q^s), full (Q), half (Q^h) or none (a learned probe; "
                                           "in stage 1 all frames weigh the same)",
-                                ("static", "full", "half", "none"))
+                                ("static", "full", "half", "none"),
+                                only="method vdi, vdi-staged")
     inject_into: str = option("dynamic", "what Eq. 2, Eq. 5 and stage 1 adapt: dynamic (Q^d) or "
-                                         "full (Q)", ("dynamic", "full"))
-    sequence: str = option("transformer", "SeqModel of Eq. 4", ("transformer", "lstm"), only="vdi")
+                                         "full (Q)", ("dynamic", "full"),
+                               only="method vdi, vdi-staged")
+    sequence: str = option("transformer", "SeqModel of Eq. 4", ("transformer", "lstm"),
+                           only="method vdi")
     vc_form: str = option("consistent", "Eq. 2: consistent, or relational like Eq. 5",
-                          ("consistent", "relational"), only="vdi")
+                          ("consistent", "relational"), only="method vdi")
     sd_form: str = option("relational", "Eq. 5: relational, or consistent like Eq. 2",
-                          ("relational", "consistent"), only="vdi")
+                          ("relational", "consistent"), only="method vdi")
     stop_gradient: str = option("none", "side of Eq. 2 and Eq. 5 that gets no gradient",
-                                ("none", "video", "text"), only="vdi")
-    same_video: bool = option(False, "keep pairs of one video in Eq. 5", only="vdi")
+                                ("none", "video", "text"), only="method vdi")
+    same_video: bool = option(False, "keep pairs of one video in Eq. 5", only="method vdi")
     normalise: bool = option(True, "L2-normalise CLIP's features before every use")
     fusion: str = option("published", "Eq. 10: published (MMN's), or product as printed",
-                         tuple(mmn.FUSIONS))
+                         tuple(mmn.FUSIONS), only="retriever mmn")
     excluded: str = option("out", "pairs that are neither positive nor negative in Eq. 8: out, or "
-                                  "exp0 as in MMN's code", tuple(mmn.EXCLUDED))
+                                  "exp0 as in MMN's code", tuple(mmn.EXCLUDED),
+                           only="retriever mmn")
     # the optimiser: AdamW, betas (0.9, 0.99)
     lr: float = option(1e-4, "learning rate of everything but the text tower (Sec. 4.1.3)")
     text_lr: float = option(0.1, "learning rate of the text tower as a share of it (Sec. 4.1.3)")
@@ -126,16 +132,18 @@ class Config:
     compile: bool = option(False, "torch.compile the retriever")
     workers: int = option(0, "processes that read features")
     # vdi-staged, stage 1
-    stage_steps: int = option(800, "steps of stage 1", least=1, only="vdi-staged")
-    stage_lr: float = option(1e-3, "learning rate of the text tower in stage 1", only="vdi-staged")
-    stage_batch: int = option(64, "sentences in a batch of stage 1", least=1, only="vdi-staged")
+    stage_steps: int = option(800, "steps of stage 1", least=1, only="method vdi-staged")
+    stage_lr: float = option(1e-3, "learning rate of the text tower in stage 1",
+                             only="method vdi-staged")
+    stage_batch: int = option(64, "sentences in a batch of stage 1", least=1,
+                              only="method vdi-staged")
     stage_target: str = option("change", "change: late minus early half of the moment; mean of the "
                                          "moment; whole: mean of the video; shuffled: the change "
                                          "of another sentence; rotated: the change, turned at "
                                          "random; random: a random code for each dynamic query. "
                                          "The last three are controls: the last sees no video",
                                ("change", "mean", "whole", "shuffled", "rotated", "random"),
-                               only="vdi-staged")
+                               only="method vdi-staged")
 
     def __post_init__(self):
         command.check_options(self)
@@ -153,7 +161,8 @@ class Config:
 
     @property
     def folder(self) -> pathlib.Path:
-        return pathlib.Path(self.out or f"runs/{self.dataset}-{self.method}")
+        other = "" if self.retriever == "mmn" else f"-{self.retriever}"
+        return pathlib.Path(self.out or f"runs/{self.dataset}-{self.method}{other}")
 
 
 PRESETS = {
@@ -655,7 +664,7 @@ def versions() -> dict[str, str]:
 def parse_arguments(argv: list[str] | None = None) -> tuple[Config, bool]:
     """Options from the fields of Config, and whether to resume."""
     parser = command.parser(__doc__.split("\n")[0],
-                                     usage="%(prog)s [--option value ...] [--resume]")
+                            usage="%(prog)s [--option value ...] [--resume]")
     command.add_options(parser, Config, PRESETS, groups={
         "dataset": "the run", "retriever": "the retriever", "lambda_iou": "the losses, Eq. 11",
         "context_query": "what the paper's tables compare", "lr": "the optimiser, and how long",
@@ -664,9 +673,10 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Config, bool]:
     given = vars(parser.parse_args(argv))
     resume, config = given.pop("resume"), configure(**given)
     for field in dataclasses.fields(Config):
-        if field.name in given and field.metadata.get("only") not in (None, "", config.method):
-            print(f"note: --{field.name.replace('_', '-')} is read by --method "
-                  f"{field.metadata['only']} only, and this is {config.method}", file=sys.stderr)
+        kind, _, names = field.metadata.get("only", "").partition(" ")
+        if field.name in given and kind and getattr(config, kind) not in names.split(", "):
+            print(f"note: --{field.name.replace('_', '-')} is read by --{kind} {names} only, and "
+                  f"this is {getattr(config, kind)}", file=sys.stderr)
     return config, resume
 
 

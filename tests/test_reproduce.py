@@ -1,6 +1,7 @@
 """reproduce.py and probe.py: what is kept and when it counts, the bootstrap, and each probe against
 an independent computation."""
 import argparse
+import ast
 import dataclasses
 import json
 import math
@@ -112,6 +113,27 @@ def test_the_readme_is_in_step_with_the_results():
     text = (reproduce.HERE / "README.md").read_text()
     inside = text.split(reproduce.MARKS[0])[1].split(reproduce.MARKS[1])[0]
     assert inside.strip() == reproduce.section(options).strip()
+
+
+def test_every_departure_has_a_row():
+    """Each DEVIATION and UNSPECIFIED of the code stands in a row of the README's tables under the
+    function or class that it is in."""
+    table = "\n".join(line for line in (reproduce.HERE / "README.md").read_text().split("\n")
+                      if line.startswith("|"))
+    found = 0
+    for path in sorted(reproduce.HERE.glob("*.py")):
+        lines = path.read_text().split("\n")
+        tree = ast.parse("\n".join(lines))
+        for i, line in enumerate(lines, 1):
+            if "DEVIATION" not in line and "UNSPECIFIED" not in line:
+                continue
+            around = [node for node in ast.walk(tree)
+                      if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                      and node.lineno <= i <= node.end_lineno]
+            names = [f"{path.stem}.{node.name}" for node in around]
+            assert not names or any(f"`{name}" in table for name in names), (path.name, i, names)
+            found += bool(names)
+    assert found > 20
 
 
 def test_links_of_the_readme_lead_to_their_functions():

@@ -444,6 +444,10 @@ def test_options_that_a_method_does_not_read_are_told(capsys):
     train.parse_arguments(["--lambda-vc", "50", "--stage-steps", "9"])
     told = capsys.readouterr().err
     assert "--lambda-vc is read by --method vdi only" in told and "--stage" not in told
+    train.parse_arguments(["--retriever", "2d-tan", "--tau", "1", "--stage-steps", "9"])
+    told = capsys.readouterr().err
+    assert "--tau is read by --retriever mmn only, and this is 2d-tan" in told
+    assert "--stage" not in told
     train.parse_arguments(["--method", "vdi", "--lambda-vc", "50"])
     assert not capsys.readouterr().err
 
