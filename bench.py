@@ -45,8 +45,7 @@ import video
 # ------------------------------------------------------------------------------------------- clocks
 
 def seconds_of(work, device: torch.device = torch.device("cpu"), at_least: float = 3.0) -> float:
-    """Mean seconds of `work()`, repeated for `at_least` seconds after one call that does not
-    count."""
+    """Mean seconds of `work()`, repeated for `at_least` seconds after one that is not counted."""
     work()
     synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     synchronise()
@@ -63,15 +62,12 @@ def row(what: str, value: float, unit: str, ratio: float | None = None, to: str 
     return {"what": what, "value": value, "unit": unit, "ratio": ratio, "to": to}
 
 
-class Disagreement(AssertionError):
-    """Two ways of computing the same did not."""
-
-
 def same(ours: Tensor, theirs: Tensor, what: str, tolerance: float = 1e-5) -> None:
+    """AssertionError where two ways of computing the same do not."""
     difference = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)
     if not difference <= tolerance:
-        raise Disagreement(f"{what}: the two ways differ by {difference:.2g}, so that comparing "
-                           f"their speed says nothing")
+        raise AssertionError(f"{what}: the two ways differ by {difference:.2g}, so that comparing "
+                             f"their speed says nothing")
 
 
 # ------------------------------------------------------------------------------------------ queries
@@ -101,7 +97,7 @@ def bench_tokens(options: argparse.Namespace) -> list[dict]:
             clip.word_ids = remembered
 
     if without() != [clip.sentence_ids(sentence) for sentence in some]:
-        raise Disagreement("tokens: remembered sentences have other tokens")
+        raise AssertionError("tokens: remembered sentences have other tokens")
     plain = len(some) / seconds_of(without, at_least=1.0)
     clip.sentence_ids.cache_clear(), clip.word_ids.cache_clear()
     started = time.perf_counter()
@@ -158,11 +154,7 @@ def bench_text(options: argparse.Namespace) -> list[dict]:
 def bench_image(options: argparse.Namespace) -> list[dict]:
     """ViT-B/32 on 32 frames in float32, against Hugging Face's on the same weights and images, and
     against its matrix products alone."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("image is measured against Hugging Face's CLIP; for this bench only: "
-                          "pip install transformers") from error
+    transformers = video.need("transformers", "the bench image, which compares with its CLIP,")
     device, B = data.pick_device(options.device), 32
     torch.manual_seed(0)
     theirs = transformers.CLIPModel(transformers.CLIPConfig()).to(device).eval()
@@ -196,15 +188,12 @@ def bench_image(options: argparse.Namespace) -> list[dict]:
 
     times = [seconds_of(work, device, 6.0) for work in
              (products, peer, class_token_only, lambda: ours.encode_image(images))]
-    bound, hugging_face, without, with_patches = times
-    name = "image: ViT-B/32 float32, "
+    bound, plain, without, whole = times
+    name, to = "image: ViT-B/32 float32, ", "Hugging Face"
     return [row(name + "its matrix products alone", B / bound, "images/s"),
-            row(name + "Hugging Face", B / hugging_face, "images/s", bound / hugging_face,
-                "products"),
-            row(name + "ours, class token only", B / without, "images/s", hugging_face / without,
-                "Hugging Face"),
-            row(name + "ours, with patches", B / with_patches, "images/s",
-                hugging_face / with_patches, "Hugging Face")]
+            row(name + to, B / plain, "images/s", bound / plain, "products"),
+            row(name + "ours, class token only", B / without, "images/s", plain / without, to),
+            row(name + "ours, with patches", B / whole, "images/s", plain / whole, to)]
 
 
 # ------------------------------------------------------------------------------------ training step
@@ -240,15 +229,15 @@ def published_losses(model: mmn.MMN, frames: Tensor, text: Tensor, video_of: Ten
                                                          target[model.candidates]))
             own = iou[s][model.candidates]
             best = own.argmax()
-            positive = (contrasts[b, :, best] @ contrastive_text[s] - 0.4) / 0.1
+            chosen = contrasts[b, :, best]                              # [J]
+            positive = (chosen @ contrastive_text[s] - 0.4) / 0.1
             negative = (own < 0.5) & (torch.arange(len(own)) != best)
             others = torch.cat([(contrasts[b].T @ contrastive_text[s])[negative],
                                 *[contrasts[c].T @ contrastive_text[s]
                                   for c in range(len(frames)) if c != b]]) / 0.1
-            sentences = torch.stack([
-                contrasts[b, :, best] @ contrastive_text[t] for t in range(len(text)) if t != s
-                and (video_of[t] != b or mmn.interval_iou(moments_sec[s], moments_sec[t]) < 0.5)
-            ]) / 0.1
+            sentences = torch.stack([chosen @ contrastive_text[t] for t in range(len(text))
+                                     if t != s and (video_of[t] != b or mmn.interval_iou(
+                                         moments_sec[s], moments_sec[t]) < 0.5)]) / 0.1
             contrastive_losses.append(sum(torch.cat([positive[None], rest]).logsumexp(0) - positive
                                           for rest in (others, sentences)))
     return torch.stack(overlap_losses).mean(), torch.stack(contrastive_losses).mean()
@@ -304,8 +293,7 @@ def one_step(published: bool, config: train.Config) -> tuple[Tensor, float, floa
 
 def bench_step(options: argparse.Namespace) -> list[dict]:
     """A training step of the retriever, forward and backward, at the setting of Charades-STA,
-    against MMN's published algorithm. Each in a process of its own, so that its memory is its
-    own."""
+    against MMN's published algorithm; each in a process, and so with a memory, of its own."""
     config, results = train.Config(dataset="charades"), []
     for published in (True, False):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -327,9 +315,7 @@ def bench_loader(options: argparse.Namespace) -> list[dict]:
     for it: `train.py` prints the share of the time as `data %`."""
     config = train.Config(dataset="charades")
     with tempfile.TemporaryDirectory() as folder:
-        made = {"clip": "random", "sha256": "", "resolution": 224, "frames": config.frames,
-                "patch_frames": 32, "width": 512, "patch_width": 512, "grid": 7,
-                "precision": "float32"}
+        made = video.made_by(random_vit_b32(), "random", "", config.frames, 32)
         store = video.FeatureStore(pathlib.Path(folder), made)
         x, patches = torch.randn(32, 512), torch.randn(32, 512, 7, 7)
         samples = []
@@ -386,8 +372,7 @@ def bench_nms(options: argparse.Namespace) -> list[dict]:
 
 
 def bench_search(options: argparse.Namespace) -> list[dict]:
-    """A sentence in an index of a million moments of random embeddings, J = 256, against reading
-    the index once from memory."""
+    """A sentence in an index of a million random moments, J = 256, against reading it all once."""
     rows, J, each = 1_000_000, 256, 136
     with tempfile.TemporaryDirectory() as folder:
         index, n = retrieve.Index.__new__(retrieve.Index), rows // each
@@ -415,9 +400,9 @@ def bench_search(options: argparse.Namespace) -> list[dict]:
         found = index.search(*q)
         moments = [torch.from_file(str(index.folder / name), False, n * each * J, dtype=torch.half)
                    .view(-1, J) for name in ("iou.f16", "contrastive.f16")]
+        parts = zip(*(x.split(1 << 16) for x in moments))
         best = max(float(mmn.fuse(torch.sigmoid(mmn.SCORE_SCALE * a.float() @ q[0]),
-                                  b.float() @ q[1]).max())
-                   for a, b in zip(*(x.split(1 << 16) for x in moments)))
+                                  b.float() @ q[1]).max()) for a, b in parts)
         same(torch.tensor(found[0][1].score), torch.tensor(best), "best moment of a search", 1e-6)
         reading = seconds_of(read)
         searching = seconds_of(lambda: index.search(*q))
@@ -533,10 +518,6 @@ def bench_video(options: argparse.Namespace) -> list[dict]:
 
 # -------------------------------------------------------------------------- training, both datasets
 
-SETTINGS = {    # videos and sentences of a training split (data.py prints them)
-    "charades": (5336, 12404), "activitynet": (10009, 37417), "shapes": (400, 1600)}
-
-
 def bench_train(options: argparse.Namespace) -> list[dict]:
     """Training steps with the text tower of ViT-B/32 on features of real shape: float32 (PyTorch's
     defaults, as in train.py), TF32 everywhere, and bfloat16, each plainly, channels last, and
@@ -546,7 +527,7 @@ def bench_train(options: argparse.Namespace) -> list[dict]:
     rows = []
     for name in options.settings.split(","):
         config = train.configure(dataset=name, device=str(device))
-        videos, sentences = SETTINGS[name]
+        videos, sentences = data.COUNTS[name]["train"] if name in data.COUNTS else (400, 1600)
         per_video = round(sentences / videos)
         losses = {}
         for precision in ("float32", "tf32", "bf16"):
@@ -557,16 +538,14 @@ def bench_train(options: argparse.Namespace) -> list[dict]:
                 seconds, gib, bound, losses[precision] = time_training(
                     config, precision, layout, per_video, device, options.steps)
                 what = f"train: {name}, {precision}, {layout}"
+                minutes = seconds * math.ceil(videos / config.batch) / 60
                 rows += [row(what, 1 / seconds, "steps/s", bound / seconds, "product bound"),
                          row(what, config.batch / seconds, "videos/s"),
-                         row(what, seconds * math.ceil(videos / config.batch) / 60, "min/epoch"),
-                         row(what, gib, "GiB")]
-        ours, reference = losses["bf16"], losses["float32"]
-        rows.append(row(f"train: {name}, loss after {options.steps} steps, float32",
-                        reference[-10:].mean().item(), ""))
-        rows.append(row(f"train: {name}, loss after {options.steps} steps, bf16",
-                        ours[-10:].mean().item(), "",
-                        ours[-10:].mean().item() / reference[-10:].mean().item(), "float32"))
+                         row(what, minutes, "min/epoch"), row(what, gib, "GiB")]
+        ours, reference = (losses[name][-10:].mean().item() for name in ("bf16", "float32"))
+        what = f"train: {name}, loss after {options.steps} steps,"
+        rows += [row(f"{what} float32", reference, ""),
+                 row(f"{what} bf16", ours, "", ours / reference, "float32")]
     return rows
 
 

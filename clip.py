@@ -46,8 +46,7 @@ import command
 MERGES = pathlib.Path(__file__).parent / "assets" / "bpe_simple_vocab_16e6.txt.gz"
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
-                     r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
-                     regex.IGNORECASE)
+                     r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
 @functools.cache
@@ -58,27 +57,24 @@ def byte_alphabet() -> dict[int, str]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
                  *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i,
-                                                      byte in enumerate(others)}
+    return {**{byte: chr(byte) for byte in printable},
+            **{byte: chr(256 + i) for i, byte in enumerate(others)}}
 
 
 @functools.cache
 def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
-    """(token -> id, pair -> rank): 256 bytes, the same at a word's end, 48,894 merges, 2 special
-    tokens."""
+    """(token -> id, pair -> rank): 256 bytes, each also at a word's end, 48,894 merges, 2 more."""
     lines = gzip.decompress(MERGES.read_bytes()).decode("utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines[1:49152 - 256 - 2 + 1]]
     letters = list(byte_alphabet().values())
-    tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair)
-                                                                  for pair in merges] + [START, END]
-    return {token: i for i, token in enumerate(tokens)}, {pair: rank for rank,
-                                                          pair in enumerate(merges)}
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), START, END]
+    return ({token: i for i, token in enumerate(tokens)},
+            {pair: rank for rank, pair in enumerate(merges)})
 
 
 @functools.lru_cache(maxsize=2 ** 18)
 def word_ids(word: str) -> tuple[int, ...]:
-    """Byte-pair encoding of one word: while any two neighbours are a known pair, merge the
-    best-ranked pair."""
+    """Byte-pair encoding of one word: of all neighbours that are a known pair, merge the best."""
     ids, ranks = vocabulary()
     if word in (START, END):
         return (ids[word],)
@@ -117,8 +113,8 @@ def decode(ids) -> str:
     """Text of token ids, special tokens included: the inverse of `encode` up to spaces and case."""
     tokens = list(vocabulary()[0])
     byte_of = {letter: byte for byte, letter in byte_alphabet().items()}
-    words = "".join(tokens[i] for i in ids).replace(START,
-                                                    " ").replace(END, " ").replace("</w>", " ")
+    words = regex.sub(f"{regex.escape(START)}|{regex.escape(END)}|</w>", " ",
+                      "".join(tokens[i] for i in ids))
     return b"".join(bytes([byte_of[c]]) if c in byte_of else c.encode()
                     for c in words).decode("utf-8", "replace")
 
@@ -136,8 +132,8 @@ def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = 
         if len(ids) > context_length:
             if not truncate:
                 raise ValueError(f"this sentence has {len(ids)} tokens and CLIP reads "
-                                 f"{context_length}; shorten it "
-                                 f"or pass truncate=True: {text[:60]!r}")
+                                 f"{context_length}; shorten it or pass truncate=True: "
+                                 f"{text[:60]!r}")
             ids = ids[:context_length - 1] + [end]
         result[row, :len(ids)] = torch.tensor(ids)
     return result
@@ -150,8 +146,7 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def crop(frames: Tensor, resolution: int) -> Tensor:
-    """uint8 [T, 3, h, w] RGB -> uint8 [T, 3, R, R]: short side to R (bicubic, antialiased), then
-    the centre."""
+    """uint8 [T, 3, h, w] RGB -> uint8 [T, 3, R, R]: short side to R (bicubic), then the centre."""
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
         raise ValueError(f"frames must be uint8 [T, 3, h, w], not {frames.dtype} "
                          f"{list(frames.shape)}")
@@ -179,8 +174,7 @@ def preprocess(frames: Tensor, resolution: int) -> Tensor:
 # ------------------------------------------------------------------------------------------- towers
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), which OpenAI's CLIP was trained with; plain GELU gives other
-    features."""
+    """x * sigmoid(1.702 x), OpenAI's CLIP was trained with it; GELU would give other features."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
@@ -192,8 +186,7 @@ class Attention(nn.MultiheadAttention):
     def forward(self, x: Tensor, causal: bool = False, hidden: Tensor | None = None) -> Tensor:
         B, L, C = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)       # [B, L, 3C]
-        q, k, v = qkv.view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1,
-                                                                4)  # each [B, heads, L, C/heads]
+        q, k, v = qkv.view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # [B, heads, L, *]
         # `hidden` [B, L] is added to what is looked at: 0, or a large negative number
         bias = None if hidden is None else hidden[:, None, None]
         x = F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal)
@@ -219,8 +212,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. Heads are 64 wide in every published CLIP; another number is kept in the
-    state dict."""
+    """A stack of blocks. Published heads are 64 wide; another number is kept in the state dict."""
 
     def __init__(self, width: int, layers: int, heads: int, activation: type[nn.Module]):
         super().__init__()
@@ -244,8 +236,8 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.resolution = resolution
         self.grid = resolution // 2 ** len(stem) // patch               # H = W
-        self.stem = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a,
-                                  b in zip((3, *stem), stem))
+        self.stem = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1)
+                                  for a, b in zip((3, *stem), stem))
         self.conv1 = nn.Conv2d(stem[-1] if stem else 3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(self.grid ** 2 + 1, width))
@@ -266,8 +258,7 @@ class VisionTransformer(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ResNet block whose stride is an average pool before the last convolution and before the
-    shortcut's."""
+    """ResNet block whose stride is an average pool, of the third convolution and the shortcut."""
 
     def __init__(self, channels: int, planes: int, stride: int):
         super().__init__()
@@ -313,8 +304,7 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """ResNet image tower: a stem of three convolutions, average pools instead of strides, attention
-    pooling."""
+    """ResNet image tower: three convolutions, average pools for strides, attention pooling."""
 
     def __init__(self, resolution: int, layers: tuple[int, ...], width: int, heads: int,
                  output: int):
@@ -336,8 +326,7 @@ class ModifiedResNet(nn.Module):
         self.attnpool = AttentionPool(self.grid, channels, heads, output)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 3, R, R] -> global feature [B, D] (attention pool), last feature map [B, D', H,
-        W]."""
+        """[B, 3, R, R] -> global feature [B, D] (attention pool), last map [B, D', H, W]."""
         x = F.relu(self.bn1(self.conv1(images)))
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
@@ -396,11 +385,10 @@ NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask") 
 
 
 def build_text(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> TextTower:
-    """The text tower alone, from a state dict with or without an image tower. float32, evaluation
-    mode."""
+    """The text tower alone, of a state dict with or without an image tower. As `build`."""
     state = {key: value for key, value in state.items()
              if not key.startswith("visual.") and key not in ("logit_scale", *NOT_WEIGHTS)}
-    return _fill(lambda: TextTower(*_text_sizes(state, activation)), state)
+    return fill(lambda: TextTower(*_text_sizes(state, activation)), state)
 
 
 def build(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> CLIP:
@@ -427,7 +415,7 @@ def build(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> 
         visual = functools.partial(VisionTransformer, grid * patch * 2 ** len(stem), patch, width,
                                    _count(known, "visual.transformer.resblocks."), heads, output,
                                    activation, stem)
-    return _fill(lambda: CLIP(visual(), *sizes), known)
+    return fill(lambda: CLIP(visual(), *sizes), known)
 
 
 def _text_sizes(state: dict[str, Tensor], activation: type[nn.Module]) -> tuple:
@@ -445,9 +433,9 @@ def _heads(state: dict[str, Tensor], key: str, width: int) -> int:
     return heads
 
 
-def _get(state: dict[str, Tensor], key: str) -> Tensor:
+def _get(state: dict[str, Tensor], key: str, what: str = "a CLIP") -> Tensor:
     if key not in state:
-        raise ValueError(f"these are not the weights of a CLIP: the key {key!r} is missing")
+        raise ValueError(f"these are not the weights of {what}: the key {key!r} is missing")
     return state[key]
 
 
@@ -456,43 +444,40 @@ def _count(state: dict[str, Tensor], prefix: str) -> int:
     return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
 
 
-def _fill(make, state: dict[str, Tensor]) -> nn.Module:
-    """The model that `make()` returns, with these weights as float32; one sentence for a missing,
-    unknown or misshapen key."""
+def fill(make, state: dict[str, Tensor], what: str = "a CLIP") -> nn.Module:
+    """The model that `make()` returns, with these weights as float32, in evaluation mode; one
+    sentence for a missing, unknown or misshapen key."""
     with torch.device("meta"):              # shapes without memory, until they are known to agree
         expected = make().state_dict()
     for key, value in expected.items():
         if key.endswith("num_batches_tracked"):
             state.setdefault(key, torch.tensor(0))
-        elif _get(state, key).shape != value.shape:
-            raise ValueError(f"these are not the weights of a CLIP: {key!r} has shape "
-                             f"{list(state[key].shape)} " f"where {list(value.shape)} belongs")
+        elif _get(state, key, what).shape != value.shape:
+            raise ValueError(f"these are not the weights of {what}: {key!r} has shape "
+                             f"{list(state[key].shape)} where {list(value.shape)} belongs")
     unknown = [key for key in state if key not in expected]
     if unknown:
-        raise ValueError(f"these are not the weights of a CLIP: the key {unknown[0]!r} is unknown")
+        raise ValueError(f"these are not the weights of {what}: the key {unknown[0]!r} is unknown")
     model = make()
-    model.load_state_dict({key: value.float() if value.is_floating_point() else value for key,
-                           value in state.items()})
+    model.load_state_dict({key: value.float() if value.is_floating_point() else value
+                           for key, value in state.items()})
     return model.eval()
 
 
 def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights under OpenAI's names (a Hugging Face `CLIPModel` state dict in; ViT image
-    towers only)."""
-    names = {"text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    """The same weights under OpenAI's names (those of a Hugging Face `CLIPModel`, a ViT)."""
+    parts = {"text_model.embeddings.token_embedding.": "token_embedding.",
              "text_model.embeddings.position_embedding.weight": "positional_embedding",
              "vision_model.embeddings.class_embedding": "visual.class_embedding",
-             "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
+             "vision_model.embeddings.patch_embedding.": "visual.conv1.",
              "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-             "logit_scale": "logit_scale"}
-    parts = {"text_model.final_layer_norm.": "ln_final.",
+             "text_model.final_layer_norm.": "ln_final.",
              "vision_model.pre_layrnorm.": "visual.ln_pre.",
              "vision_model.post_layernorm.": "visual.ln_post.",
              "text_model.encoder.layers.": "transformer.resblocks.",
              "vision_model.encoder.layers.": "visual.transformer.resblocks.",
-             ".layer_norm1.": ".ln_1.",
-             ".layer_norm2.": ".ln_2.", ".mlp.fc1.": ".mlp.c_fc.", ".mlp.fc2.": ".mlp.c_proj.",
-             ".self_attn.out_proj.": ".attn.out_proj."}
+             ".layer_norm1.": ".ln_1.", ".layer_norm2.": ".ln_2.", ".mlp.fc1.": ".mlp.c_fc.",
+             ".mlp.fc2.": ".mlp.c_proj.", ".self_attn.out_proj.": ".attn.out_proj."}
     result = {}
     for key, value in state.items():
         if key.endswith("position_ids"):
@@ -502,7 +487,7 @@ def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         if ".self_attn.k_proj." in key or ".self_attn.v_proj." in key:
             continue                                                    # joined below with q_proj
-        new = names.get(key, key)
+        new = key
         for old_part, new_part in parts.items():
             new = new.replace(old_part, new_part)
         if ".self_attn.q_proj." in key:
@@ -514,18 +499,9 @@ def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 SILENCE_SEC = 60                                        # a server that sends nothing for so long
 ADDRESS = "https://openaipublic.azureedge.net/clip/models"
-PUBLISHED = {  # name: (sha256 of the file, which is also in its address; file name)
-    "RN50": ("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762", "RN50.pt"),
-    "RN101": ("8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599", "RN101.pt"),
-    "RN50x4": ("7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd", "RN50x4.pt"),
-    "RN50x16": ("52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa", "RN50x16.pt"),
-    "RN50x64": ("be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c", "RN50x64.pt"),
-    "ViT-B/32": ("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", "ViT-B-32.pt"),
-    "ViT-B/16": ("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", "ViT-B-16.pt"),
-    "ViT-L/14": ("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", "ViT-L-14.pt"),
-    "ViT-L/14@336px": ("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
-                       "ViT-L-14-336px.pt"),
-}
+# lines "name, SHA-256 of the file (which is also in its address), file name"
+PUBLISHED = {name: (digest, file) for name, digest, file in map(
+    str.split, (pathlib.Path(__file__).parent / "assets" / "clip.txt").read_text().splitlines())}
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -537,8 +513,7 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def download(name: str, folder: str | os.PathLike | None = None) -> pathlib.Path:
-    """The file of a published model, fetched into `folder` (~/.cache/clip) unless it is there and
-    verified."""
+    """The file of a published model, verified; fetched into `folder` (~/.cache/clip) if need be."""
     digest, file_name = PUBLISHED[name]
     folder = pathlib.Path(folder or "~/.cache/clip").expanduser()
     return fetch(f"{ADDRESS}/{digest}/{file_name}", digest, folder / file_name)
@@ -548,8 +523,7 @@ def fetch(address: str, digest: str, path: pathlib.Path) -> pathlib.Path:
     """The file `path`, fetched from `address` unless it is there with this SHA-256.
 
     A broken download is continued by the next call. The file gets its name only when its SHA-256 is
-    right. Raises RuntimeError with the address and the place to put the file by hand when it cannot
-    be fetched."""
+    right. RuntimeError, with the address and the place for the file, when it cannot be fetched."""
     part = path.with_name(path.name + ".part")
     if path.exists() and sha256(path) == digest:
         return path
@@ -563,9 +537,9 @@ def fetch(address: str, digest: str, path: pathlib.Path) -> pathlib.Path:
                 if reply.status != 206:                 # the server sends the file from its start
                     done = 0
                 total = done + int(reply.headers.get("Content-Length", 0))
-                with open(part, "ab" if done else "wb") as file, \
-                        tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=path.name,
-                             disable=None) as bar:
+                with open(part, "ab" if done else "wb") as file, tqdm(
+                        total=total, initial=done, unit="B", unit_scale=True, desc=path.name,
+                        disable=None) as bar:
                     while chunk := reply.read(1 << 20):
                         file.write(chunk)
                         bar.update(len(chunk))
@@ -615,8 +589,7 @@ def read_torch(path: str | os.PathLike) -> object:
     except OSError:
         raise
     except Exception as error:  # torch raises a dozen kinds for a damaged or a hostile file
-        raise ValueError(f"{path} is not a file of weights: {type(error).__name__} "
-                         f"{str(error).splitlines()[0] if str(error) else ''}") from error
+        raise ValueError(f"{path} is not a file of weights: {command.told(error)}") from error
     return content
 
 
@@ -640,8 +613,7 @@ def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is neither a weight file nor the name of a published "
                                 f"CLIP: {', '.join(PUBLISHED)}")
-    if zipfile.is_zipfile(path) and any("/code/" in name
-                                        for name in zipfile.ZipFile(path).namelist()):
+    if zipfile.is_zipfile(path) and any("/code/" in n for n in zipfile.ZipFile(path).namelist()):
         if sha256(path) not in {digest for digest, _ in PUBLISHED.values()}:
             raise ValueError(f"{path} is a TorchScript archive, which holds code, and its SHA-256 "
                              f"is not that of a published CLIP; save its state dict with "
@@ -651,19 +623,17 @@ def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state,
-                      dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} holds no state dict (a dictionary of tensors)")
     state = {key.removeprefix("module."): value for key, value in state.items()}
-    return from_hugging_face(state) if any(key.startswith("text_model.")
-                                           for key in state) else state
+    hugging_face = any(key.startswith("text_model.") for key in state)
+    return from_hugging_face(state) if hugging_face else state
 
 
 def load(name_or_path: str | os.PathLike, device: str | torch.device = "cpu",
          activation: type[nn.Module] = QuickGELU) -> CLIP:
-    """A CLIP in float32 and evaluation mode: a published model by name (fetched once), or a file of
-    weights (OpenAI's archive, a plain or open_clip state dict, Hugging Face's
-    pytorch_model.bin)."""
+    """A CLIP in float32 and evaluation mode: a published name (fetched once), or a file of weights
+    (OpenAI's archive, a plain or open_clip state dict, Hugging Face's pytorch_model.bin)."""
     return build(read_state(name_or_path), activation).to(device)
 
 

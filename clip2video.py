@@ -43,12 +43,12 @@ from tqdm import tqdm, trange
 import clip
 import command
 import data
+import evaluate
 import shapes
 import train as trainer
 import video
 
 HERE = pathlib.Path(__file__).parent
-TEMPORAL = ("mean", "transformer", "tdb")       # of the global vector
 VARIANTS = {"mean": ("mean", False), "transformer": ("transformer", False), "tdb": ("tdb", False),
             "tab": ("transformer", True), "both": ("tdb", True)}
 DATASETS = ("msrvtt", "msvd", "vatex")
@@ -146,25 +146,22 @@ class CLIP2Video(nn.Module):
         if not mask.any(1).all():
             raise ValueError("a video has no frame; leave it out")
         frames = frames * mask[..., None]                               # whatever padding holds
-        if self.temporal == "mean":
-            x = frames
-        elif self.temporal == "transformer":
-            x = self.transformer(frames + self.places[:frames.shape[1]], mask) + frames
-        else:
-            tokens, present = self.difference(frames, mask)             # [B, 2L-1, D]
-            x = self.transformer(tokens, present)[:, 0::2] + frames     # differences: context only
-        overall = masked_mean(F.normalize(x, dim=2), mask)              # [B, D]
+        x = frames if self.temporal == "mean" else self.in_time(self.transformer, frames, mask)
+        overall = F.normalize(masked_mean(F.normalize(x, dim=2), mask), dim=1)  # [B, D]
         if not self.align:
-            return F.normalize(overall, dim=1), None
+            return overall, None
         # a lower frame rate; [code] numbers its places from 0 again
         half, half_mask = frames[:, 0::2], mask[:, 0::2]                # [B, L/2, D]
-        if self.temporal == "tdb":
-            tokens, present = self.difference(half, half_mask)
-            coarse = self.coarse(tokens, present)[:, 0::2] + half       # [B, L/2, D]
-        else:
-            coarse = self.coarse(half + self.places[:half.shape[1]], half_mask) + half
-        return F.normalize(overall, dim=1), self.aggregate(
-            torch.cat([frames, coarse], 1), torch.cat([mask, half_mask], 1))
+        coarse = self.in_time(self.coarse, half, half_mask)
+        return overall, self.aggregate(torch.cat([frames, coarse], 1),
+                                       torch.cat([mask, half_mask], 1))
+
+    def in_time(self, transformer: Transformer, frames: Tensor, mask: Tensor) -> Tensor:
+        """Frames that have seen each other, and with TDB what changes between them: [B, L, D]."""
+        if self.temporal == "transformer":
+            return transformer(frames + self.places[:frames.shape[1]], mask) + frames
+        tokens, present = self.difference(frames, mask)                 # [B, 2L-1, D]
+        return transformer(tokens, present)[:, 0::2] + frames           # differences: context only
 
     def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """Token ids [B, W], padded with 0 -> unit vectors t_g (of the end token), t_a [B, D]."""
@@ -282,8 +279,8 @@ def read_split(config: "Config", split: str, root: str, allow_missing: bool = Fa
                         ("stride", config.stride)):
         if store.manifest.get(name) != value:
             raise ValueError(f"the features in {store.folder} were made with {name} "
-                             f"{store.manifest.get(name)!r}, not {value!r}; remove that folder to "
-                             f"make them anew")
+                             f"{store.manifest.get(name)!r}, not {value!r}; remove it to make "
+                             f"them anew")
     missing = [name for name in captions if name not in store]
     if missing and not allow_missing:
         raise FileNotFoundError(f"{len(missing)} of {len(captions)} videos of {split} have no "
@@ -298,8 +295,7 @@ def read_split(config: "Config", split: str, root: str, allow_missing: bool = Fa
 
 
 def sample_times(config: "Config", duration_sec: float) -> np.ndarray:
-    """Where a video is looked at: `frame_times`, or with a stride of 0 the centres of equal
-    parts."""
+    """Where a video is looked at: `frame_times`; with a stride of 0, centres of equal parts."""
     if not config.stride:
         return video.frame_centres(duration_sec, config.frames)
     return frame_times(duration_sec, config.frames, config.stride)
@@ -350,9 +346,9 @@ def read_msvd(folder: pathlib.Path) -> dict[str, dict[str, list[str]]]:
     with open(folder / "raw-captions.pkl", "rb") as file:
         captions = {name: [" ".join(words) for words in sentences]
                     for name, sentences in Plain(file).load().items()}
-    return {split: {name: captions[name]
-                    for name in (folder / f"{split}_list.txt").read_text().split()}
-            for split in ("train", "val", "test")}
+    names = {split: (folder / f"{split}_list.txt").read_text().split()
+             for split in ("train", "val", "test")}
+    return {split: {name: captions[name] for name in part} for split, part in names.items()}
 
 
 def read_vatex(folder: pathlib.Path) -> dict[str, dict[str, list[str]]]:
@@ -387,12 +383,10 @@ def prepare(dataset: str, folder: str, videos: str, options: argparse.Namespace)
                              f"{min(shared)}")
     if not splits.get("val"):
         # DEVIATION: MSR-VTT 9k has no validation split; a seeded tenth of its training videos
-        names = sorted(splits["train"])
-        held = set(random.Random(0).sample(names, max(1, len(names) // 10)))
+        held = data.held_out(splits["train"])
         splits["val"] = {k: v for k, v in splits["train"].items() if k in held}
         splits["train"] = {k: v for k, v in splits["train"].items() if k not in held}
-    config = Config(**{"dataset": dataset, **preset(dataset),
-                       **({"clip": options.clip} if options.clip else {})})
+    config = configure(dataset=dataset, **({"clip": options.clip} if options.clip else {}))
     files, failed = data.find_files(videos, data.VIDEOS), {}
     if not files:
         raise FileNotFoundError(f"{videos} holds no video")
@@ -469,16 +463,14 @@ def describe(events: list[dict]) -> str:
 
 
 def altered(events: list[dict]) -> dict[str, str]:
-    """The caption with every verb turned into its opposite, and with the events in the other
-    order."""
+    """The caption with every verb turned into its opposite, and with the events' order turned."""
     turned = [{**e, "word": shapes.VERBS[OPPOSITE[e["verb"]]][
         shapes.VERBS[e["verb"]].index(e["word"])]} for e in events]
     return {"direction": describe(turned), "order": describe(events[::-1])}
 
 
 def build_shapes(config: "Config") -> None:
-    """<root>/<dataset>-videos: captions, altered captions and features of whole videos, by the
-    small CLIP of the shapes world `dataset`."""
+    """<root>/<dataset>-videos: captions, altered ones, and features by the world's small CLIP."""
     dataset, root = config.dataset, config.root
     shapes.build(dataset, root)
     target = pathlib.Path(root) / f"{dataset}-videos"
@@ -506,8 +498,7 @@ def build_shapes(config: "Config") -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All there is to choose. Defaults: MSR-VTT 9k, with the training of CLIP4Clip, on which it
-    builds."""
+    """All there is to choose. Defaults: MSR-VTT 9k, and CLIP4Clip's training, as published."""
     dataset: str = option("shapes", "shapes, shapes-1, ..., msrvtt, msvd or vatex")
     variant: str = option("both", "which blocks there are", tuple(VARIANTS))
     seed: int = option(42, "of weights and of the order of videos")
@@ -557,6 +548,11 @@ def preset(dataset: str) -> dict:
     return PRESETS[family] | ({"clip": dataset} if family == "shapes" else {})
 
 
+def configure(**given) -> Config:
+    """What is given; else the preset of the dataset; else the defaults."""
+    return Config(**preset(given.get("dataset", "shapes")) | given)
+
+
 def build(config: Config) -> CLIP2Video:
     state = clip.read_state(data.clip_file(config.clip, config.root))
     scale = float(state.get("logit_scale", math.log(100)))
@@ -579,8 +575,7 @@ def vectors(model: CLIP2Video, part: Split, config: Config, device: torch.device
 
 
 def train(config: Config, resume: bool = False) -> dict:
-    """Trains on `train`, keeps the epoch with the best text-to-video R@1 on `val`, and returns the
-    metrics of `test`."""
+    """Trains on `train`, keeps the epoch best in text-to-video R@1 on `val`; metrics of `test`."""
     with command.locked(config.folder, resume):
         if config.dataset.startswith("shapes"):
             build_shapes(config)
@@ -611,10 +606,7 @@ def loop(config: Config, resume: bool, signals: command.Signals) -> dict:
     history, first, digest = [], 0, parts["train"].store.manifest["sha256"]
     if resume and (folder / "last.pt").exists():
         saved = clip.read_torch(folder / "last.pt")
-        if saved["config"] != dataclasses.asdict(config) | {
-                name: saved["config"].get(name) for name in ("device", "root", "out")}:
-            raise ValueError(f"{folder} holds a run with another configuration; resume it with "
-                             f"its own settings, or choose another --out")
+        trainer.same_configuration(saved["config"], config)
         model.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
         history, first = saved["history"], saved["epoch"]
@@ -686,8 +678,8 @@ def load(path: str | pathlib.Path, root: str | None = None) -> tuple[CLIP2Video,
                            config.layers)
         model.load_state_dict(saved["model"])
     except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a checkpoint of clip2video.py: {type(error).__name__} "
-                         f"{str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is not a checkpoint of clip2video.py: "
+                         f"{command.told(error)}") from error
     return model.eval(), config
 
 
@@ -695,8 +687,7 @@ def load(path: str | pathlib.Path, root: str | None = None) -> tuple[CLIP2Video,
 def evaluate_checkpoint(path: str | pathlib.Path, root: str | None, device: torch.device,
                         split: str = "test", allow_missing: bool | None = None) -> dict:
     """Metrics on the videos of a split; in the shapes world also how often a video prefers its
-    caption to one that differs only in the direction, or in the order, of what happens (chance:
-    50)."""
+    caption to one that differs only in the direction, or the order, of events (chance: 50)."""
     model, config = load(path, root)
     allow_missing = config.allow_missing if allow_missing is None else allow_missing
     model, part = model.to(device), read_split(config, split, config.root, allow_missing)
@@ -724,16 +715,13 @@ def ablation(seeds: int, root: str, device: str, only_kept: bool = False) -> dic
     for variant in VARIANTS:
         for seed in range(seeds):
             world = f"shapes-{seed}" if seed else "shapes"
-            config = Config(**{"dataset": world, **preset(world), "variant": variant, "seed": seed,
-                               "root": root, "device": device,
-                               "out": f"runs/clip2video/{world}-{variant}"})
+            config = configure(dataset=world, variant=variant, seed=seed, root=root, device=device)
             path = HERE / "results" / "clip2video" / f"{variant}-{seed}.json"
             kept = {k: v for k, v in dataclasses.asdict(config).items()
                     if k not in ("root", "device", "out")}
-            same = path.exists() and json.loads(path.read_text())["config"] == kept
-            if not same and only_kept:
-                continue
-            if not same:
+            if not path.exists() or json.loads(path.read_text())["config"] != kept:
+                if only_kept:
+                    continue
                 started = time.time()
                 results = train(config, resume=config.folder.exists())
                 content = {"config": kept, "results": results, "versions": trainer.versions(),
@@ -748,14 +736,10 @@ def ablation_table(found: dict[str, list[dict]]) -> str:
     names = {"mean": "mean pooling", "transformer": "temporal transformer", "tdb": "+ TDB",
              "tab": "+ TAB", "both": "+ TDB + TAB"}
     columns = ("t2v R@1", "t2v R@5", "t2v MedR", "v2t R@1", "direction told, %", "order told, %")
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for variant, results in found.items():
-        cells = [[r[column] for r in results] for column in columns]
-        lines.append(f"| {names[variant]} | " + " | ".join(
-            f"{np.mean(v):.1f}" + (f" ± {np.std(v, ddof=1):.1f}" if len(v) > 1 else "")
-            for v in cells) + " |")
+    rows = [[names[variant], *(evaluate.mean_and_deviation([r[column] for r in results])
+                               for column in columns)] for variant, results in found.items()]
     counts = sorted({len(results) for results in found.values()})
-    return "\n".join(lines) + f"\n\n{' to '.join(map(str, counts))} seeds."
+    return (f"{evaluate.markdown(['', *columns], rows)}\n\n{' to '.join(map(str, counts))} seeds.")
 
 
 # ------------------------------------------------------------------------------- a folder of videos
@@ -764,7 +748,7 @@ def update_index(checkpoint: str, folder: str, out: str | pathlib.Path, device: 
                  root: str | None = None) -> dict[str, str]:
     """Brings <out>/clip2video.npz in step with a folder of videos: names [V], joined vectors
     [V, 2D], size and time of change of each file [V, 2]. What is new or changed is read, what is
-    gone is dropped; kept once a minute. Returns file -> reason for those that cannot be read."""
+    gone is dropped; kept once a minute. Tells and returns file -> reason of what is unreadable."""
     model, config = load(checkpoint, root)
     files = data.video_files(folder)
     if not files:
@@ -794,6 +778,7 @@ def update_index(checkpoint: str, folder: str, out: str | pathlib.Path, device: 
         except video.VideoError as error:
             known.pop(name, None)
             failed[name] = str(error)
+            tqdm.write(command.printable(f"failed: {name}: {error}"))
         if time.monotonic() - saved > 60:
             save_vectors(out, checkpoint, known)
             saved = time.monotonic()
@@ -901,9 +886,8 @@ def run(options: argparse.Namespace) -> None:
     device = data.pick_device(options.device)
     if options.command == "train":
         given = {k: v for k, v in vars(options).items() if k not in ("command", "resume")}
-        dataset = given.get("dataset", "shapes")
-        config = Config(**{"dataset": dataset, **preset(dataset), **given})
-        print("  ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items() if v != ""))
+        config = configure(**given)
+        print(command.settings(config))
         print(table(train(config, options.resume)))
     elif options.command == "prepare":
         prepare(options.dataset, options.annotations, options.videos, options)
@@ -916,18 +900,14 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError("--seeds is at least 1")
         print(ablation_table(ablation(options.seeds, options.root, options.device)))
     elif options.command == "index":
-        failed = update_index(options.checkpoint, options.folder, options.out, device, options.root)
-        for name, reason in failed.items():
-            print(command.printable(f"failed: {name}: {reason}"))
+        update_index(options.checkpoint, options.folder, options.out, device, options.root)
     else:
         folder = options.index
         if options.checkpoint:
             both = f"{pathlib.Path(folder).resolve()}\n{clip.sha256(options.checkpoint)}"
             place = hashlib.sha256(both.encode()).hexdigest()[:16]
             folder = pathlib.Path("~/.cache/clip2video").expanduser() / place
-            for name, reason in update_index(options.checkpoint, options.index, folder, device,
-                                             options.root).items():
-                print(command.printable(f"failed: {name}: {reason}"))
+            update_index(options.checkpoint, options.index, folder, device, options.root)
         ranker = Ranker(folder, device, options.root)
         for sentence, found in zip(options.sentences, ranker.best(options.sentences, options.top)):
             print(f"\"{command.printable(sentence)}\"")

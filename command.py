@@ -14,6 +14,7 @@ import os
 import pathlib
 import signal
 import sys
+import textwrap
 import traceback
 
 try:
@@ -32,6 +33,14 @@ def printable(text: str, but: str = "") -> str:
     name, must not steer a terminal."""
     return "".join(c if c.isprintable() or c in but else c.encode("unicode_escape").decode()
                    for c in text)
+
+
+def aligned(heads: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A table as text: the first `left` columns begin at one place, the others end at one."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows)]
+    return "\n".join("  ".join(cell.ljust(width) if i < left else cell.rjust(width)
+                               for i, (cell, width) in enumerate(zip(line, widths))).rstrip()
+                     for line in (heads, *rows))
 
 
 # ----------------------------------------------------------------------------------------- options
@@ -56,9 +65,15 @@ def option(default, text: str, choices: tuple[str, ...] = (), least: int | None 
            only: str = ""):
     """A field of a Config: its default, what --help says, what it may be, and which values of
     another field it is read with, if not all ("method vdi")."""
+    text = f"{text} [{only} only]" if only else text
     return dataclasses.field(default=default, metadata={
-        "help": f"{text} [{only} only]" if only else text, "choices": choices, "least": least,
-        "only": only})
+        "help": text, "choices": choices, "least": least, "only": only})
+
+
+def settings(config) -> str:
+    """Every field of a Config that is not empty, in lines of 100 columns."""
+    shown = (f"{name}={value}" for name, value in dataclasses.asdict(config).items() if value != "")
+    return textwrap.fill("  ".join(shown), 100, break_long_words=False, break_on_hyphens=False)
 
 
 def check_options(config) -> None:
@@ -111,8 +126,7 @@ class Stopped(SystemExit):
 
 @contextlib.contextmanager
 def sentences():
-    """Around all that a command does: turns what is raised into one sentence on stderr and an exit
-    status."""
+    """Around all that a command does: what is raised becomes a sentence on stderr and a status."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):      # a letter that the terminal has not is escaped
             stream.reconfigure(errors="backslashreplace")
@@ -136,11 +150,11 @@ def sentences():
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":          # torch's, of a GPU
             _leave(f"error: the GPU's memory is too small; lower --batch, or for features and "
-                   f"training see --precision and --bf16 ({first_line(error)})", 2)
+                   f"training see --precision and --bf16 ({told(error)})", 2)
         if "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
             _leave("error: another process of torchrun has stopped; its message says why", 2)
         if "can't allocate memory" in str(error):               # torch's, of a CPU
-            _leave(f"error: the memory is too small; lower --batch ({first_line(error)})", 2)
+            _leave(f"error: the memory is too small; lower --batch ({told(error)})", 2)
         place = traceback.extract_tb(error.__traceback__)[-1]
         if type(error) is RuntimeError and not place.line.startswith("raise "):
             beneath = error                     # torch hides a full disk behind an error of its own
@@ -159,12 +173,13 @@ def sentences():
 
 def unexpected(error: BaseException) -> str:
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return (f"error: this should not have happened, please report it: {type(error).__name__}: "
-            f"{first_line(error)} ({os.path.basename(place.filename)}, line {place.lineno})")
+    return (f"error: this should not have happened, please report it: {told(error)} "
+            f"({os.path.basename(place.filename)}, line {place.lineno})")
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def told(error: BaseException) -> str:
+    """The kind of an error, and the first line of what it says."""
+    return f"{type(error).__name__} {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _stop(number: int, frame) -> None:
@@ -207,8 +222,7 @@ class Signals:
 
 
 def save(path: str | os.PathLike, content) -> None:
-    """A file that is there whole or not at all. content: a text, bytes, or what writes into a
-    binary file."""
+    """A file that is there whole or not at all. content: text, bytes, or what writes it."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -228,8 +242,7 @@ def save(path: str | os.PathLike, content) -> None:
 @contextlib.contextmanager
 def locked(folder: pathlib.Path, resume: bool):
     """The folder of a run. FileExistsError for one that holds a run already, unless that is to be
-    resumed; and for the second of two processes that write into it. The lock ends with its process,
-    however that ends."""
+    resumed; and for the second of two processes that write into it. It ends with its process."""
     if not resume and folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
         raise FileExistsError(f"{folder} holds a run already; continue it with --resume, or "
                               f"choose another --out")

@@ -6,11 +6,9 @@
     python data.py check                                        # are the features in order?
 
 A dataset is a folder below the root (`data/`): annotations in their published form, and features
-made by video.py. Every annotation becomes a Sample. Times are seconds, a moment is [start_sec,
-end_sec).
+made by video.py. Every annotation becomes a Sample. A moment is [start_sec, end_sec).
 
-A batch is B videos with all their sentences, flattened: sentence s belongs to video `video_of[s]`
-of the batch.
+A batch is B videos with all their sentences, flattened: sentence s is of its video `video_of[s]`.
 
 Shapes: B videos, S sentences in the batch, T frames, N clips, D width of CLIP's joint space.
 """
@@ -49,8 +47,7 @@ class Sample(NamedTuple):
 
 
 class Cleaned(NamedTuple):
-    """What `clean` had to do: moments that ended after their video, and moments that were empty
-    then."""
+    """What `clean` did: moments that ended after their video, and those that were empty then."""
     clamped: int
     dropped: int
 
@@ -59,19 +56,13 @@ class Cleaned(NamedTuple):
 
 # dataset -> split -> the names its file goes by; the first that exists is read
 FILES = {
-    "charades": {"train": ("charades_sta_train.txt", "charades_train.json",
-                           "charades_sta_train_tvr_format.jsonl"),
-                 "test": ("charades_sta_test.txt", "charades_test.json",
-                          "charades_sta_test_tvr_format.jsonl")},
-    "charades-cg": {"train": ("train.json",), "novel-word": ("novel_word.json",),
-                    "novel-composition": ("novel_composition.json",),
-                    "trivial": ("test_trivial.json",)},
+    "charades": {split: (f"charades_sta_{split}.txt", f"charades_{split}.json",
+                         f"charades_sta_{split}_tvr_format.jsonl") for split in ("train", "test")},
     "activitynet": {"train": ("train.json",), "val": ("val_1.json", "val.json"),
                     "test": ("val_2.json", "test.json")},
-    "activitynet-cg": {"train": ("train.json",), "novel-word": ("novel_word.json",),
-                       "novel-composition": ("novel_composition.json",),
-                       "trivial": ("test_trivial.json",)},
-}
+    **dict.fromkeys(("charades-cg", "activitynet-cg"), {
+        "train": ("train.json",), "novel-word": ("novel_word.json",),
+        "novel-composition": ("novel_composition.json",), "trivial": ("test_trivial.json",)})}
 FOLDERS = {"charades": ("Charades-STA", "Charades_STA"), "charades-cg": ("Charades-CG",),
            "activitynet": ("ActivityNet",), "activitynet-cg": ("ActivityNet_CG", "ActivityNet-CG")}
 CSV = ("Charades_v1_train.csv", "Charades_v1_test.csv")                 # durations of Charades
@@ -112,36 +103,43 @@ def read_annotations(dataset: str, split: str, root: str | os.PathLike) -> list[
     """The cleaned samples of a split. Of Charades-STA, and of the two compositional datasets, which
     publish no validation split, `val` is a tenth of the training videos (`held_out`); `train` is
     everything published. Splits novel-word, novel-composition and trivial of charades and
-    activitynet are those of charades-cg and activitynet-cg, whose training split is what belongs to
-    them (train-cg)."""
+    activitynet are those of charades-cg and activitynet-cg, whose training split is train-cg."""
     if dataset in ("charades", "activitynet") and split in ("novel-word", "novel-composition",
                                                             "trivial", "train-cg"):
         dataset, split = f"{dataset}-cg", "train" if split == "train-cg" else split
     if dataset in FILES and split == "val" and "val" not in FILES[dataset]:
-        return held_out(read_annotations(dataset, "train", root))
+        train = read_annotations(dataset, "train", root)
+        chosen = held_out(sample.video for sample in train)
+        return [sample for sample in train if sample.video in chosen]
     return clean(read_file(annotation_file(dataset, split, root)))[0]
 
 
-def held_out(train: list[Sample]) -> list[Sample]:
-    """The samples of a tenth of the training videos, the same tenth always."""
+def held_out(videos) -> set[str]:
+    """A tenth of the training videos, the same tenth always."""
     # UNSPECIFIED: the paper stops early on a validation set that Charades-STA does not have
-    videos = sorted({sample.video for sample in train})
-    chosen = set(random.Random(0).sample(videos, max(1, len(videos) // 10)))
-    return [sample for sample in train if sample.video in chosen]
+    names = sorted(set(videos))
+    return set(random.Random(0).sample(names, max(1, len(names) // 10)))
 
 
 def read_file(path: str | os.PathLike) -> list[Sample]:
     """An annotation file as it is published, by its form: Charades-STA text, the json of 2D-TAN,
-    MMN and the compositional splits, or QVHighlights jsonl. A duration of nan means that the file
-    does not tell."""
+    MMN and the compositional splits, or QVHighlights jsonl. A duration it does not tell is nan."""
     path = pathlib.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no annotation file {path}")
-    read = {".txt": read_charades, ".jsonl": read_jsonl}.get(path.suffix, read_json)
+    return {".txt": read_charades, ".jsonl": read_jsonl}.get(path.suffix, read_json)(path)
+
+
+def read_text(path: pathlib.Path) -> str:
     try:
-        return read(path)
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8") from error
+
+
+def numbered_lines(path: pathlib.Path) -> list[tuple[int, str]]:
+    """(number from 1, line) of all lines that are not empty."""
+    return [(i, line) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
 
 
 def read_charades(path: pathlib.Path) -> list[Sample]:
@@ -163,8 +161,7 @@ def read_charades(path: pathlib.Path) -> list[Sample]:
         name, start, end = place.split()
         return [to_sample(name, sentence, (start, end), durations_sec[name])]
 
-    lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
-    return read_lines(path, ((i, line) for i, line in lines if line.strip()), sample)
+    return read_lines(path, numbered_lines(path), sample)
 
 
 def read_jsonl(path: pathlib.Path) -> list[Sample]:
@@ -180,14 +177,13 @@ def read_jsonl(path: pathlib.Path) -> list[Sample]:
                 raise ValueError(f"[{sample.start_sec}, {sample.end_sec}] ends before it begins")
         return found
 
-    lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
-    return read_lines(path, ((i, line) for i, line in lines if line.strip()), samples)
+    return read_lines(path, numbered_lines(path), samples)
 
 
 def read_json(path: pathlib.Path) -> list[Sample]:
     """2D-TAN's and MMN's form, {video: {"duration", "timestamps", "sentences"}}, as ActivityNet and
     the compositional splits are published."""
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     try:
         videos = json.loads(text).items()
     except (ValueError, AttributeError, RecursionError) as error:
@@ -231,8 +227,7 @@ def read_lines(path: pathlib.Path, lines, read) -> list[Sample]:
 
 
 def clean(samples: list[Sample]) -> tuple[list[Sample], Cleaned]:
-    """Clamps moments to [0, duration] and drops those that are empty then. The only place where
-    this happens."""
+    """Clamps moments to [0, duration] and drops those that are empty then. No other place does."""
     kept, clamped = [], 0
     for sample in samples:
         limit = sample.duration_sec if sample.duration_sec == sample.duration_sec else float("inf")
@@ -255,8 +250,7 @@ def install(dataset: str, root: str | os.PathLike, folder: str | os.PathLike | N
             direct: bool = True) -> None:
     """Puts the published annotations of a dataset below the root: a copy of what lies in `folder`
     (in a folder of the dataset's name in it, or if `direct` in itself), under any published name;
-    without a folder, what is missing is fetched. Nothing is installed whose counts are not the
-    published ones."""
+    without a folder, what is missing is fetched. Other counts than the published are refused."""
     target = pathlib.Path(root) / dataset
     if folder is None:
         sources = {file: rest for file, *rest in map(str.split, SOURCES.read_text().splitlines())}
@@ -298,9 +292,7 @@ def check_counts(dataset: str, split: str, samples: list[Sample], path: pathlib.
 def describe(dataset: str, root: str | os.PathLike) -> str:
     """The counts of Sec. 4.1.1 as a table, a line a split; ValueError where a published count is
     missed. A video that two splits hold counts twice, as in the paper."""
-    lines = ["dataset         split              videos  queries   video  moment    moments  "
-             "moments  moments\n" + " " * 53 + "sec     sec  per video  clamped  dropped"]
-    total = np.zeros(6)
+    parts = {}
     for split in splits(dataset, root):
         path = annotation_file(dataset, split, root)
         if not path.exists():
@@ -309,20 +301,16 @@ def describe(dataset: str, root: str | os.PathLike) -> str:
         if dataset in COUNTS:
             check_counts(dataset, split, samples, path)
         durations_sec = {sample.video: sample.duration_sec for sample in samples}
-        row = np.array([len(durations_sec), len(samples), sum(durations_sec.values()),
-                        sum(s.end_sec - s.start_sec for s in samples), *cleaned])
-        total += row
-        lines.append(statistics_line(dataset, split, row))
-    if len(lines) > 2:
-        lines.append(statistics_line(dataset, "all", total))
-    return "\n".join(lines) if len(lines) > 1 else ""
-
-
-def statistics_line(dataset: str, split: str, row: np.ndarray) -> str:
-    videos, queries, seconds, moments_sec, clamped, dropped = row
-    return (f"{dataset:14s}  {split:17s}  {videos:6.0f}  {queries:7.0f}  {seconds / videos:6.2f}  "
-            f"{moments_sec / queries:6.2f}  {queries / videos:9.2f}  {clamped:7.0f}  "
-            f"{dropped:7.0f}")
+        parts[split] = np.array([len(durations_sec), len(samples), sum(durations_sec.values()),
+                                 sum(s.end_sec - s.start_sec for s in samples), *cleaned])
+    if len(parts) > 1:
+        parts["all"] = sum(parts.values())
+    return "" if not parts else command.aligned(
+        ["dataset", "split", "videos", "queries", "video sec", "moment sec", "moments per video",
+         "clamped", "dropped"],
+        [[dataset, split, f"{videos:.0f}", f"{queries:.0f}", f"{seconds / videos:.2f}",
+          f"{moments_sec / queries:.2f}", f"{queries / videos:.2f}", *(f"{n:.0f}" for n in cleaned)]
+         for split, (videos, queries, seconds, moments_sec, *cleaned) in parts.items()], 2)
 
 
 class Event(NamedTuple):
@@ -345,15 +333,13 @@ def read_events(dataset: str, root: str | os.PathLike) -> dict[str, list[Event]]
 # ---------------------------------------------------------------------------- CLIP and its features
 
 def clip_file(name: str, root: str | os.PathLike) -> str:
-    """What `clip.load` is to load: the CLIP of a dataset below the root by the dataset's name, else
-    `name` itself."""
+    """What `clip.load` is to load: the CLIP of the dataset of that name, else `name` itself."""
     own = pathlib.Path(root) / name / "clip.pt"
     return str(own) if own.exists() else name
 
 
 def store_folder(dataset: str, clip_name: str, root: str | os.PathLike) -> pathlib.Path:
-    """Features of a dataset made by one CLIP. The compositional splits have the videos of the
-    original dataset."""
+    """Features of a dataset by one CLIP. Compositional splits have the original's videos."""
     name = pathlib.Path(clip_name).stem if clip_name.endswith((".pt", ".bin")) else clip_name
     name = name.replace("/", "-").replace("@", "-")
     return pathlib.Path(root) / dataset.removesuffix("-cg") / "features" / name
@@ -363,10 +349,13 @@ def open_store(dataset: str, clip_name: str, root: str | os.PathLike) -> video.F
     """The features of a dataset; where there are none the error says which command makes them."""
     folder = store_folder(dataset, clip_name, root)
     if not list(folder.glob("manifest*.json")):
-        published = "" if dataset in FILES else " --annotations FILE"
-        raise FileNotFoundError(f"there are no features in {folder}; make them with: python "
-                                f"data.py {dataset.removesuffix('-cg')}{published} --videos DIR "
-                                f"--clip {clip_name}")
+        there = ", ".join(path.name for path in sorted(folder.parent.glob("*")))
+        known = f" (there are those of {there})" if there else ""
+        own = "" if dataset in FILES else f" --annotations FILE (published: {', '.join(FILES)})"
+        how = "shapes.py" if dataset.startswith("shapes") else (
+            f"data.py {dataset.removesuffix('-cg')} --videos DIR --clip {clip_name}{own}")
+        raise FileNotFoundError(f"there are no features in {folder}{known}; make them with: python "
+                                f"{how}")
     return video.FeatureStore(folder)
 
 
@@ -404,8 +393,7 @@ class Shares(torch.utils.data.BatchSampler):
 
 
 class Videos(torch.utils.data.Dataset):
-    """The videos of a split, each with all its sentences. Features are read when a video is asked
-    for.
+    """The videos of a split, each with all its sentences. Features are read when asked for.
 
     `samples` (attribute) are the sentences in order of video; `queries` their (Q, Q^s, Q^d), or
     with `halve` (Q, Q^h, the rest). Without `normalise` features stay as CLIP gives them."""
@@ -471,8 +459,7 @@ class Videos(torch.utils.data.Dataset):
                      self.moments_sec[index], self.durations_sec[index], self.iou(index), index)
 
     def batches(self, size: int, generator: torch.Generator | None = None, workers: int = 0):
-        """Batches of `size` videos: for training shuffled by `generator`, each process gets its
-        share; without one all of them, in order."""
+        """Batches of `size` videos: a process's share, shuffled by `generator`; or all in order."""
         if generator is None:
             return torch.utils.data.DataLoader(self, size, collate_fn=self.collate,
                                                num_workers=workers, worker_init_fn=stay)
@@ -595,8 +582,7 @@ def make_features(dataset: str, samples: dict[str, list[Sample]],
 
 
 def check(which: str | None, root: str) -> bool:
-    """Prints what is wrong with the features of one dataset, or of all below the root. Is all
-    well?"""
+    """Prints what is wrong with the features of a dataset, or of all there are. Is all well?"""
     which = which.removesuffix("-cg") if which in FILES else which
     stores = sorted(path for path in pathlib.Path(root).glob(f"{which or '*'}/features/*")
                     if list(path.glob("manifest*.json")))
@@ -706,9 +692,9 @@ def prepare(dataset: str, options: argparse.Namespace) -> dict[str, list[Sample]
                for name in family or [dataset] for split in splits(name, root)
                if annotation_file(name, split, root).exists()}
     if not samples:
-        raise FileNotFoundError(f"{dataset} has no annotations: there is no "
-                                f"{annotation_file(dataset, 'train', root)}; name your own with "
-                                f"--annotations FILE")
+        path = annotation_file(dataset, "train", root)
+        raise FileNotFoundError(f"{dataset} has no annotations: there is no {path}; name your own "
+                                f"with --annotations FILE")
     for name in family or [dataset]:
         print(describe(name, root))
     return samples

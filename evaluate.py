@@ -9,8 +9,7 @@
 
 Beside each result stand what a random moment would score, and the best moment that does not look at
 the sentence (fitted on the training split), so that a number means something; and, where the world
-knows all events of its videos, how often the answer lies in an event of the right actor and of the
-right verb.
+knows all its events, how often the answer lies in one of the right actor and of the right verb.
 
 Inference needs the text tower and MMN only; no injection module is loaded, or in need of it.
 
@@ -57,23 +56,20 @@ def recall(predicted: Tensor, truth: Tensor, ks: tuple[int, ...] = (1, 5),
 
 
 def cell_recall(iou: Tensor, ious: tuple[float, ...] = (0.5, 0.7)) -> dict[str, float]:
-    """The same for answers that are cells, from their IoU [S] or the IoU of several equally likely
-    ones [S, P]."""
+    """The same of cells, from their IoU [S], or from that of several equally likely ones [S, P]."""
     result = {f"R@1,IoU={mu}": 100 * (iou >= mu).double().mean().item() for mu in ious}
     return result | {"mIoU": 100 * iou.double().mean().item()}
 
 
 def best_prior(iou: Tensor) -> int:
-    """The cell that hits most of the training moments at IoU 0.5, whatever the sentence: [S, P] ->
-    index into P."""
+    """The cell that hits most training moments at IoU 0.5 by itself: [S, P] -> index into P."""
     return int(((iou >= 0.5).double().mean(0) + 1e-6 * iou.double().mean(0)).argmax())
 
 
 def event_accuracy(predicted: Tensor, samples: list[data.Sample],
                    events: dict[str, list[data.Event]]) -> dict[str, float]:
-    """Noun accuracy and verb accuracy in percent: is the event that overlaps most with the first
-    answer one of the named actor; one of the named verb? By chance 50 each in the shapes world.
-    predicted [S, K, 2]."""
+    """Noun and verb accuracy in percent: has the event that the first answer overlaps most the
+    named actor; the named verb? By chance 50 each in the shapes world. predicted [S, K, 2]."""
     noun = verb = 0
     for sample, answer in zip(samples, predicted[:, 0]):
         found = events[sample.video]
@@ -121,9 +117,9 @@ def score_predictions(predictions: list[dict], truth: list[dict]) -> dict[str, f
     """
     answers, wanted = by_qid(predictions), by_qid(truth)
     if answers.keys() != wanted.keys():
-        raise ValueError(f"the predictions are not those of this truth: "
-                         f"{len(wanted.keys() - answers.keys())} of its {len(wanted)} sentences "
-                         f"(qid) have none, and {len(answers.keys() - wanted.keys())} others have "
+        lacking, others = wanted.keys() - answers.keys(), answers.keys() - wanted.keys()
+        raise ValueError(f"the predictions are not those of this truth: {len(lacking)} of its "
+                         f"{len(wanted)} sentences (qid) have none, and {len(others)} others have "
                          f"one")
     if not wanted:
         raise ValueError("there is no sentence to score")
@@ -134,21 +130,18 @@ def score_predictions(predictions: list[dict], truth: list[dict]) -> dict[str, f
                 raise ValueError(f"qid {qid} is \"{theirs}\" in the predictions and \"{ours}\" in "
                                  f"the truth: they number their sentences otherwise")
     answers = {qid: row["pred_relevant_windows"] for qid, row in answers.items()}
-    wanted = {qid: row["relevant_windows"] for qid, row in wanted.items()}
     if empty := [qid for qid, windows in answers.items() if not windows]:
         raise ValueError(f"{len(empty)} sentences have no predicted moment, for instance qid "
                          f"{empty[0]}; every sentence needs at least one")
     rows, precision = [], []
-    for qid, windows in wanted.items():
+    for qid, row in wanted.items():
         predicted = torch.tensor([window[:2] for window in answers[qid]], dtype=torch.double)
-        true = torch.tensor(windows, dtype=torch.double)
+        true = torch.tensor(row["relevant_windows"], dtype=torch.double)
         best = mmn.interval_iou(predicted[:, None], true[None]).amax(1)     # [K]
         rows.append([best[0].item(), best[:5].max().item()])
-        first = answers[qid][:10]
-        if all(len(window) > 2 for window in first):
-            rank = torch.tensor([window[2] for window in first]).argsort(descending=True,
-                                                                         stable=True)
-            predicted = predicted[rank]
+        scores = [window[2] for window in answers[qid][:10] if len(window) > 2]
+        if len(scores) == len(predicted[:10]):
+            predicted = predicted[torch.tensor(scores).argsort(descending=True, stable=True)]
         precision.append([average_precision(predicted[:10], true, iou) for iou in MAP_IOUS])
     best = torch.tensor(rows, dtype=torch.double)                       # [S, 2]
     precision = torch.tensor(precision, dtype=torch.double)             # [S, 10]
@@ -160,18 +153,17 @@ def score_predictions(predictions: list[dict], truth: list[dict]) -> dict[str, f
 
 
 def by_qid(rows: list[dict]) -> dict[str, dict]:
-    found = {str(row["qid"]): row for row in rows}
-    if len(found) < len(rows):
-        seen = [str(row["qid"]) for row in rows]
-        twice = next(qid for qid in seen if seen.count(qid) > 1)
-        raise ValueError(f"qid {twice} stands in two lines of one file")
+    found = {}
+    for row in rows:
+        if str(row["qid"]) in found:
+            raise ValueError(f"qid {row['qid']} stands in two lines of one file")
+        found[str(row["qid"])] = row
     return found
 
 
 def read_rows(path: str | pathlib.Path, key: str) -> list[dict]:
     """Json lines that have `key` (and "qid"; else they are numbered from 0); a Charades-STA text or
-    an ActivityNet json file, whose sentences are numbered from 0 after cleaning. A ValueError lists
-    every bad line."""
+    an ActivityNet json file, numbered from 0 after cleaning. A ValueError lists every bad line."""
     path = pathlib.Path(path)
     if path.suffix != ".jsonl":
         if key != "relevant_windows":
@@ -190,12 +182,8 @@ def read_rows(path: str | pathlib.Path, key: str) -> list[dict]:
         return [{"qid": content.get("qid", numbered[0]), key: windows,
                  **{name: content[name] for name in ("vid", "query") if name in content}}]
 
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8") from error
-    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return data.read_lines(path, ((i, (k, line)) for k, (i, line) in enumerate(lines)), row)
+    lines = enumerate(data.numbered_lines(path))
+    return data.read_lines(path, ((i, (k, line)) for k, (i, line) in lines), row)
 
 
 # --------------------------------------------------------------------------------------- prediction
@@ -204,8 +192,7 @@ def read_rows(path: str | pathlib.Path, key: str) -> list[dict]:
 def predict(text: clip.TextTower, retriever: mmn.MomentMap, videos: data.Videos, batch: int,
             device: torch.device | str, query: str = "full", top_k: int = 5,
             fusion: str = "published", normalise: bool = True) -> Tensor:
-    """Moments for all sentences of `videos`, in the order of `videos.samples`: [S, top_k, 3], see
-    mmn.decode."""
+    """Moments of all sentences, in the order of `videos.samples`: [S, top_k, 3], see mmn.decode."""
     was_training = retriever.training
     text.eval(), retriever.eval()
     result = []
@@ -231,13 +218,11 @@ class Run:
     config: dict                                                # every field of train.Config
     text: clip.TextTower
     retriever: mmn.MomentMap                                    # mmn.MMN or tan.TAN
-    metrics: dict  # of the epoch that was kept, on the split that chose it
     checkpoint: dict                                            # everything else that was saved
 
 
 def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
-    """Reads a checkpoint of train.py. Nothing in the file is executed. The injection modules stay
-    unread."""
+    """Reads a checkpoint of train.py, of which nothing is executed and no injection module read."""
     path = pathlib.Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; the checkpoint in it is {path / 'ckpt.pt'}")
@@ -245,24 +230,20 @@ def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
         raise FileNotFoundError(f"there is no checkpoint {path}; python train.py makes one")
     try:
         saved = clip.read_torch(path)
-        config, metrics = saved["config"], saved["metrics"]
-        sizes, weights, text = saved["sizes"], saved["retriever"], saved["text"]
+        config, sizes, weights, text = (saved[key] for key in ("config", "sizes", "retriever",
+                                                               "text"))
         _ = saved["window_sec"], config["fusion"], config["normalise"]  # not in older files
         kind = RETRIEVERS[config["retriever"]]
         if not sum(sizes["pool_counts"]) < sizes["num_clips"] <= 512 \
                 or not sizes["layers"] <= len(weights):
             raise ValueError(f"its weights are not of the sizes {sizes}")
-        with torch.device("meta"):              # what the sizes claim costs nothing yet
-            claimed = kind(**sizes).state_dict()
-        if any(value.shape != weights[name].shape for name, value in claimed.items()):
-            raise ValueError(f"its weights are not of the sizes {sizes}")
-        retriever, text = kind(**sizes), clip.build_text(text)
-        retriever.load_state_dict(weights)
+        retriever = clip.fill(lambda: kind(**sizes), weights, "this retriever")
+        text = clip.build_text(text)
     except Exception as error:  # torch raises a dozen kinds for what does not fit
-        raise ValueError(f"{path} is not a checkpoint of train.py: {type(error).__name__} "
-                         f"{str(error).splitlines()[0] if str(error) else ''}") from error
+        why = command.told(error)
+        raise ValueError(f"{path} is not a checkpoint of train.py: {why}") from error
     rest = {key: value for key, value in saved.items() if key not in ("retriever", "text")}
-    return Run(config, text.to(device), retriever.to(device).eval(), metrics, rest)
+    return Run(config, text.to(device), retriever.to(device), rest)
 
 
 def answers(run: Run, splits: list[str] | None = None, query: str = "full",
@@ -323,10 +304,9 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
                               videos.samples, predicted)
         iou = torch.cat([videos.iou(part).flatten(1)[:, candidates]     # [S, P]
                          for part in torch.arange(len(videos.samples)).split(1024)])
+        lost = {"videos missing": len(videos.missing), "queries missing": videos.lost}
         results[split] = {
-            "queries": len(videos.samples),
-            **({"videos missing": len(videos.missing), "queries missing": videos.lost}
-               if videos.missing else {}),
+            "queries": len(videos.samples), **(lost if videos.missing else {}),
             **recall(predicted[..., :2], videos.moments_sec),
             **(event_accuracy(predicted[..., :2], videos.samples, events) if events else {}),
             "random moment": cell_recall(iou), "best prior": cell_recall(iou[:, prior])}
@@ -335,48 +315,54 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
 
 def write_predictions(path: str, rows: list[data.Sample], samples: list[data.Sample],
                       predicted: Tensor) -> None:
-    """Answers [S, K, 3] to `samples`, which are `rows` grouped by video, as json lines; qid is the
-    number of the sentence in `rows`."""
+    """Answers [S, K, 3] to `samples`, which are `rows` grouped by video; qid is the number of the
+    sentence in `rows`."""
     numbers: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         numbers.setdefault(row.video, []).append(i)
     lines = {}
     for sample, moments in zip(samples, predicted.tolist()):
         qid = numbers[sample.video].pop(0)
-        windows = [[round(v, 4) for v in moment] for moment in moments if moment[2] > -math.inf]
-        lines[qid] = json.dumps({"qid": qid, "query": sample.sentence, "vid": sample.video,
-                                 "pred_relevant_windows": windows}) + "\n"
+        lines[qid] = submission(qid, sample.sentence, sample.video, moments)
     command.save(path, "".join(lines[qid] for qid in sorted(lines)))
+
+
+def submission(qid: int, sentence: str, name: str, moments: list) -> str:
+    """A line of QVHighlights' submission form. moments: (start_sec, end_sec, score), best first."""
+    windows = [[round(v, 4) for v in moment] for moment in moments if moment[2] > -math.inf]
+    return json.dumps({"qid": qid, "query": sentence, "vid": name,
+                       "pred_relevant_windows": windows}) + "\n"
 
 
 def table(results: dict[str, dict]) -> str:
     """Results as text, a line for each split and for each of its two yardsticks."""
     columns = list(dict.fromkeys(name for metrics in results.values() for name, value
                                  in metrics.items() if isinstance(value, (int, float))))
-    width = max(map(len, [*results, "  random moment"]))
-    lines = [" " * width + "".join(f"  {name.replace('IoU=', '')}" for name in columns)]
+    rows = []
     for split, metrics in results.items():
-        rows = {split: metrics, "  random moment": metrics["random moment"],
-                "  best prior": metrics["best prior"]}
-        for name, values in rows.items():
-            cells = ["" if c not in values else f"{values[c]:.2f}" if isinstance(values[c], float)
-                     else str(values[c]) for c in columns]
-            lines.append(name.ljust(width) + "".join(f"  {cell:>{len(c.replace('IoU=', ''))}}"
-                                                     for c, cell in zip(columns, cells)))
-    return "\n".join(lines)
+        for name, values in ((split, metrics), ("  random moment", metrics["random moment"]),
+                             ("  best prior", metrics["best prior"])):
+            cells = [values.get(column, "") for column in columns]
+            rows.append([name, *(f"{v:.2f}" if isinstance(v, float) else str(v) for v in cells)])
+    return command.aligned(["", *(name.replace("IoU=", "") for name in columns)], rows)
 
 
 def over_runs(runs: list[dict[str, dict]]) -> str:
     """Mean and standard deviation of several runs' results as text, a line a split."""
     splits = [split for split in runs[0] if all(split in run for run in runs)]
     names = [name for name, value in runs[0][splits[0]].items() if isinstance(value, float)]
-    width = max(map(len, runs[0]))
-    lines = [" " * width + "".join(f"  {name.replace('IoU=', ''):>14}" for name in names)]
-    for split in splits:
-        values = torch.tensor([[run[split][name] for name in names] for run in runs])
-        cells = (f"{mean:6.1f} +- {std:3.1f}" for mean, std in zip(values.mean(0), values.std(0)))
-        lines.append(split.ljust(width) + "".join(f"  {cell:>14}" for cell in cells))
-    return "\n".join(lines)
+    rows = [[split, *(mean_and_deviation([run[split][name] for run in runs], sign="+-")
+                      for name in names)] for split in splits]
+    return command.aligned(["", *(name.replace("IoU=", "") for name in names)], rows)
+
+
+def mean_and_deviation(values: list[float], digits: int = 1, sign: str = "±") -> str:
+    x = torch.tensor(values, dtype=torch.double)
+    return f"{x.mean():.{digits}f}" + (f" {sign} {x.std():.{digits}f}" if len(x) > 1 else "")
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows))
 
 
 def explain() -> None:
@@ -388,10 +374,9 @@ def explain() -> None:
         overlap = min(end, 20) - max(start, 10)
         union = max(end, 20) - min(start, 10)
         iou = mmn.interval_iou(torch.tensor([start, end]), truth)[0]
+        hits = ", ".join(f"{'a' if iou >= mu else 'no'} hit at {mu}" for mu in (0.5, 0.7))
         print(f"  [{start:2.0f}, {end:2.0f}) score {score:.1f}   overlap {overlap:2.0f} s of a "
-              f"union of {union:2.0f} s: IoU {overlap:.0f} / {union:.0f} = {iou:.2f}, "
-              f"{'a hit' if iou >= 0.5 else 'no hit'} at 0.5, "
-              f"{'a hit' if iou >= 0.7 else 'no hit'} at 0.7")
+              f"union of {union:2.0f} s: IoU {overlap:.0f} / {union:.0f} = {iou:.2f}, {hits}")
     near = mmn.interval_iou(moments[0, :2], moments[1, :2])
     print(f"NMS: the second overlaps the first by IoU {near:.2f} > 0.5 and is dropped; the third "
           f"by {mmn.interval_iou(moments[0, :2], moments[2, :2]):.2f}, and stays.")
@@ -442,13 +427,13 @@ def main() -> None:
             run = load(path, device)
             results.append(evaluate(run, options.split, options.query, options.root, device,
                                     options.allow_missing, options.parser, options.predictions))
-            title = {name: run.config[name] for name in ("dataset", "method", "seed")}
-            methods.add(run.config["method"])
+            title = {name: run.config[name] for name in ("dataset", "method", "seed")} | {
+                "query": options.query, "epoch": run.checkpoint["epoch"],
+                "parser": options.parser or run.checkpoint["parser"]}
+            methods.add(title["method"])
             if len(methods) > 1:
-                raise ValueError("the mean is over runs of one method, not of "
-                                 + " and ".join(sorted(methods)))
-            title |= {"query": options.query, "epoch": run.checkpoint["epoch"],
-                      "parser": options.parser or run.checkpoint["parser"]}
+                raise ValueError(f"the mean is over runs of one method, not of "
+                                 f"{' and '.join(sorted(methods))}")
             if options.json:
                 print(json.dumps(title | {"splits": results[-1]}))
             elif len(options.checkpoint) == 1:

@@ -1,5 +1,4 @@
-"""Visual-Dynamic Injection: what changes in a video, injected into the text tower (paper Sec. 3.1,
-Eq. 1-5).
+"""Visual-Dynamic Injection: what changes in a video, for the text tower (Sec. 3.1, Eq. 1-5).
 
 CLIP's text tower reads nouns and is blind to verbs. Two losses adapt it through the dynamic query
 Q^d, the sentence without its noun chunks:
@@ -17,8 +16,7 @@ losses, and frames above their heatmaps of Eq. 3, in characters.
 
 Shapes: B videos, S sentences in the batch, T frames, D width of CLIP's joint space, D' channels of
 the patch features, H x W patch grid. `video_of` [S] tells which video of the batch a sentence
-belongs to. All CLIP features arrive L2-normalised over their channels. (UNSPECIFIED: the feature
-scale.)
+belongs to. UNSPECIFIED: the feature scale; all CLIP features arrive L2-normalised over channels.
 """
 import pathlib
 
@@ -122,8 +120,7 @@ def pairwise_cosine(x: Tensor) -> Tensor:
 
 def spatial_dynamic_loss(dynamic: Tensor, projected: Tensor, video_of: Tensor,
                          same_video: bool = False) -> Tensor:
-    """Eq. (5), Sec. 3.1, and its double mean in Eq. (11): sentences relate as their videos' motions
-    do.
+    """Eq. (5), Sec. 3.1, and its mean in Eq. (11): sentences relate as their videos' motions do.
 
         eps^v = cos(m~, m~'),   eps^q = cos(FC(x^qd), FC(x^qd')),   L^sd = (eps^v - eps^q)^2
 
@@ -132,19 +129,16 @@ def spatial_dynamic_loss(dynamic: Tensor, projected: Tensor, video_of: Tensor,
     video_of    [S]; pairs of one video are left out, unless `same_video`
     returns     [S] in [0, 4]: mean over the other videos' sentences, 0 where there are none
     """
-    # UNSPECIFIED: Eq. 11 averages over all pairs; within one video eps^v = 1 by construction, which
-    # says nothing
+    # UNSPECIFIED: Eq. 11 averages over all pairs; within one video eps^v = 1 says nothing
     pair = same_video | (video_of[:, None] != video_of[None, :])        # [S, S]
     difference = (pairwise_cosine(dynamic) - pairwise_cosine(projected)).square()  # [S, S]
     return (difference * pair).sum(1) / pair.sum(1).clamp(min=1)
 
 
 def batch_variance(x: Tensor) -> Tensor:
-    """Variance of the rows of [S, D], summed over D, as a share of their mean squared norm: in [0,
-    1].
+    """Variance of the rows of [S, D], summed over D, as a share of their mean squared norm.
 
-    1: the rows have mean 0; 0: all rows are equal, which is what the logs must show when a loss has
-    collapsed."""
+    1: the rows have mean 0; 0: all rows are equal, which the logs must show of a collapsed loss."""
     return x.var(0, unbiased=False).sum() / x.square().sum(1).mean().clamp(min=1e-12)
 
 
@@ -152,8 +146,7 @@ def batch_variance(x: Tensor) -> Tensor:
 
 def temporal_change(static: Tensor | None, frames: Tensor, moments_sec: Tensor,
                     durations_sec: Tensor, target: str = "change") -> Tensor:
-    """What changes, during the moment, in what the static query asks for. Stands for x~^qs in Eq.
-    (2).
+    """What changes, during the moment, in what the static query asks for; for x~^qs of Eq. (2).
 
         a_f = softmax_f(10 cos(x^qs, x_f)),   change = sum_late a_f x_f - sum_early a_f x_f
 
@@ -166,8 +159,7 @@ def temporal_change(static: Tensor | None, frames: Tensor, moments_sec: Tensor,
     returns        [S, D], without gradient
     """
     # DEVIATION: attention without parameters, which cannot collapse, in the place of TransDecoder
-    # DEVIATION: only the frames of the labelled moment, not the whole video; its late half minus
-    # its early half
+    # DEVIATION: only frames of the labelled moment, not the whole video; late minus early half
     T = frames.shape[1]
     centre = (torch.arange(T, device=frames.device) + 0.5) / T          # [T] share of the video
     centre = centre * durations_sec[:, None]                            # [S, T] seconds
@@ -233,14 +225,13 @@ def main() -> None:
     print(f"CLIP: {weights if weights.exists() else 'untrained; python train.py trains one'}\n"
           f"Q \"{queries[0].full}\", Q^s \"{queries[0].static}\", Q^d \"{queries[0].dynamic}\", "
           f"and {len(rows) - 1} more sentences\n")
-    for name, what, value in (
-            ("", "frames X^v", frames), ("", "patches X~^v", patches),
-            ("", "static queries x^qs", static), ("", "dynamic queries x^qd", dynamic),
-            ("Eq. 1", "context x~^qs", context), ("Eq. 2", "L^vc", losses[0]),
-            ("Eq. 3", "heatmaps M", heat), ("Eq. 4", "motion m~", motion),
-            ("Eq. 5", "L^sd", losses[1])):
-        mean = f"mean {value.mean():.4f}" if name in ("Eq. 2", "Eq. 5") else ""
-        print(f"{name:6s} {what:22s} {str(list(value.shape)):18s} {mean}".rstrip())
+    for what, value in {
+            "       frames X^v": frames, "       patches X~^v": patches,
+            "       static queries x^qs": static, "       dynamic queries x^qd": dynamic,
+            "Eq. 1  context x~^qs": context, "Eq. 2  L^vc": losses[0], "Eq. 3  heatmaps M": heat,
+            "Eq. 4  motion m~": motion, "Eq. 5  L^sd": losses[1]}.items():
+        mean = f"mean {value.mean():.4f}" if "L^" in what else ""
+        print(f"{what:29s} {str(list(value.shape)):18s} {mean}".rstrip())
     seen = pixels[:T].float().mean(1, keepdim=True)                     # [T, 1, 32, 32]
     for title, maps in (("frames of the first video, one of each event", seen),
                         ("Eq. 3, FC = identity", heat[0, :, None])):

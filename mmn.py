@@ -7,8 +7,7 @@ sentences (Eq. 8, 9). Their product is the answer (Eq. 10).
 
     python mmn.py
 
-shows a map of 6 clips: its candidate moments, scores for each, and how Eq. (10) reads the answers
-off them.
+shows a map of 6 clips: its candidate moments, their scores, and how Eq. (10) reads the answers off.
 
 "MMN" is Mutual Matching Network, "Negative Sample Matters" (AAAI 2022). As in the paper, its linear
 layer before the pooling is left out, so that the map holds CLIP's features as they are.
@@ -33,11 +32,10 @@ EXCLUDED = {"out": float("-inf"), "exp0": 0.0}          # see `contrastive_loss`
 # ------------------------------------------------------------------------------ intervals and cells
 
 def interval_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of intervals [..., 2] (start, end), broadcast against each other. 0 where the union is
-    empty."""
-    overlap = (torch.minimum(a[..., 1], b[..., 1]) - torch.maximum(a[..., 0],
-                                                                   b[..., 0])).clamp(min=0)
-    union = (a[..., 1] - a[..., 0]) + (b[..., 1] - b[..., 0]) - overlap
+    """IoU of intervals [..., 2] (start, end), broadcast to each other. 0 where both are empty."""
+    (a_start, a_end), (b_start, b_end) = a.unbind(-1), b.unbind(-1)
+    overlap = (torch.minimum(a_end, b_end) - torch.maximum(a_start, b_start)).clamp(min=0)
+    union = (a_end - a_start) + (b_end - b_start) - overlap
     return overlap / union.clamp(min=1e-9)
 
 
@@ -55,12 +53,10 @@ def iou_map(moments_sec: Tensor, durations_sec: Tensor, num_clips: int) -> Tenso
 
 
 def sparse_cells(num_clips: int, pool_counts: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-    """The candidate moments, a diagonal of the map at a time: (starts, ends), in clips, both
-    inclusive.
+    """The candidate moments, a diagonal at a time: (starts, ends), in clips, both inclusive.
 
     The main diagonal holds the single clips. Level l = 0, 1, ... then adds pool_counts[l] diagonals
-    that are 2^l apart, on each of them every 2^l-th cell: long moments are sampled more coarsely
-    than short ones."""
+    that are 2^l apart, on each of them every 2^l-th cell: long moments are sampled coarsely."""
     diagonals, offset = [(torch.arange(num_clips), torch.arange(num_clips))], 0
     for level, count in enumerate(pool_counts):
         for _ in range(count):
@@ -116,13 +112,11 @@ class MomentMap(nn.Module):
         self.register_buffer("candidates", candidates, persistent=False)  # [N, N], True = a moment
 
     def moment_map(self, frames: Tensor) -> Tensor:
-        """X^m before the convolution: cell (i, j) is the maximum over clips i..j. frames [B, T, D]
-        -> [B, D, N, N]."""
+        """X^m before the convolution, the maximum over clips i..j: [B, T, D] -> [B, D, N, N]."""
         x = F.avg_pool1d(frames.transpose(1, 2), self.pool_kernel, self.pool_stride)  # [B, D, N]
         if x.shape[2] != self.num_clips:
-            raise ValueError(f"{frames.shape[1]} frames pool to {x.shape[2]} clips, and this "
-                             f"model has {self.num_clips}; sample as many frames as it was "
-                             f"trained with")
+            raise ValueError(f"{frames.shape[1]} frames pool to {x.shape[2]} clips, and this model "
+                             f"has {self.num_clips}; sample as many frames as in its training")
         diagonals = [x]
         for level, count in enumerate(self.pool_counts):
             for step in range(count):
@@ -230,8 +224,7 @@ class MMN(MomentMap):
 # ------------------------------------------------------------------------------------ the equations
 
 def cosine_scores(moments: Tensor, text: Tensor, video_of: Tensor) -> Tensor:
-    """Eq. (9), Sec. 3.1: cosine of each sentence with the moments of its video, in the contrastive
-    space.
+    """Eq. (9), Sec. 3.1: cosine of a sentence with its video's moments, in the contrastive space.
 
         Y~cl = cos(x~q, X~m)
 
@@ -245,8 +238,7 @@ def overlap_scores(moments: Tensor, text: Tensor, video_of: Tensor) -> Tensor:
         Y~iou = cos(FC(x^q), Conv1D(X^m)),  then sigmoid(10 Y~iou)
 
     moments [B, J, P] and text [S, J] unit vectors, video_of [S]; returns [S, P] in (0, 1)"""
-    # UNSPECIFIED: a cosine cannot enter the BCE of Eq. (7) as it is; MMN's published scale and
-    # sigmoid
+    # UNSPECIFIED: a cosine cannot enter the BCE of Eq. (7) as it is; MMN's scale and sigmoid
     return torch.sigmoid(SCORE_SCALE * cosine_scores(moments, text, video_of))
 
 
@@ -259,8 +251,7 @@ def iou_loss(scores: Tensor, iou: Tensor, floor: float = 0.5) -> Tensor:
     iou      [S, P] in [0, 1]
     returns  [S] nats, mean over the candidates
     """
-    # UNSPECIFIED: the overlap is scaled as in MMN's published code: (iou - 0.5) / (1 - 0.5), at
-    # least 0
+    # UNSPECIFIED: the overlap is scaled as in MMN's code: (iou - 0.5) / (1 - 0.5), at least 0
     target = ((iou - floor) / (1 - floor)).clamp(min=0)
     if not scores.isfinite().all():     # subtle: BCE of these stops a CPU unnamed, a GPU for good
         return scores.mean(1)
@@ -270,8 +261,7 @@ def iou_loss(scores: Tensor, iou: Tensor, floor: float = 0.5) -> Tensor:
 def contrastive_loss(moments: Tensor, text: Tensor, iou: Tensor, video_of: Tensor,
                      moments_sec: Tensor, tau: float = 0.1, margin: float = 0.4,
                      negative_iou: float = 0.5, excluded: float = float("-inf")) -> Tensor:
-    """Eq. (8), Sec. 3.1: the moment picks its sentence, the sentence its moment, each out of its
-    negatives.
+    """Eq. (8), Sec. 3.1: a moment picks its sentence, a sentence its moment, out of its negatives.
 
         p^m = exp((cos(m, q) - margin) / tau) / (the same + sum over X^m- of exp(cos(m', q) / tau))
         p^q = exp((cos(m, q) - margin) / tau) / (the same + sum over X^q- of exp(cos(m, q') / tau))
@@ -279,8 +269,7 @@ def contrastive_loss(moments: Tensor, text: Tensor, iou: Tensor, video_of: Tenso
 
     m is the candidate that overlaps most with the label. X^m-: all candidates of the other videos,
     and those of the same video that overlap less than `negative_iou`. X^q-: the sentences of the
-    other videos, and those of the same video whose labelled moments overlap less. Cosines are in
-    the contrastive space.
+    other videos, and those of the same video whose labels overlap less. In the contrastive space.
 
     moments      [B, J, P] unit vectors
     text         [S, J] unit vectors
@@ -324,8 +313,7 @@ def fuse(iou_scores: Tensor, contrastive_scores: Tensor) -> Tensor:
 
     Any shape, iou_scores in (0, 1) and contrastive_scores in [-1, 1]; returns scores in [0, 1): a
     rank, no probability."""
-    # DEVIATION: as printed, the plain product of two cosines ranks two negatives first; MMN's
-    # published fusion
+    # DEVIATION: as printed, the product of two cosines ranks two negatives first; MMN's fusion
     return iou_scores * (0.5 * contrastive_scores + 0.5).clamp(min=0).sqrt()
 
 
@@ -337,6 +325,7 @@ def plain_product(iou_scores: Tensor, contrastive_scores: Tensor) -> Tensor:
 
 
 FUSIONS = {"published": fuse, "product": plain_product}
+
 
 def best_cell(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. (10), second line, Sec. 3.1: start and end of the best moment, in clips, both inclusive.
@@ -350,19 +339,16 @@ def best_cell(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=8)
 def near_cells(num_clips: int, nms: float, device: torch.device) -> Tensor:
-    """Which two cells of the map overlap by more than `nms`, or are one: [N*N, N*N] bool; row
-    i*N+j is cell (i, j)."""
+    """Which two cells overlap by over `nms`, or are one: [N*N, N*N] bool; row i*N+j is (i, j)."""
     clip = torch.arange(num_clips, device=device)
-    cells = torch.stack(torch.broadcast_tensors(clip[:, None], clip[None, :] + 1),
-                        -1).flatten(0, 1).float()
+    cells = torch.stack([clip.repeat_interleave(num_clips), clip.repeat(num_clips) + 1], 1).float()
     near = interval_iou(cells[:, None], cells[None, :]) > nms
     return near.fill_diagonal_(True)                            # also where nms >= 1
 
 
 def decode(scores: Tensor, durations_sec: Tensor, top_k: int = 1, nms: float = 0.5,
            candidates: Tensor | None = None) -> Tensor:
-    """The top_k best moments, greedily: take the best cell (Eq. 10), drop the cells that overlap it
-    more than `nms`.
+    """The top_k best moments: take the best cell (Eq. 10), drop those overlapping it by over `nms`.
 
     scores         [S, N, N]
     durations_sec  [S]

@@ -56,8 +56,7 @@ def wait() -> None:
 
 
 def share(rows) -> list:
-    """This process's part of a list or tensor: neighbours, so that `gather` restores the order. It
-    may be empty."""
+    """This process's part of a list or tensor, or none: neighbours, as `gather` keeps the order."""
     bounds = np.linspace(0, len(rows), size() + 1).astype(int)
     return rows[bounds[rank()]:bounds[rank() + 1]]
 
@@ -89,23 +88,9 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)               # what the rows of every process did with the sum
-        return gradient
-
-
 def total(x: Tensor) -> Tensor:
     """The sum of x over all processes, with gradients into all of them."""
-    return x if size() == 1 else _Sum.apply(x)
+    return x if size() == 1 else torch.distributed.nn.functional.all_reduce(x)
 
 
 def sum_gradients(model: nn.Module) -> None:

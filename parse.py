@@ -67,8 +67,7 @@ class Parser:
         self.name = "{lang}_{name} {version}".format(**model.meta)
 
     def chunks(self, sentence: str) -> list[tuple[int, int]]:
-        """Noun chunks as (start, end) character offsets: ordered, not overlapping. Any string is
-        read."""
+        """Noun chunks of any string, as (start, end) characters: ordered, not overlapping."""
         if not sentence.strip():
             return []
         doc = self.pipeline(sentence.encode("utf-8", "replace").decode())   # half a surrogate: "?"
@@ -119,6 +118,7 @@ class Parser:
 # ------------------------------------------------------------------------------- the built-in rules
 
 RECIPROCAL = (("each", "other"), ("one", "another"))
+OPEN = {"N": "noun", "V": "verb", "E": "either", "A": "adjective", "R": "adverb"}
 
 
 @functools.cache
@@ -137,10 +137,8 @@ def is_a(word: str, *classes: str) -> bool:
 
 
 def kind_of(word: str) -> str:
-    """The open class of a word out of context: V verb, E verb or noun, A adjective, R adverb, N
-    noun."""
-    for kind, name in (("N", "noun"), ("V", "verb"), ("E", "either"), ("A", "adjective"),
-                       ("R", "adverb")):
+    """The open class of a word out of context (E: verb or noun)."""
+    for kind, name in OPEN.items():
         if is_a(word, name):
             return kind
     if word.endswith("ly"):

@@ -78,8 +78,7 @@ def svo_triplets(table: str, images: str) -> dict[str, list[tuple[str, str, str]
 
 @torch.no_grad()
 def triplet_scores(model: clip.CLIP, triplets: list, batch: int = 256) -> dict[str, float]:
-    """Mean softmax score of the right and of the wrong image of each sentence, and how often the
-    right one is ahead (percent)."""
+    """Mean softmax score of the right and the wrong image; how often the right one is ahead, %."""
     device, R = model.logit_scale.device, model.visual.resolution
 
     def pixels(image) -> Tensor:
@@ -175,8 +174,7 @@ def plain_heat(frames: Tensor, patches: Tensor) -> Tensor:
 
 
 def linear_probe(x: Tensor, y: Tensor, classes: int, steps: int = 300) -> float:
-    """Accuracy in percent of a linear classifier of x [S, K] fitted on the first half, on the
-    second."""
+    """Accuracy in percent of a linear classifier of x [S, K], fitted on one half, on the other."""
     half = len(x) // 2
     x = (x - x[:half].mean(0)) / x[:half].std(0).clamp(min=1e-6)
     torch.manual_seed(0)
@@ -212,21 +210,14 @@ def verb_probes(world: str, root: str, count: int = 800, frames: int = 8) -> dic
         whole.append(all_heat)
         mask.append(true_mask(plan, event, index.numpy() + 0.5, patches.shape[2]))
         verbs.append(event["verb"])
-    heat, mask, whole = (torch.stack(part) for part in (heat, mask, whole))
-    verbs, classes = torch.tensor(verbs), len(shapes.VERBS)
-    standard = (heat - heat.mean()) / heat.std()
-    standard_whole = (whole - whole.mean()) / whole.std()
-    return {
-        "moment, heat sequence": linear_probe(heat.flatten(1), verbs, classes),
-        "moment, true mask of the actor": linear_probe(mask.flatten(1), verbs, classes),
-        "moment, LSTM over heat": linear_probe(_sequence(standard, True, 0), verbs, classes),
-        "moment, averaged transformer over heat":
-            linear_probe(_sequence(standard, False, 0), verbs, classes),
-        "whole video, heat sequence": linear_probe(whole.flatten(1), verbs, classes),
-        "whole video, LSTM over heat": linear_probe(_sequence(standard_whole, True, 0), verbs,
-                                                    classes),
-        "whole video, averaged transformer over heat":
-            linear_probe(_sequence(standard_whole, False, 0), verbs, classes)}
+    read = {"moment, true mask of the actor": torch.stack(mask).flatten(1)}
+    for what, maps in (("moment", torch.stack(heat)), ("whole video", torch.stack(whole))):
+        standard = (maps - maps.mean()) / maps.std()
+        read |= {f"{what}, heat sequence": maps.flatten(1),
+                 f"{what}, LSTM over heat": _sequence(standard, True, 0),
+                 f"{what}, averaged transformer over heat": _sequence(standard, False, 0)}
+    return {name: linear_probe(x, torch.tensor(verbs), len(shapes.VERBS))
+            for name, x in read.items()}
 
 
 @torch.no_grad()
@@ -234,8 +225,7 @@ def heat_contrast(world: str, root: str, trained: inject.SpatialDynamic | None =
                   count: int = 200) -> dict[str, float]:
     """Eq. 3 on frames in which an actor is to be seen: mean heat on its patches less that
     elsewhere, over the standard deviation of the heat; and how often the warmest patch shows some
-    of the actor, beside what a random patch would reach (percent). Without `trained`, both FC are
-    the identity."""
+    of the actor, and a random patch (percent). Without `trained`, both FC are the identity."""
     contrasts, on_object, by_chance = [], [], []
     for event, plan, x, patches in moments_of(world, root, count):
         heat = (plain_heat(x, patches) if trained is None

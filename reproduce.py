@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import pathlib
@@ -40,6 +39,7 @@ import probe
 import shapes
 import train
 import video
+from evaluate import markdown, mean_and_deviation
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
@@ -157,8 +157,7 @@ def run_quietly(config: train.Config, fresh: bool, threads: int) -> str:
 
 
 def run_all(configs: list[train.Config], options: argparse.Namespace) -> None:
-    """Runs what has not been kept, `--jobs` at a time. Small models use two cores best as two runs
-    of one thread each."""
+    """Runs what has not been kept, `--jobs` at a time: two cores do best with two runs of one."""
     missing = {name_of(c): c for c in configs if options.fresh or kept(c) is None}
     for name in sorted({config.dataset for config in missing.values()} |
                        {config.text_clip for config in missing.values()}):
@@ -325,11 +324,6 @@ def collect(what: str, options: argparse.Namespace) -> list[list[dict]]:
              for seed in seeds_of(what, options)] for row in TABLES[what]]
 
 
-def mean_and_deviation(values: list[float], digits: int = 1) -> str:
-    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{deviation}"
-
-
 def paired(ours: list[dict], theirs: list[dict], split: str, draws: int = 2000
            ) -> tuple[float, float, float, list[float]]:
     """R@1, IoU=0.5 of one row minus that of another, in points: mean over seeds, its 95% interval
@@ -388,8 +382,7 @@ def tabulate(what: str, options: argparse.Namespace) -> dict:
 
 
 def show(what: str, options: argparse.Namespace) -> str:
-    """A table as Markdown: mean ± standard deviation over seeds, the paper's figures, and paired
-    differences."""
+    """A table as Markdown: mean ± deviation over seeds, the paper's, paired differences."""
     content = tabulate(what, options)
     if what == "curve" and options.figures:
         draw_curve(options)
@@ -430,10 +423,6 @@ def clip_of(seed: int, options: argparse.Namespace) -> tuple[clip.CLIP, str]:
     return clip.load(data.clip_file(name, options.root), data.pick_device(options.device)), world
 
 
-def markdown(heads: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows))
-
-
 def s_table1(options: argparse.Namespace) -> str:
     """Supplement, Table 1: CLIP's scores by what is wrong in the wrong image."""
     def make(seed: int) -> dict:
@@ -446,14 +435,13 @@ def s_table1(options: argparse.Namespace) -> str:
 
     found = keep("s-table1-svo" if options.svo else "s-table1", options, make)
     paper = {"right": ("0.82", "0.76", "0.86"), "wrong": ("0.18", "0.24", "0.14"),
-             "difference": ("0.64", "0.52", "0.72")}
+             "difference": ("0.64", "0.52", "0.72"), "right ahead": ("", "", "")}
     rows = []
-    for name in ("right", "wrong", "difference", "right ahead"):
+    for name, theirs in paper.items():
         values = [[content[kind][name] for content in found.values() if kind in content]
                   for kind in probe.KINDS]
         cells = [f"{np.mean(each):.2f}" if each else "no images" for each in values]
-        rows.append([name + (", %" if name == "right ahead" else ""), *cells,
-                     *paper.get(name, ("", "", ""))])
+        rows.append([name.replace("ahead", "ahead, %"), *cells, *theirs])
     return markdown(["score", *probe.KINDS, *(f"paper, {kind}" for kind in probe.KINDS)], rows)
 
 
@@ -469,20 +457,18 @@ def s_fig1(options: argparse.Namespace) -> str:
                        "histogram": np.histogram(np.clip(values, 0, 3), edges)[0].tolist()}
                 for kind, values in weights.items() if values}
 
-    found = keep("s-fig1", options, make)
+    found, kinds = keep("s-fig1", options, make), ("noun", "verb", "other")
     if options.figures:
         plt = video.pyplot()
         figure, axes = plt.subplots(figsize=(7, 3))
-        for kind in ("noun", "verb", "other"):
+        for kind in kinds:
             counts = np.sum([content[kind]["histogram"] for content in found.values()], 0)
             axes.stairs(100 * counts / counts.sum(), np.linspace(0, 3, 31), label=kind, linewidth=2)
         axes.set(xlabel="weight in the last layer (1: an even share)", ylabel="% of the words")
         axes.legend()
         save_figure(figure, "s-fig1.png", options)
-    return markdown(["world", "noun", "verb", "other"],
-                    [[str(seed), *(f"{content[kind]['mean']:.2f}" for kind in ("noun", "verb",
-                                                                              "other"))]
-                     for seed, content in found.items()])
+    return markdown(["world", *kinds], [[str(k), *(f"{each[kind]['mean']:.2f}" for kind in kinds)]
+                                        for k, each in found.items()])
 
 
 def probes(options: argparse.Namespace) -> str:
@@ -500,34 +486,28 @@ def trained_heat(seed: int, options: argparse.Namespace) -> inject.SpatialDynami
     path = config.folder / "last.pt"
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}; python reproduce.py table1 --fresh makes it")
-    state = clip.read_torch(path)["model"]
-    state = {key.removeprefix("dynamic."): value for key, value in state.items()
-             if key.startswith("dynamic.")}
-    width, grid = state["patch_fc.weight"].shape[1], math.isqrt(state["flat_fc.weight"].shape[1])
-    module = inject.SpatialDynamic(width, width, grid, len(state["positions"]),
-                                   config.inject_layers, config.inject_heads)
-    module.load_state_dict(state)
-    return module.eval()
+    store = data.open_store(config.dataset, config.clip, options.root)
+    model, _ = train.start(config, store, torch.device("cpu"))
+    model.load_state_dict(clip.read_torch(path)["model"])
+    return model.dynamic.eval()
 
 
 @torch.no_grad()
 def heat(options: argparse.Namespace) -> str:
     """Eq. 3 as a picture, and how much warmer objects are than what surrounds them."""
     def make(seed: int) -> dict:
-        _, world = clip_of(seed, options)
+        world, trained = clip_of(seed, options)[1], trained_heat(seed, options)
         return {"before training": probe.heat_contrast(world, options.root),
-                "after training `vdi`": probe.heat_contrast(world, options.root,
-                                                            trained_heat(seed, options))}
+                "after training `vdi`": probe.heat_contrast(world, options.root, trained)}
 
     found = keep("heat", options, make)
     if options.figures:
         draw_heat(options)
     names = ("contrast", "warmest on the actor", "random patch on the actor")
+    rows = [[stage, *(mean_and_deviation([each[stage][name] for each in found.values()], 2)
+                      for name in names)] for stage in found[0]]
     return markdown(["FC of Eq. 3", "contrast (standard deviations)",
-                     "warmest patch on the actor, %", "random patch, %"],
-                    [[stage, *(mean_and_deviation([content[stage][name]
-                                                   for content in found.values()], 2)
-                               for name in names)] for stage in found[0]])
+                     "warmest patch on the actor, %", "random patch, %"], rows)
 
 
 def draw_heat(options: argparse.Namespace) -> None:
@@ -586,63 +566,39 @@ def fig3(options: argparse.Namespace) -> str:
 
 
 def collapse(options: argparse.Namespace) -> str:
-    """What becomes of both sides of Eq. 2 and Eq. 5, and of the verbs, while `vdi` and `vdi-staged`
-    train."""
+    """What becomes of both sides of Eq. 2 and Eq. 5, and of the verbs, in training."""
     runs = collect("table1", options)
-    letter = [[row for row in run["log"] if "epoch" in row] for run in runs[2]]
-    staged = [run["log"] for run in runs[4]]
-    plain = [[row for row in run["log"] if "epoch" in row] for run in runs[0]]
+    plain, letter, staged = ([[row for row in run["log"] if "epoch" in row] for run in runs[k]]
+                             for k in (0, 2, 4))
+    first = [[row for row in run["log"] if "stage" in row] for run in runs[4]]
     names = ("var FC(x^qd), Eq. 2", "var x~^qs", "var FC(x^qd), Eq. 5", "var m~")
     if options.figures:
         plt = video.pyplot()
         figure, (left, right) = plt.subplots(1, 2, figsize=(13, 3.4))
-        for name in names:
-            left.plot([row["epoch"] for row in letter[0]],
-                      np.mean([[row[name] for row in log] for log in letter], 0), label=name)
+        lines = [(left, letter, name, name) for name in names]
+        lines += [(right, logs, "cos x^qd", method) for method, logs in (
+            ("mmn", plain), ("vdi", letter), ("vdi-staged", staged))]
+        for cell, logs, name, label in lines:
+            cell.plot([row["epoch"] for row in logs[0]],
+                      np.mean([[row[name] for row in log] for log in logs], 0), label=label)
+            cell.legend(fontsize=8)
         left.set(xlabel="epoch", yscale="log",
                  title="vdi: variance over a batch, share of the squared norm")
-        second = [[row for row in log if "epoch" in row] for log in staged]
-        for name, logs in (("mmn", plain), ("vdi", letter), ("vdi-staged", second)):
-            right.plot([row["epoch"] for row in logs[0]],
-                       np.mean([[row["cos x^qd"] for row in log] for log in logs], 0), label=name)
         right.set(xlabel="epoch (of vdi-staged: after stage 1)",
                   title="mean cosine between the verbs' x^qd")
-        left.legend(fontsize=8), right.legend(fontsize=8)
         save_figure(figure, "collapse.png", options)
     rows = []
-    for name in (*names, "L_vc", "L_sd", "cos x^qd"):
-        first, last = ([log[k][name] for log in letter] for k in (0, -1))
-        rows.append([f"`vdi`: {name}", f"{np.mean(first):.4f}", f"{np.mean(last):.4f}"])
-    ends = [[[row for row in log if ("stage" in row) == stage] for log in staged]
-            for stage in (True, False)]
-    for title, logs in (("stage 1", ends[0]), ("stage 2", ends[1])):
-        for name in ("var x^qd", "cos x^qd"):
-            if name in logs[0][0]:
-                rows.append([f"`vdi-staged`, {title}: {name}",
-                             *(f"{np.mean([log[k][name] for log in logs]):.4f}" for k in (0, -1))])
+    for title, logs, shown in (("`vdi`", letter, (*names, "L_vc", "L_sd", "cos x^qd")),
+                               ("`vdi-staged`, stage 1", first, ("var x^qd", "cos x^qd")),
+                               ("`vdi-staged`, stage 2", staged, ("cos x^qd",))):
+        rows += [[f"{title}: {name}", *(f"{np.mean([log[k][name] for log in logs]):.4f}"
+                                        for k in (0, -1))] for name in shown]
     return markdown(["", "first", "last"], rows)
 
 
-BOXES = {                       # of fig2: where, text, kind
-    "video": (9, 13, "a video", "data"),
-    "sentence": (9, 60, "Q    {full}\nQ^s  {static}\nQ^d  {dynamic}\n(parse.py)", "data"),
-    "f^v": (26, 13, "f^v: CLIP's image tower\nclip.py, frozen", "kept"),
-    "f^q": (28, 60, "f^q: CLIP's text tower\nclip.py, adapted", "kept"),
-    "eq1": (45, 29, "Eq. 1  TransDecoder\nQ^s asks the frames", "inject"),
-    "eq2": (45, 45, "Eq. 2  L^vc: FC(x^qd) is\nto be what Q^s found", "loss"),
-    "eq3": (64, 18, "Eq. 3  heatmaps\nEq. 4  SeqModel reads them", "inject"),
-    "eq5": (64, 45, "Eq. 5  L^sd: queries relate\nas their videos' motions do", "loss"),
-    "map": (84, 13, "all moments in a 2D map\nmmn.py", "kept"),
-    "eq6": (84, 60, "Eq. 6, 9  overlap and\nalignment with the sentence", "kept"),
-    "eq7": (102, 45, "Eq. 7, 8  L^iou, L^cl", "loss"),
-    "eq10": (102, 60, "Eq. 10  start, end", "kept")}
-ARROWS = ("video f^v", "sentence f^q", "f^v eq1 X^v", "f^v eq3 X~^v", "f^v map X^v", "f^q eq1 x^qs",
-          "f^q eq2 x^qd", "f^q eq5 x^qd", "f^q eq6 x^q", "eq1 eq2 x~^qs", "eq3 eq5 m~",
-          "map eq6 X^m", "eq6 eq7", "eq6 eq10")
-
-
 def fig2(options: argparse.Namespace) -> str:
-    """Fig. 2: the method, with a video of the shapes world."""
+    """Fig. 2: the method, with a video of the shapes world, as assets/fig2.json lays it out."""
+    boxes, arrows = json.loads((HERE / "assets" / "fig2.json").read_text()).values()
     model, world = clip_of(0, options)
     plan = shapes.plan_of(0, "train", 0)
     row = shapes.samples_of("", "train", plan)[2]
@@ -657,18 +613,17 @@ def fig2(options: argparse.Namespace) -> str:
     figure.subplots_adjust(0, 0, 1, 1)
     axes.axvspan(35, 74, 0.17, 0.97, color="#fdf1e3", zorder=0)
     axes.text(73, 54.5, "in training only: inject.py", ha="right", color="#a05a00")
-    for picture, place in ((np.concatenate(list(pixels), 1), (1, 17, 24, 17)),
-                           (np.concatenate(list(heat[chosen]), 1), (56, 72, 29, 22.5)),
-                           (overlap, (79, 89, 29, 18))):
+    for picture, place in ((np.hstack(pixels), (1, 17, 24, 17)), (overlap, (79, 89, 29, 18)),
+                           (np.hstack(heat[chosen]), (56, 72, 29, 22.5))):
         axes.imshow(picture, extent=place, cmap="inferno", zorder=2)
     colours = {"data": "#ffffff", "kept": "#dce9f7", "inject": "#fbd9ae", "loss": "#f7c6c6"}
-    for x, y, text, kind in BOXES.values():
+    for x, y, text, kind in boxes.values():
         axes.text(x, y, text.format(**parse.Parser("rules").split(row.sentence)._asdict()),
                   ha="center", va="center", ma="left" if kind == "data" else "center", zorder=3,
                   bbox=dict(boxstyle="round,pad=0.5", facecolor=colours[kind], edgecolor="#555555"))
-    for arrow in ARROWS:
+    for arrow in arrows:
         a, b, *label = arrow.split()
-        (ax, ay), (bx, by) = BOXES[a][:2], BOXES[b][:2]
+        (ax, ay), (bx, by) = boxes[a][:2], boxes[b][:2]
         axes.annotate("", (bx, by), (ax, ay), zorder=1, arrowprops=dict(
             arrowstyle="-|>", color="#333333", shrinkB=24 if ax == bx else 72 if ay == by else 44))
         axes.text(ax + 0.5 * (bx - ax), ay + 0.5 * (by - ay), *label or [""], ha="center",

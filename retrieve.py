@@ -89,8 +89,7 @@ class Retriever:
         self.image_tower, self.clip_file = None, clip_file
 
     def load_image_tower(self) -> clip.CLIP:
-        """CLIP's image tower, of which a cached video has no need. FileNotFoundError that names the
-        file and its SHA-256."""
+        """CLIP's image tower, of which a cached video has no need; or what is missing, by name."""
         if self.image_tower is not None:
             return self.image_tower
         name, digest = self.made["clip"], self.run.checkpoint["clip_sha256"]
@@ -111,8 +110,7 @@ class Retriever:
         return self.image_tower
 
     def encode(self, path: str | os.PathLike) -> Encoded:
-        """The features of a video file: read from the cache, or made. video.VideoError for what is
-        no video."""
+        """The features of a video file, from the cache or made. VideoError for what is no video."""
         path = pathlib.Path(path)
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder; for the videos in it see retrieve.py "
@@ -184,8 +182,7 @@ class Retriever:
         return self.run.retriever.sentences(self.text(sentences))
 
     def windows(self, encoded: Encoded) -> Iterator[tuple[Tensor, Tensor]]:
-        """Up to 16 windows at a time: their frames [w, T, D], and their moments' (start, end) in
-        seconds, [w, P, 2]."""
+        """Up to 16 windows at a time: frames [w, T, D], their moments in seconds [w, P, 2]."""
         cells = self.run.retriever.cells.cpu()
         corners = torch.stack([cells // self.N, cells % self.N + 1], 1)         # [P, 2] clips
         corners = corners * (self.T / self.N)                                   # features
@@ -227,9 +224,8 @@ class Retriever:
 
 def greedy_nms(spans: Tensor, scores: Tensor, top_k: int, video_of: list | None = None,
                per_video: int | None = None) -> list[int]:
-    """Indices of the best moments, each overlapping no better one of its video by more than NMS,
-    at most `per_video` of a video. spans [n, 2], scores [n]; video_of: of one video, if not
-    given."""
+    """Indices of the best moments, each overlapping no better one of its video by more than NMS, at
+    most `per_video` of a video. spans [n, 2], scores [n]; video_of [n] (default: one video)."""
     chosen, of = [], {}
     for k in scores.argsort(descending=True, stable=True).tolist():
         if len(chosen) == top_k:
@@ -261,15 +257,6 @@ def as_text(encoded: Encoded, resolution_sec: float, sentences: list[str],
         lines += [f"{k:3d} {clock(m.start_sec):>8s}  {clock(m.end_sec):>8s}   {m.score:.3f}"
                   for k, m in enumerate(moments, 1)]
     return "\n".join(lines)
-
-
-def as_submission(path: str, sentences: list[str], answers: list[list[Moment]]) -> str:
-    """QVHighlights' submission form, a line a sentence."""
-    return "".join(json.dumps({
-        "qid": i, "query": sentence, "vid": pathlib.Path(path).stem,
-        "pred_relevant_windows": [[round(m.start_sec, 3), round(m.end_sec, 3), round(m.score, 4)]
-                                  for m in moments]}) + "\n"
-        for i, (sentence, moments) in enumerate(zip(sentences, answers)))
 
 
 def plot(path: str, retriever: Retriever, encoded: Encoded, sentences: list[str],
@@ -350,7 +337,6 @@ def as_page(out: str, encoded: Encoded, resolution_sec: float, sentences: list[s
 
 def write_clips(folder: str, path: str, answers: list[list[Moment]]) -> list[pathlib.Path]:
     """Each moment as an mp4 of its own: <video>-<sentence>-<rank>.mp4, both from 1."""
-    av = video.pyav()
     folder, stem = pathlib.Path(folder), pathlib.Path(path).stem
     moments = {folder / f"{stem}-{i}-{k}.mp4": moment for i, row in enumerate(answers, 1)
                for k, moment in enumerate(row, 1)}
@@ -362,17 +348,7 @@ def write_clips(folder: str, path: str, answers: list[list[Moment]]) -> list[pat
         rate = min(60, max(10, round(source.streams.video[0].average_rate or 25)))
     for out, moment in moments.items():
         times_sec = np.arange(moment.start_sec, moment.end_sec, 1 / rate)
-        with av.open(str(out), "w") as target:
-            stream = None
-            for image in video.frames_at(path, times_sec):
-                image = image[:, :image.shape[1] // 2 * 2, :image.shape[2] // 2 * 2]
-                if stream is None:                              # h264 wants even sides
-                    stream = target.add_stream("libx264", rate=rate)
-                    stream.height, stream.width = image.shape[1:]
-                    stream.pix_fmt = "yuv420p"
-                target.mux(stream.encode(av.VideoFrame.from_ndarray(
-                    np.ascontiguousarray(image.permute(1, 2, 0).numpy()), format="rgb24")))
-            target.mux(stream.encode())
+        video.write_video(out, video.frames_at(path, times_sec), rate)
     return list(moments)
 
 
@@ -439,7 +415,7 @@ class Index:
 
     def update(self, retriever: Retriever, folder: str | os.PathLike) -> dict[str, str]:
         """Brings the index in step with a folder of videos: new and changed files are read, those
-        that are gone are left out. Returns file -> reason for those that cannot be read."""
+        that are gone are left out. Tells and returns file -> reason of what cannot be read."""
         files = data.video_files(folder)
         known, failed = self.content["videos"], {}
         if known and not files:
@@ -448,15 +424,12 @@ class Index:
                                     f"the index remove {self.folder}")
         self.content["folder"] = str(pathlib.Path(folder).resolve())
         for name in list(known):
-            if name not in files:
-                print(f"gone: {name}")
-                del known[name]
-            elif data.state_of(files[name]).items() - known[name].items():
-                print(f"changed: {name}")
+            same = name in files and not data.state_of(files[name]).items() - known[name].items()
+            if not same:
+                print(command.printable(f"{'changed' if name in files else 'gone'}: {name}"))
                 del known[name]
         self.save()             # before `add` writes over the rows of what is gone
-        bar = tqdm(files.items(), desc="index", unit="video", disable=None)
-        for name, path in bar:
+        for name, path in tqdm(files.items(), desc="index", unit="video", disable=None):
             if name in known:
                 continue
             about = data.state_of(path)
@@ -464,6 +437,7 @@ class Index:
                 encoded = retriever.encode(path)
             except video.VideoError as error:
                 failed[name] = str(error)
+                tqdm.write(command.printable(f"failed: {name}: {error}"))
                 continue
             self.add(name, about | {"duration_sec": encoded.duration_sec},
                      *retriever.moments(encoded))
@@ -485,13 +459,12 @@ class Index:
         rows, J = self.rows(), self.content["joint"]
         if not rows:
             raise ValueError(f"{self.folder} holds no video")
-        if self.mapped is None or len(self.mapped[2]) != rows:
-            self.mapped = [torch.from_file(str(self.folder / name), False, rows * size,
-                                           dtype=dtype).view(rows, size)
-                           for name, size, dtype in (("iou.f16", J, torch.half),
-                                                     ("contrastive.f16", J, torch.half),
-                                                     ("spans.f32", 2, torch.float32))]
-        iou, contrastive, spans = self.mapped
+        if self.mapped is None or len(self.mapped[1]) != rows:
+            self.mapped = [
+                torch.from_file(str(self.folder / name), False, rows * n, dtype=kind).view(rows, n)
+                for name, n, kind in (("iou.f16", J, torch.half), ("spans.f32", 2, torch.float32),
+                                      ("contrastive.f16", J, torch.half))]
+        iou, spans, contrastive = self.mapped
         videos = sorted((about["first"], about["first"] + about["rows"], name)
                         for name, about in self.content["videos"].items())
         firsts, _, names = zip(*videos)
@@ -550,9 +523,7 @@ def main_index(argv: list[str]) -> None:
         raise ValueError(f"an index is searched by MMN's two vectors and its published fusion, and "
                          f"{options.checkpoint} has another retriever or another fusion")
     index = Index(options.out, options.checkpoint)
-    failed = index.update(retriever, options.folder)
-    for name, reason in failed.items():
-        print(command.printable(f"failed: {name}: {reason}"))
+    index.update(retriever, options.folder)
     known = index.content["videos"].values()
     hours = sum(about["duration_sec"] for about in known) / 3600
     print(f"{options.out}: {sum(about['rows'] for about in known)} moments of {len(known)} videos, "
@@ -644,7 +615,9 @@ def main_video(argv: list[str]) -> None:
     else:
         print(as_text(encoded, resolution_sec, options.sentences, answers))
     if options.jsonl:
-        command.save(options.jsonl, as_submission(options.video, options.sentences, answers))
+        name, rows = pathlib.Path(options.video).stem, zip(options.sentences, answers)
+        command.save(options.jsonl, "".join(evaluate.submission(i, sentence, name, moments)
+                                            for i, (sentence, moments) in enumerate(rows)))
     if options.plot:
         plot(options.plot, retriever, encoded, options.sentences, answers)
     if options.html:

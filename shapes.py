@@ -2,8 +2,7 @@
 
 On a dark ground, coloured shapes rise, fall, advance, retreat, grow, shrink or blink. A query such
 as "the red circle rises" names one actor and one motion of a video in which two actors perform two
-motions each, in some order: nouns alone find the moment half of the time, verbs alone half of the
-time, both always.
+motions each, in some order: nouns alone find every second moment, verbs alone too, both always.
 
     python shapes.py  # data/shapes: stills, small CLIP and its gates, videos, features
     python shapes.py --seed 1                           # data/shapes-1: another world, another CLIP
@@ -60,27 +59,23 @@ SPLITS = {"train": 800, "val": 150, "test": 150, "novel-word": 150, "novel-compo
 # ------------------------------------------------------------------------------------------ drawing
 
 def distance(shape: str, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """Signed distance (roughly, in pixels; negative inside) of points to a shape of radius r at the
-    origin."""
+    """Signed distance (in pixels; negative inside) of points to a shape of radius r at 0, 0."""
     box = lambda w, h: np.maximum(abs(x) - w, abs(y) - h)
     spike = 2 * (np.arctan2(x, -y) * 5 / (2 * math.pi) % 1) - 1         # -1 and 1 at five points
-    return {"circle": lambda: np.hypot(x, y) - r,
-            "square": lambda: box(0.85 * r, 0.85 * r),
+    return {"circle": lambda: np.hypot(x, y) - r, "square": lambda: box(0.85 * r, 0.85 * r),
             "triangle": lambda: np.maximum(y - 0.8 * r, (2 * abs(x) - y - 1.1 * r) / math.sqrt(5)),
             "cross": lambda: np.minimum(box(r, 0.3 * r), box(0.3 * r, r)),
-            "bar": lambda: box(1.2 * r, 0.4 * r),
+            "bar": lambda: box(1.2 * r, 0.4 * r), "pillar": lambda: box(0.4 * r, 1.2 * r),
             "star": lambda: np.hypot(x, y) - r * (0.55 + 0.65 * abs(spike)),
             "heart": lambda: np.minimum(np.hypot(abs(x) - 0.5 * r, y + 0.4 * r) - 0.55 * r,
                                         np.maximum(-y - 0.4 * r, (1.2 * abs(x) + y - r) / 1.6)),
             "moon": lambda: np.maximum(np.hypot(x, y) - r, 0.85 * r - np.hypot(x - 0.55 * r, y)),
             "ring": lambda: abs(np.hypot(x, y) - 0.8 * r) - 0.25 * r,
-            "diamond": lambda: (abs(x) / 0.8 + abs(y) / 1.2 - r) / 1.5,
-            "pillar": lambda: box(0.4 * r, 1.2 * r)}[shape]()
+            "diamond": lambda: (abs(x) / 0.8 + abs(y) / 1.2 - r) / 1.5}[shape]()
 
 
 def draw(frames: np.ndarray, colour: str, shape: str, x, y, r, visible=True) -> None:
-    """Paints one object, antialiased, into float frames [n, 32, 32, 3]; x, y, r, visible are [n] or
-    scalars."""
+    """Paints an object, antialiased, into float frames [n, 32, 32, 3]; the others: [n] or []."""
     x, y, r, visible = (np.broadcast_to(v, len(frames))[:, None, None] for v in (x, y, r, visible))
     centre = np.arange(SIZE) + 0.5
     inside = np.clip(0.5 - distance(shape, centre[None, None, :] - x, centre[None, :, None] - y, r),
@@ -105,8 +100,7 @@ def still(rng: np.random.Generator,
           objects: int | None = None) -> tuple[np.ndarray, str, list[dict]]:
     """One image [32, 32, 3], its caption, and the objects in it (colour, shape, x, y, r).
 
-    As on the web a caption tells only some of what there is, and its verb, if any, is anyone's
-    guess."""
+    As on the web a caption tells only some of what there is, and its verb, if any, is a guess."""
     scene = rng.choice(list(SCENES))
     image, phrases, things = ground(scene, 1, rng), [], []
     for _ in range(objects or rng.choice((1, 2), p=(0.7, 0.3))):
@@ -163,8 +157,7 @@ def small_clip(seed: int, resnet: bool = False) -> clip.CLIP:
 
 
 def image_text_loss(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-    """CLIP's loss: each image picks its caption out of the batch, each caption its image. x, q [B,
-    D]."""
+    """CLIP's loss: each image picks its caption in the batch, each caption its image. [B, D]."""
     logits = scale * F.normalize(x, dim=-1) @ F.normalize(q, dim=-1).T  # [B, B]
     target = torch.arange(len(x))
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -172,8 +165,7 @@ def image_text_loss(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
 
 def pretrain(seed: int, steps: int = 3000, count: int = 24_000, batch: int = 128,
              rounds: int = 3, resnet: bool = False) -> clip.CLIP:
-    """Trains the small CLIP on `count` stills; about two minutes on two cores. AdamW 2e-3, warm-up
-    50 steps, cosine.
+    """Trains the small CLIP on `count` stills (two minutes): AdamW 2e-3, warm-up 50 steps, cosine.
 
     Where the result misses its gates (rare), pre-training is not done and another round follows."""
     rng = np.random.default_rng([seed, 0])
@@ -217,8 +209,7 @@ GATES = {"colour": 0.9, "shape": 0.6, "left or right": 0.95}
 
 @torch.no_grad()
 def zero_shot(model: clip.CLIP, seed: int, count: int = 1000) -> dict[str, float]:
-    """What the small CLIP knows without further training: accuracy on new stills of one object
-    each.
+    """What the small CLIP knows without further training: accuracy on new stills of one object.
 
     colour: of the fifteen "a <colour> <shape>" with the true shape; shape: of the eleven with the
     true colour; left or right: of the two places. "verb cosine" is the mean cosine of "a red circle
@@ -233,28 +224,25 @@ def zero_shot(model: clip.CLIP, seed: int, count: int = 1000) -> dict[str, float
                              model.visual.resolution)
     x = F.normalize(model.encode_image(pixels)[0], dim=1)               # [count, D]
 
-    def accuracy(phrases, answers) -> float:
-        options = torch.stack([read(model, [phrase(thing) for thing in things])
-                               for phrase in phrases], 1)
+    def accuracy(phrase: str, words, answer) -> float:
+        options = torch.stack([read(model, [phrase.format(word, **thing) for thing in things])
+                               for word in words], 1)
         chosen = torch.einsum("cd,cod->co", x, options).argmax(1)       # [count]
-        return (chosen == torch.tensor(answers)).float().mean().item()
+        return (chosen == torch.tensor([answer(t) for t in things])).float().mean().item()
 
     verbs = read(model, [f"a red circle {first}" for first, _ in VERBS])        # [7, D]
     apart = ~torch.eye(len(VERBS), dtype=torch.bool)
-    return {
-        "colour": accuracy([lambda t, c=c: f"a {c} {t['shape']}" for c in COLOURS],
-                           [list(COLOURS).index(t["colour"]) for t in things]),
-        "shape": accuracy([lambda t, s=s: f"a {t['colour']} {s}" for s in SHAPES],
-                          [SHAPES.index(t["shape"]) for t in things]),
-        "left or right": accuracy([lambda t, p=p: f"a {t['colour']} {t['shape']} on the {p}"
-                                   for p in ("left", "right")],
-                                  [int(t["x"] >= SIZE / 2) for t in things]),
-        "verb cosine": (verbs @ verbs.T)[apart].mean().item()}
+    asked = {"colour": ("a {0} {shape}", list(COLOURS), lambda t: list(COLOURS).index(t["colour"])),
+             "shape": ("a {colour} {0}", SHAPES, lambda t: SHAPES.index(t["shape"])),
+             "left or right": ("a {colour} {shape} on the {0}", ("left", "right"),
+                               lambda t: int(t["x"] >= SIZE / 2))}
+    return {**{name: accuracy(*question) for name, question in asked.items()},
+            "verb cosine": (verbs @ verbs.T)[apart].mean().item()}
 
 
 def missed_gates(knows: dict[str, float]) -> list[str]:
-    return [f"{name} {knows[name]:.3f} < {gate}" for name,
-            gate in GATES.items() if knows[name] < gate]
+    return [f"{name} {knows[name]:.3f} < {gate}" for name, gate in GATES.items()
+            if knows[name] < gate]
 
 
 def read(model: clip.CLIP, sentences: list[str]) -> Tensor:
@@ -272,8 +260,7 @@ def script(split: str, rng: np.random.Generator) -> dict:
     """One video, before it is drawn: two actors, two verbs, four events in random order. A
     bystander fills the gaps between them and does nothing.
 
-    Places in pixels. Times are in frame lengths, of which there are 32; "frame_sec" is the length
-    of one."""
+    Places in pixels. Times are in frame lengths, of which there are 32, each "frame_sec" long."""
     old_colours = [c for c in COLOURS if c not in NOVEL_COLOURS]
     old_shapes = [s for s in SHAPES if s not in NOVEL_SHAPES]
     novel = split.endswith("novel-word")
@@ -327,8 +314,7 @@ def plan_of(seed: int, split: str, i: int) -> dict:
 
 
 def whereabouts(event: dict, times: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The actor of an event at the given instants (in frame lengths, [n]): x, y, r, visible, each
-    [n]."""
+    """The actor of an event at these instants (in frame lengths, [n]): x, y, r, visible [n]."""
     progress = np.clip((times - event["start"]) / (event["end"] - event["start"]), 0, 1)[:, None]
     x, y, r = (np.array(event["from"]) * (1 - progress) + np.array(event["to"]) * progress).T
     visible = (times >= event["enter"]) & (times < event["leave"])
@@ -339,8 +325,7 @@ def whereabouts(event: dict, times: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def render(plan: dict, times: np.ndarray) -> np.ndarray:
-    """The video of a script at the given instants (in frame lengths, [n]) -> uint8 [n, 32, 32,
-    3]."""
+    """The video of a script at these instants (in frame lengths, [n]): uint8 [n, 32, 32, 3]."""
     frames = ground(plan["scene"], len(times), np.random.default_rng(plan["speckle"]))
     on_stage = [(times >= e["enter"]) & (times < e["leave"]) for e in plan["events"]]
     draw(frames, **plan["bystander"], visible=~np.any(on_stage, 0))
@@ -350,14 +335,12 @@ def render(plan: dict, times: np.ndarray) -> np.ndarray:
 
 
 def film(plan: dict, times: np.ndarray = np.arange(FRAMES) + 0.5) -> Tensor:
-    """`render` as CLIP takes it, by default at the middle of each of the 32 frame lengths: uint8
-    [n, 3, 32, 32]."""
+    """`render` for CLIP, by default at middles of the 32 frame lengths: uint8 [n, 3, 32, 32]."""
     return torch.from_numpy(render(plan, times)).permute(0, 3, 1, 2)
 
 
 def samples_of(name: str, split: str, plan: dict) -> list[data.Sample]:
-    """The annotated sentences of a video: its four events; of a novel-composition video those that
-    are novel."""
+    """The sentences of a video: its four events; of novel compositions those that are novel."""
     duration_sec = round(FRAMES * plan["frame_sec"], 3)
     return [data.Sample(name, f"the {e['colour']} {e['shape']} {e['word']}", *seconds(e, plan),
                         duration_sec) for e in plan["events"]
@@ -371,8 +354,7 @@ def seconds(event: dict, plan: dict) -> tuple[float, float]:
 # -------------------------------------------------------------------------------------- the dataset
 
 def build(dataset: str = "shapes", root: str | os.PathLike = "data") -> None:
-    """Writes <root>/<dataset> unless it is there; about two minutes on two cores. RuntimeError for
-    a missed gate.
+    """Writes <root>/<dataset> unless it is there (two minutes). RuntimeError for a missed gate.
 
     The number at the end of the name is the seed: "shapes" is seed 0, "shapes-1" seed 1. The folder
     takes its name when all of it is there, so a broken build is simply made anew."""
@@ -424,8 +406,7 @@ def encode(store: video.FeatureStore, model: clip.CLIP, split: str, i: int, plan
 
 
 def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, int]) -> None:
-    """The dataset of a small CLIP: clip.pt, <split>.jsonl, events.json, features; `counts` videos a
-    split."""
+    """The dataset of a small CLIP: clip.pt, <split>.jsonl, events.json, features."""
     folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     folder.mkdir(parents=True)
     try:
@@ -453,22 +434,15 @@ def export(folder: str | os.PathLike, count: int, seed: int, split: str = "test"
            side: int = 256, rate: int = 8) -> None:
     """Videos of a split as mp4, `rate` pictures for each of the 32 frame lengths drawn at one
     instant each, enlarged to `side`; and annotations.jsonl with their sentences and moments."""
-    av = video.pyav()
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     samples = []
     for i in trange(count, desc="export", disable=None):
         name = f"{split}-{i:04d}"
         plan = plan_of(seed, split, i)
-        frames = film(plan).permute(0, 2, 3, 1).numpy()
-        frames = frames.repeat(side // SIZE, 1).repeat(side // SIZE, 2)
+        frames = torch.nn.functional.interpolate(film(plan), side).repeat_interleave(rate, 0)
         pace = fractions.Fraction(plan["frame_sec"]).limit_denominator(10_000) / rate
-        with av.open(str(folder / f"{name}.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=1 / pace, options={"crf": "12"})
-            stream.height, stream.width, stream.pix_fmt = side, side, "yuv420p"
-            for frame in frames.repeat(rate, 0):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
+        video.write_video(folder / f"{name}.mp4", frames, 1 / pace, quality=12)
         samples += samples_of(name, split, plan)
     data.write_jsonl(folder / "annotations.jsonl", samples)
 
@@ -482,8 +456,7 @@ def seed_of(dataset: str) -> int:
 
 
 def show(path: str, seed: int) -> None:
-    """A contact sheet: a video of three splits, every second frame, and eight stills with their
-    captions."""
+    """A contact sheet: a video of three splits, every second frame, and eight captioned stills."""
     plt = video.pyplot()
     figure = plt.figure(figsize=(16, 8))
     splits = ("train", "novel-word", "novel-composition")

@@ -28,8 +28,7 @@ class TAN(mmn.MomentMap):
                  pool_counts: tuple[int, ...], kernel: int, layers: int, hidden: int, joint: int):
         super().__init__(num_clips, pool_kernel, pool_stride, pool_counts)
         self.map_fc = nn.Conv2d(width, joint, 1)
-        # DEVIATION: x^q and CLIP's frames as they are; published are an LSTM over words, and a
-        # convolution over frames
+        # DEVIATION: CLIP's x^q and frames; published: LSTM over words, convolution over frames
         self.text_fc = nn.Linear(width, joint)
         self.add_convolutions(joint, hidden, kernel, layers)
         self.score = nn.Conv2d(hidden, 1, 1)
@@ -44,8 +43,7 @@ class TAN(mmn.MomentMap):
         return self.at_candidates(self.score(x))[:, 0]                  # [S, P]
 
     def scores(self, frames: Tensor, text: Tensor, video_of: Tensor, fusion: str = "") -> Tensor:
-        """What ranks the moments: [S, N, N] in (0, 1), 0 where there is none. There is one score,
-        so nothing to fuse."""
+        """What ranks the moments: [S, N, N] in (0, 1), 0 where there is none. Nothing to fuse."""
         return self.to_map(self(frames, text, video_of).sigmoid())
 
     def outputs(self, frames: Tensor, text: Tensor, video_of: Tensor) -> tuple[Tensor]:

@@ -48,8 +48,7 @@ option = command.option
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All there is to choose. Defaults are the paper's settings for Charades-STA; see PRESETS for
-    the others."""
+    """All there is to choose. Defaults: the paper's settings for Charades-STA; see PRESETS."""
     dataset: str = option("shapes", "charades, charades-cg, activitynet, activitynet-cg, shapes, "
                                     "shapes-1, ..., or one's own below the root")
     method: str = option("vdi", "mmn, vdi or vdi-staged", METHODS)
@@ -89,16 +88,15 @@ class Config:
                                 only="method vdi")
     inject_heads: int = option(8, "heads of both", least=1, only="method vdi")
     # what the paper's tables compare; the defaults are its letter
-    context_query: str = option("static", "what asks the frames in Eq. 1 and in stage 1: static "
-                                          "(Q^s), full (Q), half (Q^h) or none (a learned probe; "
-                                          "in stage 1 all frames weigh the same)",
-                                ("static", "full", "half", "none"),
-                                only="method vdi, vdi-staged")
-    inject_into: str = option("dynamic", "what Eq. 2, Eq. 5 and stage 1 adapt: dynamic (Q^d) or "
-                                         "full (Q)", ("dynamic", "full"),
-                               only="method vdi, vdi-staged")
-    sequence: str = option("transformer", "SeqModel of Eq. 4", ("transformer", "lstm"),
-                           only="method vdi")
+    context_query: str = option(
+        "static", "what asks the frames in Eq. 1 and stage 1: static (Q^s), full (Q), half (Q^h) "
+        "or none (a learned probe; in stage 1 all frames weigh the same)",
+        ("static", "full", "half", "none"), only="method vdi, vdi-staged")
+    inject_into: str = option(
+        "dynamic", "what Eq. 2, Eq. 5 and stage 1 adapt: dynamic (Q^d) or full (Q)",
+        ("dynamic", "full"), only="method vdi, vdi-staged")
+    sequence: str = option(
+        "transformer", "SeqModel of Eq. 4", ("transformer", "lstm"), only="method vdi")
     vc_form: str = option("consistent", "Eq. 2: consistent, or relational like Eq. 5",
                           ("consistent", "relational"), only="method vdi")
     sd_form: str = option("relational", "Eq. 5: relational, or consistent like Eq. 2",
@@ -109,9 +107,9 @@ class Config:
     normalise: bool = option(True, "L2-normalise CLIP's features before every use")
     fusion: str = option("published", "Eq. 10: published (MMN's), or product as printed",
                          tuple(mmn.FUSIONS), only="retriever mmn")
-    excluded: str = option("out", "pairs that are neither positive nor negative in Eq. 8: out, or "
-                                  "exp0 as in MMN's code", tuple(mmn.EXCLUDED),
-                           only="retriever mmn")
+    excluded: str = option(
+        "out", "pairs that are neither positive nor negative in Eq. 8: out, or exp0 as in MMN's "
+        "code", tuple(mmn.EXCLUDED), only="retriever mmn")
     # the optimiser: AdamW, betas (0.9, 0.99)
     lr: float = option(1e-4, "learning rate of everything but the text tower (Sec. 4.1.3)")
     text_lr: float = option(0.1, "learning rate of the text tower as a share of it (Sec. 4.1.3)")
@@ -137,13 +135,12 @@ class Config:
                              only="method vdi-staged")
     stage_batch: int = option(64, "sentences in a batch of stage 1", least=1,
                               only="method vdi-staged")
-    stage_target: str = option("change", "change: late minus early half of the moment; mean of the "
-                                         "moment; whole: mean of the video; shuffled: the change "
-                                         "of another sentence; rotated: the change, turned at "
-                                         "random; random: a random code for each dynamic query. "
-                                         "The last three are controls: the last sees no video",
-                               ("change", "mean", "whole", "shuffled", "rotated", "random"),
-                               only="method vdi-staged")
+    stage_target: str = option(
+        "change", "change: late minus early half of the moment; mean of the moment; whole: mean of "
+        "the video; shuffled: the change of another sentence; rotated: the change, turned at "
+        "random; random: a random code for each dynamic query. The last three are controls: the "
+        "last sees no video", ("change", "mean", "whole", "shuffled", "rotated", "random"),
+        only="method vdi-staged")
 
     def __post_init__(self):
         command.check_options(self)
@@ -183,8 +180,7 @@ PRESETS = {
 
 
 def preset(dataset: str, retriever: str = "mmn") -> dict:
-    """Fields that differ from the defaults. One's own dataset has the sizes of the shapes world,
-    and its CLIP."""
+    """Fields that differ from the defaults. One's own dataset has the shapes world's, and CLIP."""
     family, own = dataset.removesuffix("-cg"), {}
     if family not in PRESETS or family == "shapes":
         own = {"clip": dataset} if dataset.startswith("shapes") else {"clip": "shapes",
@@ -209,12 +205,10 @@ class Model(nn.Module):
 
     def __init__(self, config: Config, text: clip.TextTower, made: dict):
         super().__init__()
-        self.sizes = dict(width=made["width"], num_clips=config.num_clips,
-                          pool_counts=config.pool_counts,
-                          pool_kernel=config.frames // config.num_clips,
-                          pool_stride=config.frames // config.num_clips,
-                          kernel=config.kernel, layers=config.layers, hidden=config.hidden,
-                          joint=config.joint)
+        pool = config.frames // config.num_clips
+        self.sizes = dict(width=made["width"], num_clips=config.num_clips, pool_kernel=pool,
+                          pool_stride=pool, pool_counts=config.pool_counts, kernel=config.kernel,
+                          layers=config.layers, hidden=config.hidden, joint=config.joint)
         self.text = text                                                # f^q
         self.retriever = evaluate.RETRIEVERS[config.retriever](**self.sizes)    # f^g
         self.context = self.dynamic = None
@@ -243,10 +237,10 @@ def terms(model: Model, batch: data.Batch,
         outputs = model.retriever.outputs(batch.frames, x[:S], batch.video_of)
     before = sum(parallel.everyone(len(batch.videos))[:parallel.rank()])    # videos of the others
     video_of = parallel.gather(batch.video_of + before)                 # [S]
-    result = model.retriever.losses(
-        tuple(parallel.gather(y.float()) for y in outputs),
-        parallel.gather(model.retriever.at_candidates(batch.iou)), video_of,
-        parallel.gather(batch.moments_sec), config)
+    iou = model.retriever.at_candidates(batch.iou)                      # [S, P]
+    result = model.retriever.losses(tuple(parallel.gather(y.float()) for y in outputs),
+                                    parallel.gather(iou), video_of,
+                                    parallel.gather(batch.moments_sec), config)
     if model.context is None:
         return result, {}
 
@@ -284,8 +278,10 @@ def terms(model: Model, batch: data.Batch,
 
 
 def total_loss(terms: dict[str, Tensor], config: Config, epoch: int) -> Tensor:
-    """Eq. (11), Sec. 3.2:  L = lambda^iou L^iou + lambda^cl L^cl + lambda^vc L^vc + lambda^sd L^sd,
-    each a batch mean."""
+    """Eq. (11), Sec. 3.2: the sum of all terms, each a batch mean.
+
+        L = lambda^iou L^iou + lambda^cl L^cl + lambda^vc L^vc + lambda^sd L^sd
+    """
     cl = config.lambda_cl * (0.01 if epoch >= config.cl_decay_epoch else 1.0)
     weights = {"L_iou": config.lambda_iou, "L_cl": cl, "L_vc": config.lambda_vc,
                "L_sd": config.lambda_sd}
@@ -293,8 +289,7 @@ def total_loss(terms: dict[str, Tensor], config: Config, epoch: int) -> Tensor:
 
 
 def check_finite(terms: dict[str, Tensor], batch: data.Batch, folder: pathlib.Path) -> None:
-    """A term that is not finite stops the run, is named, and leaves its batch behind. All processes
-    have the same terms."""
+    """A term that is not finite stops the run (all have the same) and leaves its batch behind."""
     for name, value in terms.items():
         if not torch.isfinite(value):
             videos = [video for part in parallel.everyone(batch.videos) for video in part]
@@ -320,11 +315,9 @@ def query_cosine(text: clip.TextTower, videos: data.Videos, device: torch.device
 @torch.no_grad()
 def stage_targets(text: clip.TextTower, videos: data.Videos, config: Config,
                   device: torch.device) -> tuple[Tensor, Tensor]:
-    """What each training sentence's x^qd is to become in stage 1, [S, D], and which sentences have
-    both halves, [S'].
+    """What each sentence's x^qd is to become in stage 1, [S, D], and which have both halves, [S'].
 
-    The target is inject.temporal_change, less its mean over these sentences, over its root mean
-    square."""
+    The target is inject.temporal_change, less its mean over these, over its root mean square."""
     which = {"full": 0, "none": None}.get(config.context_query, 1)
     static = torch.cat([text.encode_text(part.to(device))               # x^qs of the original tower
                         for part in videos.tokens[which or 0].split(1024)])
@@ -332,9 +325,9 @@ def stage_targets(text: clip.TextTower, videos: data.Videos, config: Config,
     for batch in videos.batches(64):
         batch = batch.to(device)
         asking = None if which is None else static[batch.index]
-        target.append(inject.temporal_change(asking, batch.frames[batch.video_of],
-                                             batch.moments_sec, batch.durations_sec,
-                                             config.stage_target))
+        target.append(inject.temporal_change(
+            asking, batch.frames[batch.video_of], batch.moments_sec, batch.durations_sec,
+            config.stage_target))
     target = torch.cat(target)                                          # [S, D]
     generator = torch.Generator().manual_seed(config.seed)
     if config.stage_target == "random":                         # the control: no video in it at all
@@ -367,8 +360,7 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config,
     if config.stage_batch < parallel.size():
         raise ValueError(f"--stage-batch {config.stage_batch} leaves some of {parallel.size()} "
                          f"processes without a sentence")
-    # DEVIATION: an optimiser of its own; in one sum with Eq. 7 the size of this term starves the
-    # others
+    # DEVIATION: an optimiser of its own; in one sum the size of this term starves the others
     optimiser = torch.optim.AdamW(text.parameters(), lr=config.stage_lr, betas=(0.9, 0.99),
                                   weight_decay=config.weight_decay, fused=True)
     generator = torch.Generator().manual_seed(config.seed)
@@ -378,8 +370,7 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config,
         rate = min((step + 1) / 20, (1 + math.cos(math.pi * step / config.stage_steps)) / 2)
         optimiser.param_groups[0]["lr"] = config.stage_lr * rate
         chosen = usable[torch.randint(len(usable), (config.stage_batch,), generator=generator)]
-        # DEVIATION: no FC, and x^qd as the tower gives it: nothing stands between the target and
-        # the tower
+        # DEVIATION: no FC, and x^qd as it is: nothing stands between the target and the tower
         tokens = videos.tokens[into, parallel.share(chosen)].to(device)
         x = parallel.gather(text.encode_text(tokens))                   # x^qd [S, D]
         loss = inject.visual_context_loss(x, target[chosen]).mean()
@@ -408,16 +399,14 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config: Config,
 # -------------------------------------------------------------------------------------- Algorithm 1
 
 def learning_rate(config: Config, progress: float) -> float:
-    """Factor on the learning rates after `progress` epochs: a cosine to 0, or a tenth at each
-    milestone."""
+    """Factor on the rates after `progress` epochs: a cosine to 0, or a tenth at each milestone."""
     if not config.milestones:
         return (1 + math.cos(math.pi * progress / config.epochs)) / 2
     return 0.1 ** sum(progress >= milestone for milestone in config.milestones)
 
 
 def train(config: Config, resume: bool = False) -> dict[str, dict]:
-    """One run. Returns evaluate.evaluate of the kept epoch and leaves the run in config.folder. Of
-    several processes the first one returns it."""
+    """One run, left in config.folder. The first process returns what the kept epoch scores."""
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -436,8 +425,7 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
 
 def read_videos(config: Config, parser: parse.Parser,
                 store: video.FeatureStore) -> dict[str, data.Videos]:
-    """The training videos, and those that choose the epoch where there are any; of the latter none
-    is trained on."""
+    """The training videos, and those that choose the epoch, if any, which are not trained on."""
     there = [*data.splits(config.dataset, config.root),
              *(["val"] if config.dataset in data.FILES else [])]
     if config.select_on == "train" or config.select_on not in (*there, "val"):
@@ -569,10 +557,9 @@ def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[
             stop_if_told(epoch)
             ready = time.perf_counter()
         stop_if_told(epoch)
-        row = {"epoch": epoch + 1,
-               **{name: (value / len(loader)).item() for name, value in sums.items()
-                  if name != "skipped"},
-               **({"skipped": int(sums["skipped"])} if sums["skipped"] else {}),
+        skipped = int(sums.pop("skipped"))
+        row = {"epoch": epoch + 1, **({"skipped": skipped} if skipped else {}),
+               **{name: (value / len(loader)).item() for name, value in sums.items()},
                "data %": 100 * waited_sec / (time.perf_counter() - epoch_started),
                "cos x^qd": query_cosine(model.text, videos["train"], device)}
         if config.select_on in videos and first_process:
@@ -585,16 +572,15 @@ def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[
         done, sums = 0, {}
         if not first_process:
             continue
-        write_log(folder, row)
+        with open(folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
         tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-        better = best_epoch(history) == len(history)
-        if better:
+        if best_epoch(history) == len(history):
+            made = {key: value for key, value in store.manifest.items() if key != "videos"}
             save(folder / "ckpt.pt", {
                 "config": dataclasses.asdict(config), "epoch": epoch + 1, "history": history,
                 "metrics": row, "sizes": model.sizes, "retriever": model.retriever.state_dict(),
-                "text": model.text.state_dict(), "clip_sha256": store.manifest["sha256"],
-                "clip_name": store.manifest["clip"],
-                "features": {k: v for k, v in store.manifest.items() if k != "videos"},
+                "text": model.text.state_dict(), "clip_sha256": made["sha256"], "features": made,
                 "window_sec": float(videos["train"].durations_sec.quantile(0.95)),
                 "parser": parser.name, "versions": versions()})
         keep(epoch + 1)
@@ -604,9 +590,9 @@ def algorithm_1(config: Config, resume: bool, signals: command.Signals) -> dict[
     run = evaluate.load(folder / "ckpt.pt", device)
     results = evaluate.evaluate(run, device=device, allow_missing=True)
     command.save(folder / "results.json", json.dumps(results, indent=1))
-    print(f"epoch {run.checkpoint['epoch']} of {len(history)}, " + (
-        f"chosen on {config.select_on}" if config.select_on in videos
-        else "the last: there is no validation split"))
+    chosen = f"chosen on {config.select_on}"
+    print(f"epoch {run.checkpoint['epoch']} of {len(history)}, "
+          + (chosen if config.select_on in videos else "the last: there is no validation split"))
     print(evaluate.table(results))
     return results
 
@@ -631,8 +617,7 @@ def same_configuration(theirs: dict, config: Config) -> None:
 
 
 def best_epoch(history: list[dict]) -> int:
-    """The epoch (from 1) with the highest R@1, IoU=0.5 plus R@1, IoU=0.7; the last one where there
-    is no validation."""
+    """The epoch (from 1) highest in R@1, IoU=0.5 plus R@1, IoU=0.7; the last without validation."""
     if not history or "R@1,IoU=0.5" not in history[0]:
         return len(history)
     # UNSPECIFIED: which metric stops early; the sum of the two that the paper reports
@@ -642,12 +627,6 @@ def best_epoch(history: list[dict]) -> int:
 
 def save(path: pathlib.Path, content: dict) -> None:
     command.save(path, lambda file: torch.save(content, file))
-
-
-def write_log(folder: pathlib.Path, row: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def versions() -> dict[str, str]:
@@ -684,8 +663,7 @@ def main() -> None:
     with command.sentences():
         config, resume = parse_arguments()
         with parallel.processes(data.pick_device(config.device)):
-            print("  ".join(f"{name}={value}" for name,
-                            value in dataclasses.asdict(config).items() if value != ""))
+            print(command.settings(config))
             made = versions()
             print(f"python {made['python']}  torch {made['torch']}  commit "
                   f"{made['commit'][:12] or 'unknown'}  {data.pick_device(config.device)}  "

@@ -1,8 +1,7 @@
 """A video file -> frames -> CLIP features, and the store that keeps them (f^v, paper Sec. 3).
 
 A video is T frames at the centres of T equal parts of its duration, found by timestamp, so that
-frame rate and length do not matter. The image tower is frozen (paper Sec. 4.1.3), so features are
-computed once.
+frame rate and length do not matter. The image tower is frozen (Sec. 4.1.3): features are made once.
 
     python video.py FILE
 
@@ -26,6 +25,7 @@ import collections
 import concurrent.futures
 import concurrent.futures.process
 import contextlib
+import importlib
 import json
 import math
 import multiprocessing
@@ -54,29 +54,26 @@ class VideoError(ValueError):
 # ---------------------------------------------------------------------------------- video -> frames
 
 def frame_centres(duration_sec: float, count: int) -> np.ndarray:
-    """The instants at which a video is looked at: centres of `count` equal parts of its duration,
-    in seconds."""
+    """Where a video is looked at: the centres of `count` equal parts of its duration, seconds."""
     return (np.arange(count) + 0.5) * duration_sec / count
 
 
-def pyav():
-    """The package PyAV; RuntimeError where it is not installed."""
+def need(package: str, what: str):
+    """A package that only some commands need; RuntimeError where it is not installed."""
     try:
-        import av
+        return importlib.import_module(package)
     except ImportError as error:
-        raise RuntimeError("reading videos needs PyAV: pip install av") from error
-    return av
+        raise RuntimeError(f"{what} needs {package}: pip install {package}") from error
+
+
+def pyav():
+    return need("av", "reading videos")
 
 
 def pyplot():
-    """matplotlib.pyplot, which draws into files; RuntimeError where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise RuntimeError("drawing needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot
+    """matplotlib.pyplot, which draws into files."""
+    need("matplotlib", "drawing").use("Agg")
+    return importlib.import_module("matplotlib.pyplot")
 
 
 def open_video(path: str | os.PathLike):
@@ -96,8 +93,7 @@ def open_video(path: str | os.PathLike):
 
 
 def decoded(container) -> Iterator[tuple[float, object]]:
-    """(seconds since the first frame, frame) of all frames, in order. av.FFmpegError where the file
-    is damaged."""
+    """(seconds since the first frame, frame) of all frames, in order. av.FFmpegError: damaged."""
     stream = container.streams.video[0]
     rate = float(stream.average_rate or stream.guessed_rate or 25)
     first, count = None, 0
@@ -109,8 +105,7 @@ def decoded(container) -> Iterator[tuple[float, object]]:
 
 
 def probe_duration(path: str | os.PathLike) -> float:
-    """Duration in seconds: the video stream's, else the container's, else by decoding the whole
-    file."""
+    """Duration in seconds: the video stream's, else the container's, else by decoding it all."""
     av = pyav()
     with open_video(path) as container:
         stream = container.streams.video[0]
@@ -131,8 +126,7 @@ TOLERATED = 0.9     # share of a video that has to decode; its last frame stands
 
 
 def frames_at(path: str | os.PathLike, times_sec: np.ndarray) -> Iterator[Tensor]:
-    """For each instant (ascending) the frame on show: the last one that begins no later. uint8 [3,
-    h, w], RGB.
+    """For each instant (ascending) the frame on show, which begins no later: uint8 [3, h, w], RGB.
 
     Decodes in one pass. VideoError where the frames end before `TOLERATED` of the last instant,
     because the file is damaged or its header claims more than it holds."""
@@ -166,9 +160,22 @@ def to_rgb(frame) -> Tensor:
     return torch.from_numpy(image.copy()).permute(2, 0, 1)
 
 
+def write_video(path: str | os.PathLike, frames: Iterator[Tensor], rate, quality: int = 23) -> None:
+    """Frames uint8 [3, h, w] -> a video file (H.264) of `rate` a second. quality: 0 is lossless."""
+    av, stream = pyav(), None
+    with av.open(str(path), "w") as target:
+        for frame in frames:
+            h, w = (side // 2 * 2 for side in frame.shape[1:])          # H.264 wants even sides
+            if stream is None:
+                stream = target.add_stream("libx264", rate=rate, options={"crf": str(quality)})
+                stream.height, stream.width, stream.pix_fmt = h, w, "yuv420p"
+            image = np.ascontiguousarray(frame[:, :h, :w].permute(1, 2, 0).numpy())
+            target.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        target.mux(stream.encode())
+
+
 def sample_frames(path: str | os.PathLike, count: int, resolution: int) -> tuple[Tensor, float]:
-    """A video file -> T frames as CLIP sees them, uint8 [T, 3, R, R], and the duration in
-    seconds."""
+    """A video file -> T frames as CLIP sees them, uint8 [T, 3, R, R], and its duration, seconds."""
     duration_sec = probe_duration(path)
     frames = [clip.crop(frame[None], resolution)
               for frame in frames_at(path, frame_centres(duration_sec, count))]
@@ -183,8 +190,7 @@ PRECISIONS = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfl
 @torch.no_grad()
 def encode_frames(model: clip.CLIP, pixels: Tensor, batch: int = 32,
                   precision: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """uint8 [T, 3, R, R] -> frame features [T, D], patch features [T, D', H, W], float16, on the
-    CPU."""
+    """uint8 [T, 3, R, R] -> features of frames [T, D], patches [T, D', H, W], float16, on CPU."""
     device = model.logit_scale.device
     done = []
     for part in pixels.split(batch):
@@ -197,8 +203,7 @@ def encode_frames(model: clip.CLIP, pixels: Tensor, batch: int = 32,
 
 
 def patch_frames(frames: int, count: int) -> np.ndarray:
-    """Which of T frames keep their patch features: the middles of `count` equal parts (all, if
-    there are fewer)."""
+    """Which of T frames keep their patch features: the middles of `count` equal parts, or all."""
     count = min(count, frames)
     return ((np.arange(count) + 0.5) * frames / count).astype(int)
 
@@ -433,8 +438,6 @@ def extract(store: FeatureStore, model: clip.CLIP, videos: dict[str, pathlib.Pat
             if decoded is None:
                 break
             bar.update()
-            share = waited_sec / (time.monotonic() - started)
-            bar.set_postfix({"waiting for the decoder": f"{share:.0%}"})
     finally:
         decoding.close()
         bar.close()
@@ -450,8 +453,7 @@ def extract(store: FeatureStore, model: clip.CLIP, videos: dict[str, pathlib.Pat
 # ------------------------------------------------------------------------- features made elsewhere
 
 def read_features(path: str | os.PathLike) -> np.ndarray:
-    """Features made elsewhere, [L, D]: .npy, .npz (its array `features`) or .pt. VideoError if the
-    file holds anything else."""
+    """Features made elsewhere, [L, D]: .npy, .npz (its array `features`) or .pt; or VideoError."""
     path = pathlib.Path(path)
     try:
         if path.suffix == ".pt":
@@ -466,8 +468,7 @@ def read_features(path: str | os.PathLike) -> np.ndarray:
             # mapped, so that a header cannot claim more than the file holds
             x = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
     except Exception as error:  # a dozen kinds for a damaged or a hostile file
-        raise VideoError(f"{path} cannot be read as features: {type(error).__name__} "
-                         f"{str(error).splitlines()[0] if str(error) else ''}") from error
+        raise VideoError(f"{path} cannot be read as features: {command.told(error)}") from error
     if x.ndim != 2 or not len(x) or x.dtype.kind not in "fiu" or not np.isfinite(x).all():
         raise VideoError(f"{path} holds {x.dtype} {list(x.shape)}, and not finite numbers [L, D]")
     return x
