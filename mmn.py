@@ -277,7 +277,7 @@ def contrastive_loss(moments: Tensor, text: Tensor, iou: Tensor, video_of: Tenso
     video_of     [S]
     moments_sec  [S, 2] labels, start and end
     excluded     logit in p^m of what is neither positive nor negative; 0, as in MMN's code, leaves
-                 each of them exp(0) in the sum
+                 each of them exp(0) in the sum (there one more, at the positive's own place)
     returns      [S] nats
     """
     S, P = iou.shape
