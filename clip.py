@@ -4,8 +4,8 @@ Contents, in the order in which data meets them: text -> tokens (BPE), frames ->
 image towers (ViT, ModifiedResNet), the causal text tower, and the loading of weights. The module
 tree carries OpenAI's own parameter names, so a published state dict loads without renaming.
 
-Left out: training of the large models, half precision (everything here is float32; callers may use
-autocast), and any activation read from a file name.
+Left out: training of the large models, and half precision (everything here is float32; callers may
+use autocast). The activation is not guessed from a file's name: it is an argument of `load`.
 
     import clip
     model = clip.load("ViT-B/32")                                       # downloads 338 MB once
@@ -74,7 +74,7 @@ def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
 
 @functools.lru_cache(maxsize=2 ** 18)
 def word_ids(word: str) -> tuple[int, ...]:
-    """Byte-pair encoding of one word: of all neighbours that are a known pair, merge the best."""
+    """Byte-pair encoding of one word: while neighbours are a known pair, merge the best pair."""
     ids, ranks = vocabulary()
     if word in (START, END):
         return (ids[word],)
@@ -107,16 +107,6 @@ def sentence_ids(text: str) -> tuple[int, ...]:
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     text = regex.sub(r"\s+", " ", text).strip().lower()
     return tuple(i for word in WORD.findall(text) for i in word_ids(word))
-
-
-def decode(ids) -> str:
-    """Text of token ids, special tokens included: the inverse of `encode` up to spaces and case."""
-    tokens = list(vocabulary()[0])
-    byte_of = {letter: byte for byte, letter in byte_alphabet().items()}
-    words = regex.sub(f"{regex.escape(START)}|{regex.escape(END)}|</w>", " ",
-                      "".join(tokens[i] for i in ids))
-    return b"".join(bytes([byte_of[c]]) if c in byte_of else c.encode()
-                    for c in words).decode("utf-8", "replace")
 
 
 def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = False) -> Tensor:
@@ -153,7 +143,7 @@ def crop(frames: Tensor, resolution: int) -> Tensor:
     h, w = frames.shape[2:]
     size = [max(resolution, int(resolution * side / min(h, w))) for side in (h, w)]
     if size != [h, w]:
-        # subtle: of uint8 this is Pillow's arithmetic, which rounds after either direction
+        # subtle: on uint8 this computes as Pillow does, rounding after each of the two directions
         frames = F.interpolate(frames, size, mode="bicubic", antialias=True)
     top, left = (round((side - resolution) / 2) for side in size)
     return frames[:, :, top:top + resolution, left:left + resolution]
@@ -187,7 +177,7 @@ class Attention(nn.MultiheadAttention):
         B, L, C = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)       # [B, L, 3C]
         q, k, v = qkv.view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # [B, heads, L, *]
-        # `hidden` [B, L] is added to what is looked at: 0, or a large negative number
+        # `hidden` [B, L] is added to the logits of the keys: 0, or a large negative number to hide
         bias = None if hidden is None else hidden[:, None, None]
         x = F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal)
         return self.out_proj(x.transpose(1, 2).reshape(B, L, C))
@@ -258,7 +248,7 @@ class VisionTransformer(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ResNet block whose stride is an average pool, of the third convolution and the shortcut."""
+    """ResNet block; its stride is an average pool, before conv3 and again in the shortcut."""
 
     def __init__(self, channels: int, planes: int, stride: int):
         super().__init__()
@@ -385,7 +375,7 @@ NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask") 
 
 
 def build_text(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> TextTower:
-    """The text tower alone, of a state dict with or without an image tower. As `build`."""
+    """The text tower alone, of a state dict with or without an image tower; otherwise `build`."""
     state = {key: value for key, value in state.items()
              if not key.startswith("visual.") and key not in ("logit_scale", *NOT_WEIGHTS)}
     return fill(lambda: TextTower(*_text_sizes(state, activation)), state)
@@ -571,7 +561,7 @@ def read_torch(path: str | os.PathLike) -> object:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
             if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
-                raise ValueError("it is compressed, as torch.save writes nothing")
+                raise ValueError("it is compressed, which torch.save never does")
             if any(part.volume or part.internal_attr or part.external_attr for part in parts):
                 raise ValueError("its directory is not one of torch.save")     # torch would misread
             if sum(part.file_size for part in parts) > size:
@@ -607,8 +597,8 @@ def _bytes_of(content: object, seen: set[int]) -> int:
 
 def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
     """The state dict of a weight file or a published model, under OpenAI's names. Nothing in the
-    file is executed: plain pickles are read with weights_only=True, and a TorchScript archive only
-    after its SHA-256 proved it to be one of OpenAI's."""
+    file is executed: what torch.save wrote (its zip form) is read with weights_only=True, and a
+    TorchScript archive only after its SHA-256 proved it to be one of OpenAI's."""
     path = download(path) if path in PUBLISHED else pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is neither a weight file nor the name of a published "

@@ -241,8 +241,8 @@ def save(path: str | os.PathLike, content) -> None:
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path, resume: bool):
-    """The folder of a run. FileExistsError for one that holds a run already, unless that is to be
-    resumed; and for the second of two processes that write into it. It ends with its process."""
+    """The folder of a run. FileExistsError if it holds a run already that is not to be resumed, and
+    for the second of two processes that write into it; the lock ends with its process."""
     if not resume and folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
         raise FileExistsError(f"{folder} holds a run already; continue it with --resume, or "
                               f"choose another --out")

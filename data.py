@@ -47,7 +47,7 @@ class Sample(NamedTuple):
 
 
 class Cleaned(NamedTuple):
-    """What `clean` did: moments that ended after their video, and those that were empty then."""
+    """What `clean` did: moments that reached beyond their video, and those that were empty then."""
     clamped: int
     dropped: int
 
@@ -248,9 +248,10 @@ def write_jsonl(path: pathlib.Path, samples: list[Sample]) -> None:
 
 def install(dataset: str, root: str | os.PathLike, folder: str | os.PathLike | None,
             direct: bool = True) -> None:
-    """Puts the published annotations of a dataset below the root: a copy of what lies in `folder`
-    (in a folder of the dataset's name in it, or if `direct` in itself), under any published name;
-    without a folder, what is missing is fetched. Other counts than the published are refused."""
+    """The published annotations of a dataset, put below the root: copied from `folder` (from a
+    subfolder named like the dataset, or, if `direct`, from `folder` itself), under any published
+    name; without `folder`, what is missing is fetched. Other counts than the published ones are
+    refused."""
     target = pathlib.Path(root) / dataset
     if folder is None:
         sources = {file: rest for file, *rest in map(str.split, SOURCES.read_text().splitlines())}
@@ -466,8 +467,7 @@ class Videos(torch.utils.data.Dataset):
         order = torch.utils.data.RandomSampler(self, generator=generator)
         return torch.utils.data.DataLoader(
             self, batch_sampler=Shares(order, size, drop_last=False), generator=generator,
-            collate_fn=self.collate, num_workers=workers, worker_init_fn=stay,
-            persistent_workers=workers > 0)
+            collate_fn=self.collate, num_workers=workers, worker_init_fn=stay)
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -519,7 +519,7 @@ def adopt(dataset: str, split: str, path: str, videos: dict[str, pathlib.Path], 
           features: bool = False) -> None:
     """One's own annotation file becomes <root>/<dataset>/<split>.jsonl: durations probed where it
     does not tell them, cleaned, and what was clamped or dropped is printed. A video that cannot be
-    read keeps the last end it has."""
+    read is taken to end with its last moment."""
     rows, durations_sec = read_file(path), {}
     untold = {row.video for row in rows if math.isnan(row.duration_sec)}
     if untold and not videos:

@@ -2,16 +2,16 @@
 
     python evaluate.py runs/shapes-vdi-staged/ckpt.pt
     python evaluate.py ckpt.pt --split test --query dynamic --json
-    python evaluate.py runs/table/mmn-?/ckpt.pt          # mean and standard deviation over runs
+    python evaluate.py runs/mmn-?/ckpt.pt                # mean and standard deviation over runs
     python evaluate.py ckpt.pt --split test --predictions out.jsonl     # writes its answers
     python evaluate.py --predictions out.jsonl --truth test.jsonl       # scores any system's
     python evaluate.py --explain                        # IoU, NMS and R@5 on three moments by hand
 
 Beside each result stand what a random moment would score, and the best moment that does not look at
 the sentence (fitted on the training split), so that a number means something; and, where the world
-knows all its events, how often the answer lies in one of the right actor and of the right verb.
+knows all its events, how often the answer lies in one of the right actor; of the right verb.
 
-Inference needs the text tower and MMN only; no injection module is loaded, or in need of it.
+Inference needs the text tower and the retriever only; no injection module is loaded or needed.
 
 A hit is IoU >= mu. R@1 takes the best cell, R@5 the five best after greedy NMS (IoU > 0.5 is
 dropped). Shapes: S sentences, K retrieved moments, N clips, P candidate moments. Moments are
@@ -56,20 +56,20 @@ def recall(predicted: Tensor, truth: Tensor, ks: tuple[int, ...] = (1, 5),
 
 
 def cell_recall(iou: Tensor, ious: tuple[float, ...] = (0.5, 0.7)) -> dict[str, float]:
-    """The same of cells, from their IoU [S], or from that of several equally likely ones [S, P]."""
+    """`recall` at 1 and mIoU from IoUs: [S], a moment a sentence; [S, P], P equally likely ones."""
     result = {f"R@1,IoU={mu}": 100 * (iou >= mu).double().mean().item() for mu in ious}
     return result | {"mIoU": 100 * iou.double().mean().item()}
 
 
 def best_prior(iou: Tensor) -> int:
-    """The cell that hits most training moments at IoU 0.5 by itself: [S, P] -> index into P."""
+    """The cell that hits most training moments at 0.5 whatever is asked: [S, P] -> place in P."""
     return int(((iou >= 0.5).double().mean(0) + 1e-6 * iou.double().mean(0)).argmax())
 
 
 def event_accuracy(predicted: Tensor, samples: list[data.Sample],
                    events: dict[str, list[data.Event]]) -> dict[str, float]:
-    """Noun and verb accuracy in percent: has the event that the first answer overlaps most the
-    named actor; the named verb? By chance 50 each in the shapes world. predicted [S, K, 2]."""
+    """Noun and verb accuracy, percent: does the event that the first answer overlaps most have the
+    named actor, and the named verb? By chance 50 each in the shapes world. predicted [S, K, 2]."""
     noun = verb = 0
     for sample, answer in zip(samples, predicted[:, 0]):
         found = events[sample.video]

@@ -146,7 +146,7 @@ def batch_variance(x: Tensor) -> Tensor:
 
 def temporal_change(static: Tensor | None, frames: Tensor, moments_sec: Tensor,
                     durations_sec: Tensor, target: str = "change") -> Tensor:
-    """What changes, during the moment, in what the static query asks for; for x~^qs of Eq. (2).
+    """What changes during the moment in what the static query asks for; replaces x~^qs in Eq. (2).
 
         a_f = softmax_f(10 cos(x^qs, x_f)),   change = sum_late a_f x_f - sum_early a_f x_f
 

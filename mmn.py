@@ -120,7 +120,7 @@ class MomentMap(nn.Module):
         diagonals = [x]
         for level, count in enumerate(self.pool_counts):
             for step in range(count):
-                # one more clip; or, entering a level, two more of every second moment
+                # 2^level clips longer; on entering a level, of every second moment only
                 x = F.max_pool1d(x, 3, 2) if level and step == 0 else F.max_pool1d(x, 2, 1)
                 diagonals.append(x)
         return self.to_map(torch.cat(diagonals, 2))                     # [B, D, N, N]
@@ -140,7 +140,7 @@ class MomentMap(nn.Module):
 
         As published, the first layer pads for all of them and each later one shrinks the map back
         towards N x N. Cells that no moment has reached yet are zero, so only the middle is
-        computed: the map grows by a kernel a layer until it has the published size."""
+        computed: the map grows by kernel - 1 cells a layer until it has the published size."""
         N, grow = self.num_clips, kernel - 1
         self.sides = [N + grow * (layers - 1 - i) for i in range(layers)]       # as published
         middle = [N, *(min(side, N + grow * (i + 1)) for i, side in enumerate(self.sides))]
@@ -157,7 +157,7 @@ class MomentMap(nn.Module):
 class MMN(MomentMap):
     """Frames and sentences -> the two score maps of Eq. (6) and Eq. (9).
 
-    width        D of the frame and sentence features, which arrive normalised and stay as they are
+    width        D of the frame and sentence features; CLIP's frames enter the map as they are
     num_clips, pool_kernel, pool_stride, pool_counts   of the map
     kernel, layers, hidden, joint   size, number and width C of the convolutions; J of the heads
 
@@ -253,7 +253,8 @@ def iou_loss(scores: Tensor, iou: Tensor, floor: float = 0.5) -> Tensor:
     """
     # UNSPECIFIED: the overlap is scaled as in MMN's code: (iou - 0.5) / (1 - 0.5), at least 0
     target = ((iou - floor) / (1 - floor)).clamp(min=0)
-    if not scores.isfinite().all():     # subtle: BCE of these stops a CPU unnamed, a GPU for good
+    # subtle: of NaN BCE would abort (on a GPU for good); train.check_finite names the term instead
+    if not scores.isfinite().all():
         return scores.mean(1)
     return F.binary_cross_entropy(scores, target, reduction="none").mean(1)
 
@@ -348,7 +349,8 @@ def near_cells(num_clips: int, nms: float, device: torch.device) -> Tensor:
 
 def decode(scores: Tensor, durations_sec: Tensor, top_k: int = 1, nms: float = 0.5,
            candidates: Tensor | None = None) -> Tensor:
-    """The top_k best moments: take the best cell (Eq. 10), drop those overlapping it by over `nms`.
+    """The top_k best moments, greedily: take the best cell (Eq. 10), drop what overlaps it more
+    than `nms`.
 
     scores         [S, N, N]
     durations_sec  [S]

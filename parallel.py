@@ -56,7 +56,7 @@ def wait() -> None:
 
 
 def share(rows) -> list:
-    """This process's part of a list or tensor, or none: neighbours, as `gather` keeps the order."""
+    """This process's part of a list or tensor, maybe empty: neighbours, so `gather` keeps order."""
     bounds = np.linspace(0, len(rows), size() + 1).astype(int)
     return rows[bounds[rank()]:bounds[rank() + 1]]
 

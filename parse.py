@@ -10,14 +10,14 @@ sentence with its noun chunks masked:
          ^^^^^^^^       ^^^^^^^^        the noun chunks
     Q^s  a person the door
     Q^d  opens
-    Q^h  person opens door
+    Q^h  a opens the
 
 Q^h (supplement, Table 5) is the control: a random half of the words in place of the noun chunks.
 
 Chunks come from a spaCy pipeline with a dependency parse where there is one (`doc.noun_chunks`),
 else from the rules below on spaCy's own tokenizer. The rules tag each token by word lists and
-endings, let its neighbours correct the tag, and then take every maximal run  determiner? modifier*
-noun.
+endings, let its neighbours correct the tag, and then take every pronoun, and every longest run of
+determiners, modifiers and nouns up to its last noun.
 """
 import functools
 import hashlib

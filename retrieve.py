@@ -49,7 +49,7 @@ import mmn
 import video
 
 NMS = 0.5 + 1e-6                # moments that overlap a better one by more are left out (as in R@5)
-ROUNDING = 1e-3                 # a cosine of float16 vectors is as far off at most
+ROUNDING = 1e-3                 # a cosine of float16 vectors is off by this much at most
 LONGER = 1.5                    # a video up to so many times the trained length is one window
 
 
@@ -89,7 +89,8 @@ class Retriever:
         self.image_tower, self.clip_file = None, clip_file
 
     def load_image_tower(self) -> clip.CLIP:
-        """CLIP's image tower, of which a cached video has no need; or what is missing, by name."""
+        """The checkpoint's CLIP, loaded when first needed: cached features need none. An error
+        names the weights that are missing, or are others."""
         if self.image_tower is not None:
             return self.image_tower
         name, digest = self.made["clip"], self.run.checkpoint["clip_sha256"]

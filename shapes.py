@@ -11,11 +11,12 @@ motions each, in some order: nouns alone find every second moment, verbs alone t
 It is an experiment, not a mock: the small CLIP is pre-trained as CLIP was, on images with captions
 in which a verb says nothing (a still cannot show it), so that its text tower ignores verbs, which
 is the premise of the paper (Sec. 1). Three colours and three shapes occur in stills only; videos
-with them are the novel-word split. Verbs are paired with shapes in training videos except for two
-in seven, the novel-composition split. Downstream nothing knows that this is a toy: `build` writes
-annotations, features and CLIP weights in the form in which a real dataset has them.
+with them are the novel-word split. Two in seven pairs of a verb and a shape are in no training
+video: they are the novel-composition split. Downstream nothing knows that this is a toy: `build`
+writes annotations, features and CLIP weights in the form in which a real dataset has them.
 
-Lengths are in pixels of a 32 x 32 frame with y downwards, times in seconds.
+Lengths are in pixels of a 32 x 32 frame with y downwards. Times in a script are in frame lengths,
+of which a video has 32; those that end in `_sec`, and those of `seconds`, are in seconds.
 """
 import fractions
 import json
@@ -75,7 +76,8 @@ def distance(shape: str, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndar
 
 
 def draw(frames: np.ndarray, colour: str, shape: str, x, y, r, visible=True) -> None:
-    """Paints an object, antialiased, into float frames [n, 32, 32, 3]; the others: [n] or []."""
+    """Paints an object, antialiased, into float frames [n, 32, 32, 3]. x, y, r, visible: one for
+    each frame, [n], or one for all."""
     x, y, r, visible = (np.broadcast_to(v, len(frames))[:, None, None] for v in (x, y, r, visible))
     centre = np.arange(SIZE) + 0.5
     inside = np.clip(0.5 - distance(shape, centre[None, None, :] - x, centre[None, :, None] - y, r),
@@ -167,7 +169,7 @@ def pretrain(seed: int, steps: int = 3000, count: int = 24_000, batch: int = 128
              rounds: int = 3, resnet: bool = False) -> clip.CLIP:
     """Trains the small CLIP on `count` stills (two minutes): AdamW 2e-3, warm-up 50 steps, cosine.
 
-    Where the result misses its gates (rare), pre-training is not done and another round follows."""
+    Where the result misses its gates (rare), it is trained for another round; `rounds` at most."""
     rng = np.random.default_rng([seed, 0])
     made = [still(rng)[:2] for _ in trange(count, desc="stills", disable=None)]
     images = torch.from_numpy(np.stack([image for image, _ in made])).permute(0, 3, 1, 2)
@@ -432,8 +434,8 @@ def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, i
 
 def export(folder: str | os.PathLike, count: int, seed: int, split: str = "test",
            side: int = 256, rate: int = 8) -> None:
-    """Videos of a split as mp4, `rate` pictures for each of the 32 frame lengths drawn at one
-    instant each, enlarged to `side`; and annotations.jsonl with their sentences and moments."""
+    """Videos of a split as mp4, enlarged to `side`: each of the 32 frame lengths is drawn once and
+    shown for `rate` pictures; and annotations.jsonl with their sentences and moments."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     samples = []

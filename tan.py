@@ -52,5 +52,5 @@ class TAN(mmn.MomentMap):
 
     def losses(self, outputs: tuple[Tensor], iou: Tensor, video_of: Tensor, moments_sec: Tensor,
                config) -> dict[str, Tensor]:
-        """Eq. (7), which MMN has from here. Arguments as of mmn.MMN."""
+        """Eq. (7), the only loss of 2D-TAN (MMN took it over). Arguments as of mmn.MMN."""
         return {"L_iou": mmn.iou_loss(outputs[0].sigmoid(), iou).mean()}

@@ -9,8 +9,9 @@ Methods: `mmn` is the retriever alone; `vdi` adds Eq. 1-5 to the letter, all in 
 `vdi-staged` adapts the text tower first, as Algorithm 1 orders it, to a target that cannot
 collapse, and then trains the retriever.
 
-A run is a folder: ckpt.pt (the best epoch on the validation split; all that evaluate.py needs),
-last.pt (for --resume), log.jsonl (a line an epoch, and of stage 1), results.json.
+A run is a folder: ckpt.pt (the best epoch on the validation split; with the features all that
+evaluate.py needs), last.pt (for --resume), log.jsonl (a line for each epoch and for every 50th step
+of stage 1), results.json.
 """
 import contextlib
 import dataclasses
@@ -82,7 +83,7 @@ class Config:
     lambda_sd: float = option(0.01, "weight of Eq. 5 (Sec. 4.1.3)", only="method vdi")
     tau: float = option(0.1, "temperature of Eq. 8", only="retriever mmn")
     margin: float = option(0.4, "margin on the positive of Eq. 8", only="retriever mmn")
-    cl_decay_epoch: int = option(7, "from this epoch on Eq. 8 weighs a hundredth (MMN)",
+    cl_decay_epoch: int = option(7, "epochs of Eq. 8 at full weight; then a hundredth (MMN)",
                                  only="retriever mmn")
     inject_layers: int = option(1, "layers of TransDecoder (Eq. 1) and SeqModel (Eq. 4)", least=1,
                                 only="method vdi")
@@ -113,12 +114,12 @@ class Config:
     # the optimiser: AdamW, betas (0.9, 0.99)
     lr: float = option(1e-4, "learning rate of everything but the text tower (Sec. 4.1.3)")
     text_lr: float = option(0.1, "learning rate of the text tower as a share of it (Sec. 4.1.3)")
-    text_from_epoch: int = option(4, "the text tower is frozen before this epoch (MMN)")
+    text_from_epoch: int = option(4, "epochs at the start in which the text tower is frozen")
     weight_decay: float = option(1e-5, "of AdamW")
     batch: int = option(48, "videos in a batch, each with all its sentences", least=1)
     epochs: int = option(18, "passes over the training videos", least=1)
-    milestones: tuple[int, ...] = option((8, 13), "epochs at which the learning rate falls to a "
-                                                  "tenth; none: cosine")
+    milestones: tuple[int, ...] = option((8, 13), "numbers of epochs after which the learning "
+                                                  "rate falls to a tenth; none: cosine")
     clip_norm: float = option(5.0, "largest norm of the gradient")
     patience: int = option(5, "epochs without a better validation result before the run stops")
     limit_videos: int = option(0, "train on the first so many videos only (0: all)", least=0)
@@ -180,7 +181,7 @@ PRESETS = {
 
 
 def preset(dataset: str, retriever: str = "mmn") -> dict:
-    """Fields that differ from the defaults. One's own dataset has the shapes world's, and CLIP."""
+    """Fields that differ from the defaults. One's own dataset has those of shapes, and its CLIP."""
     family, own = dataset.removesuffix("-cg"), {}
     if family not in PRESETS or family == "shapes":
         own = {"clip": dataset} if dataset.startswith("shapes") else {"clip": "shapes",
@@ -235,7 +236,7 @@ def terms(model: Model, batch: data.Batch,
         x = model.text.encode_text(queries.flatten(0, 1))               # [S or 3 S, D]
         x = F.normalize(x, dim=1) if config.normalise else x
         outputs = model.retriever.outputs(batch.frames, x[:S], batch.video_of)
-    before = sum(parallel.everyone(len(batch.videos))[:parallel.rank()])    # videos of the others
+    before = sum(parallel.everyone(len(batch.videos))[:parallel.rank()])    # videos before mine
     video_of = parallel.gather(batch.video_of + before)                 # [S]
     iou = model.retriever.at_candidates(batch.iou)                      # [S, P]
     result = model.retriever.losses(tuple(parallel.gather(y.float()) for y in outputs),
@@ -289,7 +290,8 @@ def total_loss(terms: dict[str, Tensor], config: Config, epoch: int) -> Tensor:
 
 
 def check_finite(terms: dict[str, Tensor], batch: data.Batch, folder: pathlib.Path) -> None:
-    """A term that is not finite stops the run (all have the same) and leaves its batch behind."""
+    """Stops the run where a term is not finite, and saves the batch. All processes have the same
+    terms, so all stop."""
     for name, value in terms.items():
         if not torch.isfinite(value):
             videos = [video for part in parallel.everyone(batch.videos) for video in part]
@@ -315,9 +317,11 @@ def query_cosine(text: clip.TextTower, videos: data.Videos, device: torch.device
 @torch.no_grad()
 def stage_targets(text: clip.TextTower, videos: data.Videos, config: Config,
                   device: torch.device) -> tuple[Tensor, Tensor]:
-    """What each sentence's x^qd is to become in stage 1, [S, D], and which have both halves, [S'].
+    """What each sentence's x^qd is to become in stage 1, [S, D]; and the places of the sentences
+    that have both halves, [S'].
 
-    The target is inject.temporal_change, less its mean over these, over its root mean square."""
+    inject.temporal_change (or a control), minus its mean over those sentences and divided by its
+    root mean square over them."""
     which = {"full": 0, "none": None}.get(config.context_query, 1)
     static = torch.cat([text.encode_text(part.to(device))               # x^qs of the original tower
                         for part in videos.tokens[which or 0].split(1024)])

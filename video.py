@@ -126,7 +126,7 @@ TOLERATED = 0.9     # share of a video that has to decode; its last frame stands
 
 
 def frames_at(path: str | os.PathLike, times_sec: np.ndarray) -> Iterator[Tensor]:
-    """For each instant (ascending) the frame on show, which begins no later: uint8 [3, h, w], RGB.
+    """For each instant (ascending) the last frame that begins no later: uint8 [3, h, w], RGB.
 
     Decodes in one pass. VideoError where the frames end before `TOLERATED` of the last instant,
     because the file is damaged or its header claims more than it holds."""
@@ -203,7 +203,7 @@ def encode_frames(model: clip.CLIP, pixels: Tensor, batch: int = 32,
 
 
 def patch_frames(frames: int, count: int) -> np.ndarray:
-    """Which of T frames keep their patch features: the middles of `count` equal parts, or all."""
+    """Which of T frames keep their patch features: the middles of `count` parts (of fewer, all)."""
     count = min(count, frames)
     return ((np.arange(count) + 0.5) * frames / count).astype(int)
 

@@ -10,10 +10,22 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 torch.set_num_threads(2)
 
+import clip                                                             # noqa: E402
 import shapes                                                           # noqa: E402
 
 SHARED = pathlib.Path(os.environ.get("VDI_SHARED",
                                      pathlib.Path(__file__).parents[2] / "shared")) / "data"
+
+
+def decode(ids) -> str:
+    """Text of token ids, special tokens as spaces: the inverse of `clip.encode` up to spaces and
+    case."""
+    tokens, byte_of = list(clip.vocabulary()[0]), {c: b for b, c in clip.byte_alphabet().items()}
+    text = "".join(tokens[i] for i in ids)
+    for part in (clip.START, clip.END, "</w>"):
+        text = text.replace(part, " ")
+    return b"".join(bytes([byte_of[c]]) if c in byte_of else c.encode()
+                    for c in text).decode("utf-8", "replace")
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,11 @@ import pathlib
 import re
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
+import parse
 import shapes
 
 HERE = pathlib.Path(__file__).parent.parent
@@ -25,6 +27,10 @@ def test_parse_underlines_the_chunks(tmp_path):
     assert lines[:5] == ["parser: rules", "Q    the person opens the door.",
                          "     ^^^^^^^^^^       ^^^^^^^^", "Q^s  the person the door",
                          "Q^d  opens ."]
+    shown = alone("parse.py", "--parser", "rules", "a person opens the door", folder=tmp_path)
+    told = re.sub(" *the noun chunks", "", textwrap.dedent(parse.__doc__.split('door"\n\n')[1]
+                                                           .split("\n\n")[0]))
+    assert shown == f"parser: rules\n{told}\n"         # as its docstring says
 
 
 def test_clip_compares_an_image_and_texts(world, tmp_path):
