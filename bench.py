@@ -9,8 +9,8 @@
 
 Each row is set against something else: the plain way of doing the same, a peer, or what the machine
 can do. Where both compute something, the results are compared before any time is taken, and another
-result is an error. Weights are random (speed does not depend on them). The README's performance
-section is what this prints. Left out: anything that decides whether a result is right; that is what
+result is an error. Weights are random (speed does not depend on them). The README's section Speed
+is what this prints. Left out: anything that decides whether a result is right; that is what
 tests are for.
 """
 import argparse
@@ -77,7 +77,7 @@ def queries_of(options: argparse.Namespace, *names: str) -> list[str]:
     for name in names:
         missing = [split for split in data.splits(name, options.annotations)
                    if not data.annotation_file(name, split, options.annotations).exists()]
-        if missing or not data.splits(name, options.annotations):
+        if missing:
             raise FileNotFoundError(f"there are no annotations of {name} in {options.annotations}; "
                                     f"get them with: python data.py {name}")
     return [sample.sentence for name in names for split in data.splits(name, options.annotations)
@@ -152,8 +152,7 @@ def bench_text(options: argparse.Namespace) -> list[dict]:
 
 @torch.no_grad()
 def bench_image(options: argparse.Namespace) -> list[dict]:
-    """ViT-B/32 on 32 frames in float32, against Hugging Face's on the same weights and images, and
-    against its matrix products alone."""
+    """ViT-B/32 on 32 frames, float32, against Hugging Face's, and its matrix products alone."""
     transformers = video.need("transformers", "the bench image, which compares with its CLIP,")
     device, B = data.pick_device(options.device), 32
     torch.manual_seed(0)
@@ -311,8 +310,8 @@ def bench_step(options: argparse.Namespace) -> list[dict]:
 
 
 def bench_loader(options: argparse.Namespace) -> list[dict]:
-    """Reading a batch of features from disk, of Charades-STA's shape. Against the step that waits
-    for it: `train.py` prints the share of the time as `data %`."""
+    """Reading a batch of features from disk, of Charades-STA's shape. What a training waits for
+    them, as a share of its time, is what `train.py` prints as `data %`."""
     config = train.Config(dataset="charades")
     with tempfile.TemporaryDirectory() as folder:
         made = video.made_by(random_vit_b32(), "random", "", config.frames, 32)
@@ -347,8 +346,8 @@ def greedy_nms(moments: Tensor, scores: Tensor, top_k: int, nms: float) -> Tenso
 
 
 def bench_nms(options: argparse.Namespace) -> list[dict]:
-    """R@5 of ActivityNet-Captions' 17,031 test queries: five moments a query out of 1,104; by the
-    time that 256 queries of random scores take."""
+    """R@5 of ActivityNet-Captions' 17,031 test queries: five moments a query out of 1,104. The time
+    is scaled up from that of 256 queries of random scores."""
     model = retriever_of(train.configure(dataset="activitynet"), torch.device("cpu"))
     N, count, block = model.num_clips, 17_031, 256
     generator = torch.Generator().manual_seed(0)
@@ -474,8 +473,7 @@ def bench_stages(options: argparse.Namespace) -> list[dict]:
 # --------------------------------------------------------------------------------------- extraction
 
 def bench_video(options: argparse.Namespace) -> list[dict]:
-    """Extraction of 32 frames a video, against its two halves alone: file -> frames
-    [T, 3, 224, 224] -> features of ViT-B/32."""
+    """Extraction of 32 frames a video, against its halves alone: file -> frames, -> features."""
     device, T, repeats = data.pick_device(options.device), 32, 4
     precision = video.PRECISIONS["fp16" if device.type == "cuda" else "float32"]
     rows, good = [], {}
@@ -621,7 +619,7 @@ def main() -> None:
     add = arguments.add_argument
     add("bench", nargs="*", help=f"{', '.join(BENCHES)}; all but the last two if none is named")
     add("--annotations", default="data", help="folder with the published annotations "
-                                              "(tokens, text; python data.py charades gets them)")
+                                              "(tokens, text; data.py gets charades, activitynet)")
     add("--videos", default="videos", help="folder of video files (video)")
     add("--settings", default="charades,activitynet", help="train: of which presets")
     add("--steps", type=int, default=200, help="train: steps whose losses are compared")

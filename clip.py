@@ -112,8 +112,7 @@ def sentence_ids(text: str) -> tuple[int, ...]:
 def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = False) -> Tensor:
     """Sentences -> LongTensor [len(texts), context_length]: start token, words, end token, zeros.
 
-    A sentence of more than `context_length` tokens raises a ValueError; with truncate=True it is
-    cut and its last token is the end token."""
+    ValueError for more than `context_length` tokens; with truncate=True the end token is kept."""
     texts = [texts] if isinstance(texts, str) else texts
     start, end = vocabulary()[0][START], vocabulary()[0][END]
     result = torch.zeros(len(texts), context_length, dtype=torch.long)
@@ -584,8 +583,7 @@ def read_torch(path: str | os.PathLike) -> object:
 
 
 def _bytes_of(content: object, seen: set[int]) -> int:
-    """What all tensors would take if each were copied: with strides of 0, or on no device at all,
-    they may claim any shape."""
+    """What all tensors would take as copies: strides of 0, or no device, may claim anything."""
     if isinstance(content, Tensor):
         return content.numel() * content.element_size()
     if not isinstance(content, (dict, list, tuple)) or id(content) in seen:

@@ -68,7 +68,7 @@ class Transformer(nn.Module):
             block.ln_1.eps = block.ln_2.eps = 1e-12                     # [code]
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        # subtle: not -inf, of which a video without any difference would make no number
+        # subtle: not -inf, which gives NaN where all keys are hidden: a video without a difference
         hidden = (~mask).to(x.dtype) * -1e6                             # [B, N]
         for block in self.blocks:
             x = block(x, hidden=hidden)
@@ -83,8 +83,8 @@ def interleave(frames: Tensor, differences: Tensor) -> Tensor:
 
 
 class TemporalDifference(nn.Module):
-    """TDB's tokens: between every two frames what changes, squashed to (-1, 1), and to all of them
-    the place and the kind. Shared by both vectors."""
+    """TDB's tokens: the frames, and between every two of them what changes, squashed to (-1, 1); to
+    each token its place and its kind are added. One block serves both vectors."""
 
     def __init__(self, text: clip.TextTower):
         super().__init__()
@@ -279,13 +279,13 @@ def read_split(config: "Config", split: str, root: str, allow_missing: bool = Fa
                         ("stride", config.stride)):
         if store.manifest.get(name) != value:
             raise ValueError(f"the features in {store.folder} were made with {name} "
-                             f"{store.manifest.get(name)!r}, not {value!r}; remove it to make "
-                             f"them anew")
+                             f"{store.manifest.get(name)!r}, not {value!r}; take that, or remove "
+                             f"the folder to make them anew")
     missing = [name for name in captions if name not in store]
     if missing and not allow_missing:
         raise FileNotFoundError(f"{len(missing)} of {len(captions)} videos of {split} have no "
-                                f"features, for instance {missing[0]}; --allow-missing goes on "
-                                f"with a smaller gallery, and says so")
+                                f"features, for instance {missing[0]}; --allow-missing (in train: "
+                                f"--allow-missing true) goes on with a smaller gallery")
     if missing:
         print(f"{split}: without {len(missing)} of {len(captions)} videos, which have no features")
     captions = {name: texts for name, texts in captions.items() if name in store and texts}
@@ -313,12 +313,12 @@ def frame_times(duration_sec: float, count: int = 12, stride: int = 2,
 
 
 def encode_file(model: clip.CLIP, path: pathlib.Path, config: "Config") -> Tensor:
-    """A video file -> features [L, D] float16; what a short one has not are zeros."""
+    """A video file -> features [L, D] float16; the frames that a short one lacks are zeros."""
     # DEVIATION: features are made once: the image tower stays frozen, frames are not jittered
     times_sec = sample_times(config, video.probe_duration(path))
     pixels = torch.cat([clip.crop(frame[None], model.visual.resolution)
                         for frame in video.frames_at(path, times_sec)])
-    x, _ = video.encode_frames(model, pixels)
+    x, _ = video.encode_frames(model, pixels, config.frames)
     return F.pad(x, (0, 0, 0, config.frames - len(x)))
 
 
@@ -474,7 +474,7 @@ def build_shapes(config: "Config") -> None:
     dataset, root = config.dataset, config.root
     shapes.build(dataset, root)
     target = pathlib.Path(root) / f"{dataset}-videos"
-    model = clip.load(data.clip_file(dataset, root))
+    model = clip.load(data.clip_file(config.clip, root))
     store = video.FeatureStore(target / "features" / "clip2video", made_with(config, model, root))
     if (target / "altered.json").exists():
         return
@@ -507,14 +507,14 @@ class Config:
     out: str = option("", "folder of the run (empty: runs/clip2video/<dataset>-<variant>)")
     clip: str = option("ViT-B/32", "CLIP that made the features")
     frames: int = option(12, "L, frames of a video", least=1)
-    words: int = option(32, "W, tokens of a sentence", least=1)
-    stride: int = option(2, "of the frames at 5 a second; 0: the centres of equal parts")
+    words: int = option(32, "W, tokens of a sentence, with start and end", least=3)
+    stride: int = option(2, "of the frames at 5 a second; 0: the centres of equal parts", least=0)
     allow_missing: bool = option(False, "true: go on without the videos that have no features")
     centres: int = option(5, "K", least=1)
     layers: int = option(4, "of the temporal transformer", least=1)
     weight: float = option(0.5, "w, of the global similarity; the aligned one has 1 - w")
     batch: int = option(128, "videos in a batch", least=1)
-    together: int = option(1, "so many neighbours of the list share every batch", least=1)
+    together: int = option(1, "so many neighbours in the list are drawn together", least=1)
     epochs: int = option(5, "passes over all captions", least=1)
     lr: float = option(1e-4, "learning rate of the new modules")
     # DEVIATION: 1e-7 moves nothing in float32; in the authors' float16 it acted as a far larger one
@@ -623,7 +623,7 @@ def loop(config: Config, resume: bool, signals: command.Signals) -> dict:
         for step, chosen in enumerate(tqdm(batches, desc=f"epoch {epoch + 1}", leave=False,
                                            disable=None)):
             x = (epoch + step / steps) / config.epochs
-            rate = min(x / 0.1, 1.0) if x < 0.1 else 0.5 * (1 + math.cos(math.pi * x))
+            rate = x / 0.1 if x < 0.1 else 0.5 * (1 + math.cos(math.pi * x))
             for group in optimiser.param_groups:
                 group["lr"] = group["base"] * rate
             # one caption of each video: no video has two in a batch, which would be wrong pairs
@@ -691,6 +691,9 @@ def evaluate_checkpoint(path: str | pathlib.Path, root: str | None, device: torc
     model, config = load(path, root)
     allow_missing = config.allow_missing if allow_missing is None else allow_missing
     model, part = model.to(device), read_split(config, split, config.root, allow_missing)
+    if part.store.manifest["sha256"] != clip.read_torch(path)["clip_sha256"]:
+        raise ValueError(f"the features in {part.store.folder} come from another CLIP than this "
+                         f"checkpoint was trained with")
     texts, videos, of = vectors(model, part, config, device)
     results = {"videos": len(videos), "captions": len(texts),
                **retrieval_metrics(texts @ videos.T, of)}
@@ -709,8 +712,8 @@ def evaluate_checkpoint(path: str | pathlib.Path, root: str | None, device: torc
 # ----------------------------------------------------------------------------------------- ablation
 
 def ablation(seeds: int, root: str, device: str, only_kept: bool = False) -> dict[str, list[dict]]:
-    """Variant -> results of each seed (worlds and training seeds 0, 1, ...), run where they are not
-    kept in results/clip2video/, unless only those are asked for that are."""
+    """Variant -> results of each seed (worlds and training seeds 0, 1, ...). Those not kept in
+    results/clip2video/ are run, or left out if `only_kept`."""
     found = {}
     for variant in VARIANTS:
         for seed in range(seeds):
@@ -755,7 +758,7 @@ def update_index(checkpoint: str, folder: str, out: str | pathlib.Path, device: 
         raise FileNotFoundError(f"{folder} holds no video")
     known = {}
     if (pathlib.Path(out) / "clip2video.npz").exists():
-        ranker = Ranker(out)
+        ranker = Ranker(out, checkpoint=checkpoint)
         if ranker.sha256 != clip.sha256(checkpoint):
             raise ValueError(f"{out} was made with another checkpoint, {ranker.checkpoint}; choose "
                              f"another --out")
@@ -803,7 +806,7 @@ class Ranker:
     """An index of whole videos: `best(sentences, count)` are those that fit best."""
 
     def __init__(self, folder: str | pathlib.Path, device: torch.device | str = "cpu",
-                 root: str | None = None):
+                 root: str | None = None, checkpoint: str | None = None):
         path = pathlib.Path(folder) / "clip2video.npz"
         if not path.exists():
             raise FileNotFoundError(f"{folder} has no vectors of whole videos; make them with: "
@@ -815,6 +818,8 @@ class Ranker:
                 self.checkpoint, self.sha256 = str(file["checkpoint"]), str(file["sha256"])
         except Exception as error:  # a dozen kinds for a damaged or a hostile file
             raise ValueError(f"{path} is damaged ({error}); remove it and index again") from error
+        if checkpoint and clip.sha256(checkpoint) == self.sha256:       # its file may have moved
+            self.checkpoint = str(checkpoint)
         if not pathlib.Path(self.checkpoint).exists() \
                 or clip.sha256(self.checkpoint) != self.sha256:
             raise FileNotFoundError(f"the checkpoint of this index is gone or has changed: "

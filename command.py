@@ -29,8 +29,7 @@ OURS = (AssertionError, AttributeError, IndexError, KeyError, NameError, NotImpl
 
 
 def printable(text: str, but: str = "") -> str:
-    """Text without control characters, except those in `but`: what stands in a file, or is its
-    name, must not steer a terminal."""
+    """Text without control characters but those in `but`: what a file says steers no terminal."""
     return "".join(c if c.isprintable() or c in but else c.encode("unicode_escape").decode()
                    for c in text)
 
@@ -143,18 +142,15 @@ def sentences():
     except BrokenPipeError:                     # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except MemoryError as error:
-        _leave(f"error: the memory is too small; lower --batch or --workers ({error})", 2)
     except OURS as error:
         _leave(unexpected(error), 1)
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":          # torch's, of a GPU
-            _leave(f"error: the GPU's memory is too small; lower --batch, or for features and "
-                   f"training see --precision and --bf16 ({told(error)})", 2)
+        if type(error).__name__ in ("MemoryError", "OutOfMemoryError") \
+                or "can't allocate memory" in str(error):       # Python's, torch's of GPU and CPU
+            _leave(f"error: the memory is too small; lower --batch or --workers, or for features "
+                   f"and training on a GPU see --precision and --bf16 ({told(error)})", 2)
         if "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
             _leave("error: another process of torchrun has stopped; its message says why", 2)
-        if "can't allocate memory" in str(error):               # torch's, of a CPU
-            _leave(f"error: the memory is too small; lower --batch ({told(error)})", 2)
         place = traceback.extract_tb(error.__traceback__)[-1]
         if type(error) is RuntimeError and not place.line.startswith("raise "):
             beneath = error                     # torch hides a full disk behind an error of its own

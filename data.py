@@ -47,7 +47,7 @@ class Sample(NamedTuple):
 
 
 class Cleaned(NamedTuple):
-    """What `clean` did: moments that reached beyond their video, and those that were empty then."""
+    """What `clean` did: moments cut to their video, and moments of which nothing was left."""
     clamped: int
     dropped: int
 
@@ -143,8 +143,7 @@ def numbered_lines(path: pathlib.Path) -> list[tuple[int, str]]:
 
 
 def read_charades(path: pathlib.Path) -> list[Sample]:
-    """Lines "VIDEO START END##sentence."; durations from the column `length` of
-    Charades_v1_{train,test}.csv beside it."""
+    """Lines "VIDEO START END##sentence."; durations: `length` in Charades_v1_*.csv beside it."""
     durations_sec = {}
     for table in (path.parent / name for name in CSV):
         if not table.exists():
@@ -432,8 +431,7 @@ class Videos(torch.utils.data.Dataset):
         self.num_clips = num_clips
 
     def iou(self, index: Tensor) -> Tensor:
-        """[len(index), N, N], of sentences by their places in `samples`. For all of a large dataset
-        at once it would not fit in memory."""
+        """[len(index), N, N] of sentences by their places in `samples`: memory is short for all."""
         return mmn.iou_map(self.moments_sec[index], self.durations_sec[index], self.num_clips)
 
     def __len__(self) -> int:
@@ -501,8 +499,7 @@ def state_of(path: pathlib.Path) -> dict[str, int]:
 
 
 def find_files(folder: str | os.PathLike, endings: set[str]) -> dict[str, pathlib.Path]:
-    """File name without its ending -> file, for all files with such an ending below the folder.
-    ValueError if two have one name."""
+    """File name without ending -> file, of all such in a folder. ValueError if two share a name."""
     if not pathlib.Path(folder).is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     found: dict[str, pathlib.Path] = {}
@@ -553,7 +550,7 @@ def make_features(dataset: str, samples: dict[str, list[Sample]],
                                 f"with: python shapes.py")
     model = clip.load(path, device)
     precision = options.precision or ("fp16" if device.type == "cuda" else "float32")
-    T = options.frames or (256 if dataset.startswith("activitynet") else 32)
+    T = options.frames or (256 if dataset == "activitynet" else 32)
     made = video.made_by(model, options.clip, clip.sha256(path), T,
                          *((0, "made elsewhere") if options.features else (min(T, 32), precision)))
     store = video.FeatureStore(store_folder(dataset, options.clip, options.root), made,

@@ -239,9 +239,8 @@ def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
             raise ValueError(f"its weights are not of the sizes {sizes}")
         retriever = clip.fill(lambda: kind(**sizes), weights, "this retriever")
         text = clip.build_text(text)
-    except Exception as error:  # torch raises a dozen kinds for what does not fit
-        why = command.told(error)
-        raise ValueError(f"{path} is not a checkpoint of train.py: {why}") from error
+    except Exception as e:      # torch raises a dozen kinds for what does not fit
+        raise ValueError(f"{path} is not a checkpoint of train.py: {command.told(e)}") from e
     rest = {key: value for key, value in saved.items() if key not in ("retriever", "text")}
     return Run(config, text.to(device), retriever.to(device), rest)
 

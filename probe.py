@@ -65,7 +65,10 @@ def svo_triplets(table: str, images: str) -> dict[str, list[tuple[str, str, str]
     files = {path.stem: str(path) for path in pathlib.Path(images).iterdir()}
     result = {kind: [] for kind in KINDS}
     with open(table, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
+        rows = csv.DictReader(file)
+        if "pos_image_id" not in (rows.fieldnames or ()):
+            raise ValueError(f"{table} is not svo_probes.csv: it has no column pos_image_id")
+        for row in rows:
             pair = files.get(row["pos_image_id"]), files.get(row["neg_image_id"])
             for kind, column in zip(KINDS, ("subj_neg", "verb_neg", "obj_neg")):
                 if row[column].lower() == "true" and all(pair):
@@ -147,7 +150,7 @@ def word_weights(text: clip.TextTower, sentences: list[str]) -> dict[str, list[f
 
 # ------------------------------------------------------------------------------- what Eq. 3-5 carry
 
-def true_mask(plan: dict, event: dict, times: np.ndarray, grid: int) -> Tensor:
+def true_mask(event: dict, times: np.ndarray, grid: int) -> Tensor:
     """Share of each patch that the actor of an event covers: [T, H, W]."""
     stage = np.zeros((len(times), shapes.SIZE, shapes.SIZE, 3), dtype=np.float32)
     shapes.draw(stage, event["colour"], event["shape"], *shapes.whereabouts(event, times))
@@ -156,8 +159,8 @@ def true_mask(plan: dict, event: dict, times: np.ndarray, grid: int) -> Tensor:
 
 
 def moments_of(world: str, root: str, count: int):
-    """Of the first `count` training videos: (event, plan, its frames by index, frames [T, D],
-    patches [T, D', H, W]), features normalised."""
+    """Of each event of the first `count` training videos: (event, frames [T, D], patches
+    [T, D', H, W]), features normalised."""
     store = data.open_store(world, world, root)
     for i in range(count):
         name = f"train-{i:04d}"
@@ -165,7 +168,7 @@ def moments_of(world: str, root: str, count: int):
         frames, patches = (F.normalize(torch.from_numpy(
             store.read(name, kind).astype(np.float32)), dim=1) for kind in ("frames", "patches"))
         for event in plan["events"]:
-            yield event, plan, frames, patches
+            yield event, frames, patches
 
 
 def plain_heat(frames: Tensor, patches: Tensor) -> Tensor:
@@ -201,14 +204,14 @@ def verb_probes(world: str, root: str, count: int = 800, frames: int = 8) -> dic
     with untrained modules; of the moment (8 frames of it) and of the whole video. Accuracies in
     percent on the second half of the videos."""
     heat, mask, whole, verbs = [], [], [], []
-    for event, plan, x, patches in moments_of(world, root, count):
+    for event, x, patches in moments_of(world, root, count):
         times = event["start"] + (np.arange(frames) + 0.5) / frames * (event["end"]
                                                                        - event["start"])
         index = torch.from_numpy(np.clip(times.astype(int), 0, len(x) - 1))
         all_heat = plain_heat(x, patches)
         heat.append(all_heat[index])
         whole.append(all_heat)
-        mask.append(true_mask(plan, event, index.numpy() + 0.5, patches.shape[2]))
+        mask.append(true_mask(event, index.numpy() + 0.5, patches.shape[2]))
         verbs.append(event["verb"])
     read = {"moment, true mask of the actor": torch.stack(mask).flatten(1)}
     for what, maps in (("moment", torch.stack(heat)), ("whole video", torch.stack(whole))):
@@ -227,10 +230,10 @@ def heat_contrast(world: str, root: str, trained: inject.SpatialDynamic | None =
     elsewhere, over the standard deviation of the heat; and how often the warmest patch shows some
     of the actor, and a random patch (percent). Without `trained`, both FC are the identity."""
     contrasts, on_object, by_chance = [], [], []
-    for event, plan, x, patches in moments_of(world, root, count):
+    for event, x, patches in moments_of(world, root, count):
         heat = (plain_heat(x, patches) if trained is None
                 else trained.heatmap(x[None], patches[None])[0])        # [T, H, W]
-        mask = true_mask(plan, event, np.arange(len(x)) + 0.5, patches.shape[2])
+        mask = true_mask(event, np.arange(len(x)) + 0.5, patches.shape[2])
         seen = mask.flatten(1).sum(1) > 0.5
         for warm, covered in zip(heat[seen].flatten(1), mask[seen].flatten(1)):
             inside = (warm * covered).sum() / covered.sum()

@@ -5,8 +5,8 @@
     python reproduce.py readme                          # puts the tables into README.md
 
 A row is a set of fields of train.Config. Each row is run once per seed (shapes: world and training
-have the same seed) and kept in results/<dataset>/<name>.json with its configuration, metrics, log,
-and hits a query; a row that is there is not run again, unless --fresh is given. Choices are made on
+have the same seed) and kept in results/<dataset>/<name>.json: configuration, metrics, log, and what
+each query hits; a row that is there is not run again, unless --fresh is given. Choices are made on
 validation splits; what is printed are test splits.
 """
 import argparse
@@ -140,14 +140,14 @@ def hits(checkpoint: pathlib.Path, config: train.Config, splits: list[str],
     retrieved by Q, Q^s or Q^d."""
     device, result = data.pick_device(config.device), {}
     for split, videos, predicted in evaluate.answers(evaluate.load(checkpoint, device), splits,
-                                                     query, config.root, device, top_k=1):
+                                                     query, config.root, device, True, top_k=1):
         iou = mmn.interval_iou(predicted[:, 0, :2], videos.moments_sec)
         result[split] = "".join(str(sum(v >= mu for mu in HITS)) for v in iou.tolist())
     return result
 
 
 def run_quietly(config: train.Config, fresh: bool, threads: int) -> str:
-    """`run` in a process of its own; what it prints goes to stdout.txt in the run's folder."""
+    """`run` in a process of its own; what it prints goes to <name>.txt beside the run's folder."""
     torch.set_num_threads(threads)
     config.folder.parent.mkdir(parents=True, exist_ok=True)
     with open(config.folder.with_suffix(".txt"), "w") as file, \
@@ -157,7 +157,7 @@ def run_quietly(config: train.Config, fresh: bool, threads: int) -> str:
 
 
 def run_all(configs: list[train.Config], options: argparse.Namespace) -> None:
-    """Runs what has not been kept, `--jobs` at a time: two cores do best with two runs of one."""
+    """Runs what has not been kept, `--jobs` at a time: two cores do best with two of one thread."""
     missing = {name_of(c): c for c in configs if options.fresh or kept(c) is None}
     for name in sorted({config.dataset for config in missing.values()} |
                        {config.text_clip for config in missing.values()}):
@@ -293,7 +293,7 @@ SHOWN = {                                               # what a table's columns
     "retrievers": SPLITS + [("test", "verb accuracy"), ("novel-word", "verb accuracy")],
     "tuning": [("val", "R@1,IoU=0.5"), ("val", "R@1,IoU=0.7"), ("val-novel-word", "R@1,IoU=0.5"),
                ("val-novel-word", "R@1,IoU=0.7")]}
-ORIGINAL = ("table2", "s-table6")               # are about the original split; the others, novel
+ORIGINAL = ("table2", "s-table6")               # tables of the original split; the others: novel
 BESIDE = dict.fromkeys(ORIGINAL, "Charades-STA")                    # whose figures the paper's are
 PAIRS = {                                               # rows whose difference is shown
     "table1": [(4, 1), (4, 0), (4, 3), (2, 0)], "table2": [(4, 1), (2, 0)],
@@ -342,9 +342,9 @@ def paired(ours: list[dict], theirs: list[dict], split: str, draws: int = 2000
 def draw_curve(options: argparse.Namespace) -> None:
     """assets/curve.png: R@1 over the number of training videos."""
     counts, runs = (50, 100, 200, 400, 800), collect("curve", options)
-    plt = video.pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3), sharey=True)
-    for cell, split in zip(axes, FINAL):
+    splits, plt = [split for split in FINAL if split in runs[0][0]["results"]], video.pyplot()
+    figure, axes = plt.subplots(1, len(splits), figsize=(13, 3), sharey=True)
+    for cell, split in zip(axes, splits):
         for k, name in enumerate(("MMN, tuned", "vdi-staged")):
             values = np.array([[run["results"][split]["R@1,IoU=0.5"] for run in runs[2 * i + k]]
                                for i in range(len(counts))])
@@ -407,11 +407,11 @@ def show(what: str, options: argparse.Namespace) -> str:
 def keep(what: str, options: argparse.Namespace, make) -> dict:
     """What `make(seed)` returns for each seed, kept in results/<dataset>/<what>.json."""
     path = RESULTS / options.dataset / f"{what}.json"
-    content = json.loads(path.read_text()) if path.exists() and not options.fresh else {}
-    if missing := [str(seed) for seed in seeds_of(what, options) if str(seed) not in content]:
-        content |= {seed: make(int(seed)) for seed in missing}
+    content, seeds = json.loads(path.read_text()) if path.exists() else {}, seeds_of(what, options)
+    if missing := [seed for seed in seeds if options.fresh or str(seed) not in content]:
+        content |= {str(seed): make(seed) for seed in missing}
         command.save(path, json.dumps(dict(sorted(content.items())), indent=1) + "\n")
-    return {seed: content[str(seed)] for seed in seeds_of(what, options)}
+    return {seed: content[str(seed)] for seed in seeds}
 
 
 def clip_of(seed: int, options: argparse.Namespace) -> tuple[clip.CLIP, str]:
@@ -519,7 +519,7 @@ def draw_heat(options: argparse.Namespace) -> None:
                       for y in video.encode_frames(model, pixels))
     else:
         pixels = shapes.film(shapes.plan_of(0, "train", 0))
-        _, _, x, patches = next(probe.moments_of(world, options.root, 1))
+        _, x, patches = next(probe.moments_of(world, options.root, 1))
     maps = {"frame": None, "Eq. 3, FC = identity": probe.plain_heat(x, patches),
             "Eq. 3, after `vdi`": trained_heat(0, options).heatmap(x[None], patches[None])[0]}
     plt = video.pyplot()
@@ -579,8 +579,8 @@ def collapse(options: argparse.Namespace) -> str:
         lines += [(right, logs, "cos x^qd", method) for method, logs in (
             ("mmn", plain), ("vdi", letter), ("vdi-staged", staged))]
         for cell, logs, name, label in lines:
-            cell.plot([row["epoch"] for row in logs[0]],
-                      np.mean([[row[name] for row in log] for log in logs], 0), label=label)
+            means = [np.mean([row[name] for row in epoch]) for epoch in zip(*logs)]
+            cell.plot(range(1, len(means) + 1), means, label=label)     # as long as the shortest
             cell.legend(fontsize=8)
         left.set(xlabel="epoch", yscale="log",
                  title="vdi: variance over a batch, share of the squared norm")
@@ -602,7 +602,7 @@ def fig2(options: argparse.Namespace) -> str:
     model, world = clip_of(0, options)
     plan = shapes.plan_of(0, "train", 0)
     row = shapes.samples_of("", "train", plan)[2]
-    _, _, x, patches = next(probe.moments_of(world, options.root, 1))
+    _, x, patches = next(probe.moments_of(world, options.root, 1))
     chosen = [event["start"] + 2 for event in plan["events"]]
     pixels, heat = shapes.film(plan).permute(0, 2, 3, 1)[chosen], probe.plain_heat(x, patches)
     overlap = mmn.iou_map(torch.tensor([[row.start_sec, row.end_sec]]),
@@ -663,8 +663,7 @@ TEXT = HERE / "results" / "text.md"
 
 
 def section(options: argparse.Namespace) -> str:
-    """results/text.md, with each line "{{name}}" replaced by the table of that name, over as many
-    seeds as have been run."""
+    """results/text.md, each line "{{name}}" replaced by that table, over the seeds that ran."""
     def table(name: str) -> str:
         if name in TABLES:
             seeds = seeds_kept(name, options)
@@ -708,27 +707,31 @@ def main() -> None:
     add = arguments.add_argument
     add("what", nargs="+", choices=[*TABLES, *OTHERS, "readme"], metavar="what",
         help=f"{', '.join((*TABLES, *OTHERS))}; or readme: put the kept results into README.md")
-    add("--dataset", default="shapes", help="shapes, charades or activitynet")
+    add("--dataset", default="shapes", choices=("shapes", "charades", "activitynet"), help="which")
     add("--seeds", type=int, help="of each row (three, if not given; of gain five)")
     add("--device", **command.DEVICE)
     add("--root", default="data", help="folder of datasets")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; on one GPU take 1")
-    add("--fresh", action="store_true", help="run again what has been run")
+    add("--fresh", action="store_true", help="run again what has been run, but not clip2video")
     add("--svo", help="s-table1 on SVO-Probes: its svo_probes.csv, with --images")
     add("--images", help="folder of its images, named by their ids")
     add("--video", help="heat: draw it for this video instead of the shapes world")
     options = arguments.parse_args()
     options.figures = True
     with command.sentences():
-        if options.what == ["readme"]:
+        if min(options.jobs, options.seeds if options.seeds is not None else 1) < 1:
+            raise ValueError("--jobs and --seeds are at least 1")
+        if "readme" in options.what:
+            if len(options.what) > 1:
+                raise ValueError("readme stands alone")
             options.figures = False
             print(put_into_readme(options))
             return
         if bool(options.svo) != bool(options.images):
             raise ValueError("--svo and --images go together: the table and the folder of images")
-        if options.dataset != "shapes" and {"probes", "heat", "clip2video"} & set(options.what):
-            raise ValueError("probes, heat and clip2video need to know what happens where, as only "
-                             "the shapes world does")
+        worldly = {"fig2", "probes", "heat", "clip2video"} & set(options.what)
+        if options.dataset != "shapes" and worldly:
+            raise ValueError(f"{', '.join(sorted(worldly))}: only of the shapes world")
         tables = [name for name in (NEEDS.get(what, what) for what in options.what)
                   if name in TABLES]
         configs = [config_of(row, options.dataset, seed, options, what) for what in tables

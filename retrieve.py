@@ -276,8 +276,8 @@ def plot(path: str, retriever: Retriever, encoded: Encoded, sentences: list[str]
               for frame in video.frames_at(encoded.path, times_sec)]
     strip.imshow(np.concatenate(frames, 1), extent=(0, encoded.duration_sec, 0, 1), aspect="auto")
     strip.set(yticks=[], xticks=[])
-    strip.set_title(pathlib.Path(encoded.path).name, loc="left")
-    at = torch.linspace(0, encoded.duration_sec, 400)
+    strip.set_title(pathlib.Path(encoded.path).name, loc="left", parse_math=False)
+    at = torch.from_numpy(video.frame_centres(encoded.duration_sec, 400))
     inside = (spans[:, :1] <= at) & (at < spans[:, 1:])                 # [W * P, 400]
     for i, (sentence, moments) in enumerate(zip(sentences, answers)):
         curve = figure.add_subplot(grid[i + 1, 0])
@@ -291,7 +291,7 @@ def plot(path: str, retriever: Retriever, encoded: Encoded, sentences: list[str]
         curve.set(xlim=(0, encoded.duration_sec), ylim=(-0.09 * (len(moments) + 1), 1.02))
         curve.set_yticks((0, 0.5, 1), [f"{share * top:.2g}" for share in (0, 0.5, 1)])
         curve.set_title(f"\"{command.printable(sentence)}\": best score of a moment at each "
-                        f"instant", loc="left", fontsize=10)
+                        f"instant", loc="left", fontsize=10, parse_math=False)
         curve.set_xlabel("seconds")
         picture = figure.add_subplot(grid[i + 1, 1])
         winner = int(scores[i].argmax())
@@ -385,11 +385,12 @@ class Index:
                                     f"index ckpt.pt DIR --out {folder}")
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.content = {"checkpoint": str(pathlib.Path(checkpoint).resolve()),
-                            "sha256": clip.sha256(checkpoint), "joint": 0, "videos": {}}
+            self.content = {"sha256": clip.sha256(checkpoint), "joint": 0, "videos": {}}
         if checkpoint and clip.sha256(checkpoint) != self.content["sha256"]:
             raise ValueError(f"{folder} was made with another checkpoint, "
                              f"{self.content['checkpoint']}; choose another --out")
+        if checkpoint:                                          # its file may have moved
+            self.content["checkpoint"] = str(pathlib.Path(checkpoint).resolve())
 
     def rows(self) -> int:
         return max((v["first"] + v["rows"] for v in self.content["videos"].values()), default=0)

@@ -343,7 +343,7 @@ class Decoded(NamedTuple):
 
 
 def attempt(path: str | os.PathLike, count: int, resolution: int) -> Decoded:
-    """`sample_frames`, of which nothing is raised."""
+    """`sample_frames`; whatever it raises becomes the reason."""
     try:
         pixels, duration_sec = sample_frames(path, count, resolution)
         return Decoded(pixels.numpy(), duration_sec)
@@ -456,9 +456,9 @@ def read_features(path: str | os.PathLike) -> np.ndarray:
     """Features made elsewhere, [L, D]: .npy, .npz (its array `features`) or .pt; or VideoError."""
     path = pathlib.Path(path)
     try:
-        if path.suffix == ".pt":
+        if path.suffix.lower() == ".pt":
             x = clip.read_torch(path).float().numpy()
-        elif path.suffix == ".npz":
+        elif path.suffix.lower() == ".npz":
             with zipfile.ZipFile(path) as archive:
                 if sum(part.file_size for part in archive.infolist()) > LARGEST:
                     raise ValueError(f"unpacked it would be larger than {LARGEST >> 20} MiB")

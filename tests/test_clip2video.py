@@ -410,9 +410,14 @@ def test_search_a_folder_of_videos(trained, tmp_path):
     root, _ = trained
     shapes.export(tmp_path / "videos", 3, 0)
     (tmp_path / "videos" / "broken.mp4").write_bytes(b"no video")
-    text = run("clip2video.py", "index", root / "run" / "ckpt.pt", tmp_path / "videos", "--out",
-               tmp_path / "index")
+    first = shutil.copy(root / "run" / "ckpt.pt", tmp_path / "first.pt")
+    text = run("clip2video.py", "index", first, tmp_path / "videos", "--out", tmp_path / "index")
     assert "failed: broken.mp4" in text
+    first.unlink()                                      # the run has been moved: index tells where
+    assert "gone or has changed" in run("clip2video.py", "search", tmp_path / "index", "a",
+                                        status=2)
+    run("clip2video.py", "index", root / "run" / "ckpt.pt", tmp_path / "videos", "--out",
+        tmp_path / "index")
     text = run("clip2video.py", "search", tmp_path / "index", "a red circle rises", "--top", 2)
     assert text.count(".mp4") == 2 and '"a red circle rises"' in text
     ranker = clip2video.Ranker(tmp_path / "index")
@@ -448,6 +453,12 @@ def test_search_a_folder_of_videos(trained, tmp_path):
 
 def test_features_of_another_clip_or_sampling_are_refused(trained, tmp_path):
     root, _ = trained
+    file = root / "shapes-videos" / "features" / "clip2video" / "manifest.json"
+    before = file.read_text()
+    file.write_text(json.dumps(json.loads(before) | {"sha256": "0" * 64}))
+    assert "come from another CLIP" in run("clip2video.py", "evaluate", root / "run" / "ckpt.pt",
+                                           status=2)
+    file.write_text(before)
     for option, value in (("--frames", 12), ("--stride", 2), ("--clip", "ViT-B/32")):
         message = run("clip2video.py", "train", "--root", root, option, value, "--out",
                       tmp_path / "run", status=2)

@@ -490,7 +490,7 @@ def test_features_made_elsewhere(tmp_path):
     x = np.arange(20, dtype=np.float32).reshape(10, 2)
     np.save(folder / "a.npy", x)
     np.savez(folder / "b.npz", features=x)
-    torch.save(torch.from_numpy(x), folder / "c.pt")
+    torch.save(torch.from_numpy(x), folder / "c.PT")
     np.save(folder / "wide.npy", x.reshape(5, 4))
     np.save(folder / "flat.npy", x[:, 0])
     np.save(folder / "empty.npy", x[:0])

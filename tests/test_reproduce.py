@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -46,6 +47,26 @@ def test_a_row_is_run_once_and_only_for_the_same_choices(options, tmp_path, caps
         other = dataclasses.replace(config, **change)
         assert reproduce.kept(other) is None
     assert reproduce.kept(dataclasses.replace(config, device="auto", root="x", out="y")) == content
+
+
+def test_what_is_made_afresh_leaves_the_other_seeds(options):
+    options.seeds = 3
+    assert reproduce.keep("x", options, lambda seed: [seed]) == {0: [0], 1: [1], 2: [2]}
+    options.seeds, options.fresh = 1, True
+    assert reproduce.keep("x", options, lambda seed: [9]) == {0: [9]}
+    options.seeds, options.fresh = 3, False
+    assert reproduce.keep("x", options, lambda seed: [7]) == {0: [9], 1: [1], 2: [2]}
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["readme", "table1"], "readme stands alone"), (["table1", "--seeds", "0"], "at least 1"),
+    (["table1", "--jobs", "0"], "at least 1"),
+    (["fig2", "--dataset", "charades"], "only of the shapes world")])
+def test_mistakes_end_in_a_sentence(arguments, sentence, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
+    with pytest.raises(SystemExit) as error:
+        reproduce.main()
+    assert error.value.code == 2 and sentence in capsys.readouterr().err
 
 
 def test_a_field_that_is_added_later_changes_no_name(options, monkeypatch):
@@ -217,7 +238,7 @@ def test_true_mask_is_where_the_frame_changes():
     plan = shapes.script("train", np.random.default_rng([0, 1, 0]))
     event = plan["events"][0]
     times = np.array([(event["start"] + event["end"]) / 2])
-    mask = probe.true_mask(plan, event, times, 8)[0]
+    mask = probe.true_mask(event, times, 8)[0]
     without = plan | {"events": [e for e in plan["events"] if e is not event] +
                       [event | {"colour": "white", "enter": 1e9, "leave": 1e9 + 1,
                                 "verb": 0}]}

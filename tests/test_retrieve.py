@@ -168,7 +168,8 @@ def test_mistakes_are_one_sentence(checkpoint, videos, world, tmp_path):
 
 def test_command_line(checkpoint, videos, tmp_path):
     good = videos / "test-0000.mp4"
-    text = command(checkpoint, good, *SENTENCES, "word " * 100, "--top", 3, "--cache", "",
+    dollars = r"pays $5 \foo and $3, " + "word " * 100          # no formula in the picture
+    text = command(checkpoint, good, *SENTENCES, dollars, "--top", 3, "--cache", "",
                    "--jsonl", tmp_path / "out.jsonl", "--plot", tmp_path / "out.png", "--clips",
                    tmp_path / "clips")
     assert text.count("a rank, no probability") == 3 and "on steps of 2.15 s" in text
@@ -414,8 +415,12 @@ def test_a_damaged_cache_is_made_anew(retriever, videos):
 
 
 def test_index_commands(checkpoint, folder, tmp_path):
-    text = command("index", checkpoint, folder, "--out", tmp_path / "index")
+    first = shutil.copy(checkpoint, tmp_path / "first.pt")
+    text = command("index", first, folder, "--out", tmp_path / "index")
     assert "failed: broken.mp4" in text and "408 moments of 3 videos" in text
+    first.unlink()                                      # the run has been moved: index tells where
+    assert "gone or has changed" in command("search", tmp_path / "index", "a", status=2)
+    command("index", checkpoint, folder, "--out", tmp_path / "index")
     text = command("search", tmp_path / "index", *SENTENCES, "--top", 4)
     assert text.count("a rank") == 2 and ".mp4" in text
     answer = json.loads(command("search", tmp_path / "index", SENTENCES[0], "--top", 4, "--json"))
