@@ -310,8 +310,7 @@ def bench_step(options: argparse.Namespace) -> list[dict]:
 
 
 def bench_loader(options: argparse.Namespace) -> list[dict]:
-    """Reading a batch of features from disk, of Charades-STA's shape. What a training waits for
-    them, as a share of its time, is what `train.py` prints as `data %`."""
+    """Reading a batch of features of Charades-STA's shape from disk (`data %` of a training)."""
     config = train.Config(dataset="charades")
     with tempfile.TemporaryDirectory() as folder:
         made = video.made_by(random_vit_b32(), "random", "", config.frames, 32)

@@ -63,7 +63,7 @@ def byte_alphabet() -> dict[int, str]:
 
 @functools.cache
 def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
-    """(token -> id, pair -> rank): 256 bytes, each also at a word's end, 48,894 merges, 2 more."""
+    """(token -> id, pair -> rank): 256 bytes, these at a word's end, 48,894 merges, 2 special."""
     lines = gzip.decompress(MERGES.read_bytes()).decode("utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines[1:49152 - 256 - 2 + 1]]
     letters = list(byte_alphabet().values())
@@ -374,15 +374,14 @@ NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask") 
 
 
 def build_text(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> TextTower:
-    """The text tower alone, of a state dict with or without an image tower; otherwise `build`."""
+    """The text tower alone, of a state dict with or without an image tower; else as `build`."""
     state = {key: value for key, value in state.items()
              if not key.startswith("visual.") and key not in ("logit_scale", *NOT_WEIGHTS)}
     return fill(lambda: TextTower(*_text_sizes(state, activation)), state)
 
 
 def build(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> CLIP:
-    """A CLIP from a state dict with OpenAI's key names; every size is read off the weights.
-    float32, evaluation mode.
+    """A CLIP, float32, evaluation mode, of a state dict with OpenAI's keys, which tells its sizes.
 
     Raises ValueError, naming the key, where the weights are not a CLIP's. The activation cannot be
     read off the weights: pass nn.GELU for models trained with it (LAION's)."""
@@ -454,7 +453,7 @@ def fill(make, state: dict[str, Tensor], what: str = "a CLIP") -> nn.Module:
 
 
 def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights under OpenAI's names (those of a Hugging Face `CLIPModel`, a ViT)."""
+    """A Hugging Face `CLIPModel`'s weights (ViT only) under OpenAI's names."""
     parts = {"text_model.embeddings.token_embedding.": "token_embedding.",
              "text_model.embeddings.position_embedding.weight": "positional_embedding",
              "vision_model.embeddings.class_embedding": "visual.class_embedding",
@@ -583,7 +582,7 @@ def read_torch(path: str | os.PathLike) -> object:
 
 
 def _bytes_of(content: object, seen: set[int]) -> int:
-    """What all tensors would take as copies: strides of 0, or no device, may claim anything."""
+    """Bytes of all tensors if copied: with strides of 0, or no device, they may claim any shape."""
     if isinstance(content, Tensor):
         return content.numel() * content.element_size()
     if not isinstance(content, (dict, list, tuple)) or id(content) in seen:

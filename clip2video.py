@@ -575,7 +575,7 @@ def vectors(model: CLIP2Video, part: Split, config: Config, device: torch.device
 
 
 def train(config: Config, resume: bool = False) -> dict:
-    """Trains on `train`, keeps the epoch best in text-to-video R@1 on `val`; metrics of `test`."""
+    """Trains on `train`, keeps the epoch best in t2v R@1 on `val`, returns metrics of `test`."""
     with command.locked(config.folder, resume):
         if config.dataset.startswith("shapes"):
             build_shapes(config)
@@ -751,7 +751,7 @@ def update_index(checkpoint: str, folder: str, out: str | pathlib.Path, device: 
                  root: str | None = None) -> dict[str, str]:
     """Brings <out>/clip2video.npz in step with a folder of videos: names [V], joined vectors
     [V, 2D], size and time of change of each file [V, 2]. What is new or changed is read, what is
-    gone is dropped; kept once a minute. Tells and returns file -> reason of what is unreadable."""
+    gone is dropped; kept once a minute. Prints and returns file -> reason of what is unreadable."""
     model, config = load(checkpoint, root)
     files = data.video_files(folder)
     if not files:

@@ -62,8 +62,7 @@ DEVICE = dict(default="auto", help="auto, cpu, cuda, cuda:N or mps")
 
 def option(default, text: str, choices: tuple[str, ...] = (), least: int | None = None,
            only: str = ""):
-    """A field of a Config: its default, what --help says, what it may be, and which values of
-    another field it is read with, if not all ("method vdi")."""
+    """A field of a Config. only: with which values of another field it is read ("method vdi")."""
     text = f"{text} [{only} only]" if only else text
     return dataclasses.field(default=default, metadata={
         "help": text, "choices": choices, "least": least, "only": only})

@@ -8,7 +8,7 @@
 A dataset is a folder below the root (`data/`): annotations in their published form, and features
 made by video.py. Every annotation becomes a Sample. A moment is [start_sec, end_sec).
 
-A batch is B videos with all their sentences, flattened: sentence s is of its video `video_of[s]`.
+A batch is B videos with all their sentences, flattened: sentence s belongs to `video_of[s]`.
 
 Shapes: B videos, S sentences in the batch, T frames, N clips, D width of CLIP's joint space.
 """
@@ -180,8 +180,7 @@ def read_jsonl(path: pathlib.Path) -> list[Sample]:
 
 
 def read_json(path: pathlib.Path) -> list[Sample]:
-    """2D-TAN's and MMN's form, {video: {"duration", "timestamps", "sentences"}}, as ActivityNet and
-    the compositional splits are published."""
+    """2D-TAN's, MMN's and ActivityNet's form, {video: {"duration", "timestamps", "sentences"}}."""
     text = read_text(path)
     try:
         videos = json.loads(text).items()
@@ -249,8 +248,7 @@ def install(dataset: str, root: str | os.PathLike, folder: str | os.PathLike | N
             direct: bool = True) -> None:
     """The published annotations of a dataset, put below the root: copied from `folder` (from a
     subfolder named like the dataset, or, if `direct`, from `folder` itself), under any published
-    name; without `folder`, what is missing is fetched. Other counts than the published ones are
-    refused."""
+    name; without `folder`, what is missing is fetched. Counts must be the published ones."""
     target = pathlib.Path(root) / dataset
     if folder is None:
         sources = {file: rest for file, *rest in map(str.split, SOURCES.read_text().splitlines())}
@@ -431,7 +429,7 @@ class Videos(torch.utils.data.Dataset):
         self.num_clips = num_clips
 
     def iou(self, index: Tensor) -> Tensor:
-        """[len(index), N, N] of sentences by their places in `samples`: memory is short for all."""
+        """[len(index), N, N] of sentences by place in `samples`: too large for all of them."""
         return mmn.iou_map(self.moments_sec[index], self.durations_sec[index], self.num_clips)
 
     def __len__(self) -> int:
@@ -458,7 +456,7 @@ class Videos(torch.utils.data.Dataset):
                      self.moments_sec[index], self.durations_sec[index], self.iou(index), index)
 
     def batches(self, size: int, generator: torch.Generator | None = None, workers: int = 0):
-        """Batches of `size` videos: a process's share, shuffled by `generator`; or all in order."""
+        """Batches of `size` videos: this process's share, shuffled; without `generator` all."""
         if generator is None:
             return torch.utils.data.DataLoader(self, size, collate_fn=self.collate,
                                                num_workers=workers, worker_init_fn=stay)

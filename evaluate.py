@@ -314,8 +314,7 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
 
 def write_predictions(path: str, rows: list[data.Sample], samples: list[data.Sample],
                       predicted: Tensor) -> None:
-    """Answers [S, K, 3] to `samples`, which are `rows` grouped by video; qid is the number of the
-    sentence in `rows`."""
+    """Answers [S, K, 3] to `samples`, the `rows` grouped by video; qid is the place in `rows`."""
     numbers: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         numbers.setdefault(row.video, []).append(i)

@@ -129,7 +129,7 @@ def spatial_dynamic_loss(dynamic: Tensor, projected: Tensor, video_of: Tensor,
     video_of    [S]; pairs of one video are left out, unless `same_video`
     returns     [S] in [0, 4]: mean over the other videos' sentences, 0 where there are none
     """
-    # UNSPECIFIED: Eq. 11 averages over all pairs; within one video eps^v = 1 says nothing
+    # UNSPECIFIED: Eq. 11 averages over all pairs; within one video eps^v = 1 always
     pair = same_video | (video_of[:, None] != video_of[None, :])        # [S, S]
     difference = (pairwise_cosine(dynamic) - pairwise_cosine(projected)).square()  # [S, S]
     return (difference * pair).sum(1) / pair.sum(1).clamp(min=1)
@@ -138,7 +138,7 @@ def spatial_dynamic_loss(dynamic: Tensor, projected: Tensor, video_of: Tensor,
 def batch_variance(x: Tensor) -> Tensor:
     """Variance of the rows of [S, D], summed over D, as a share of their mean squared norm.
 
-    1: the rows have mean 0; 0: all rows are equal, which the logs must show of a collapsed loss."""
+    1: the rows have mean 0; 0: all rows are equal, as they are when a loss has collapsed."""
     return x.var(0, unbiased=False).sum() / x.square().sum(1).mean().clamp(min=1e-12)
 
 

@@ -112,7 +112,7 @@ class MomentMap(nn.Module):
         self.register_buffer("candidates", candidates, persistent=False)  # [N, N], True = a moment
 
     def moment_map(self, frames: Tensor) -> Tensor:
-        """X^m before the convolution, the maximum over clips i..j: [B, T, D] -> [B, D, N, N]."""
+        """X^m before convolution; cell (i, j): max over clips i..j. [B, T, D] -> [B, D, N, N]."""
         x = F.avg_pool1d(frames.transpose(1, 2), self.pool_kernel, self.pool_stride)  # [B, D, N]
         if x.shape[2] != self.num_clips:
             raise ValueError(f"{frames.shape[1]} frames pool to {x.shape[2]} clips, and this model "
@@ -270,7 +270,7 @@ def contrastive_loss(moments: Tensor, text: Tensor, iou: Tensor, video_of: Tenso
 
     m is the candidate that overlaps most with the label. X^m-: all candidates of the other videos,
     and those of the same video that overlap less than `negative_iou`. X^q-: the sentences of the
-    other videos, and those of the same video whose labels overlap less. In the contrastive space.
+    other videos, and those of the same video whose labels overlap less. Cosines: contrastive space.
 
     moments      [B, J, P] unit vectors
     text         [S, J] unit vectors
@@ -340,7 +340,7 @@ def best_cell(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=8)
 def near_cells(num_clips: int, nms: float, device: torch.device) -> Tensor:
-    """Which two cells overlap by over `nms`, or are one: [N*N, N*N] bool; row i*N+j is (i, j)."""
+    """Which two cells overlap more than `nms`, or are one: [N*N, N*N] bool; row i*N+j is (i, j)."""
     clip = torch.arange(num_clips, device=device)
     cells = torch.stack([clip.repeat_interleave(num_clips), clip.repeat(num_clips) + 1], 1).float()
     near = interval_iou(cells[:, None], cells[None, :]) > nms

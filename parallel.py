@@ -88,9 +88,23 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)               # what the rows of every process did with the sum
+        return gradient
+
+
 def total(x: Tensor) -> Tensor:
     """The sum of x over all processes, with gradients into all of them."""
-    return x if size() == 1 else torch.distributed.nn.functional.all_reduce(x)
+    return x if size() == 1 else _Sum.apply(x)
 
 
 def sum_gradients(model: nn.Module) -> None:

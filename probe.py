@@ -108,8 +108,7 @@ def triplet_scores(model: clip.CLIP, triplets: list, batch: int = 256) -> dict[s
 
 @torch.no_grad()
 def end_token_attention(text: clip.TextTower, tokens: Tensor) -> Tensor:
-    """Attention of each sentence's end token in the last layer, averaged over heads: tokens [S, L]
-    -> [S, L], each row adds up to 1."""
+    """The end token's attention in the last layer, mean over heads: ids [S, L] -> [S, L], sum 1."""
     end = tokens.argmax(1)
     L = int(end.max()) + 1
     x = text.token_embedding(tokens[:, :L]) + text.positional_embedding[:L]
@@ -159,8 +158,7 @@ def true_mask(event: dict, times: np.ndarray, grid: int) -> Tensor:
 
 
 def moments_of(world: str, root: str, count: int):
-    """Of each event of the first `count` training videos: (event, frames [T, D], patches
-    [T, D', H, W]), features normalised."""
+    """Each event of `count` videos, its frames [T, D] and patches [T, D', H, W], normalised."""
     store = data.open_store(world, world, root)
     for i in range(count):
         name = f"train-{i:04d}"
@@ -177,7 +175,7 @@ def plain_heat(frames: Tensor, patches: Tensor) -> Tensor:
 
 
 def linear_probe(x: Tensor, y: Tensor, classes: int, steps: int = 300) -> float:
-    """Accuracy in percent of a linear classifier of x [S, K], fitted on one half, on the other."""
+    """Accuracy, %, of a linear classifier of x [S, K], fitted on the first half, on the second."""
     half = len(x) // 2
     x = (x - x[:half].mean(0)) / x[:half].std(0).clamp(min=1e-6)
     torch.manual_seed(0)

@@ -136,8 +136,7 @@ def run(config: train.Config, fresh: bool = False) -> dict:
 
 def hits(checkpoint: pathlib.Path, config: train.Config, splits: list[str],
          query: str = "full") -> dict[str, str]:
-    """Split -> a digit a sentence: how many of the thresholds 0.5 and 0.7 its first moment reaches,
-    retrieved by Q, Q^s or Q^d."""
+    """Split -> a digit a sentence: how many of the two HITS its first moment reaches."""
     device, result = data.pick_device(config.device), {}
     for split, videos, predicted in evaluate.answers(evaluate.load(checkpoint, device), splits,
                                                      query, config.root, device, True, top_k=1):

@@ -89,8 +89,7 @@ class Retriever:
         self.image_tower, self.clip_file = None, clip_file
 
     def load_image_tower(self) -> clip.CLIP:
-        """The checkpoint's CLIP, loaded when first needed: cached features need none. An error
-        names the weights that are missing, or are others."""
+        """The checkpoint's CLIP, loaded when first needed. Errors name the missing weights."""
         if self.image_tower is not None:
             return self.image_tower
         name, digest = self.made["clip"], self.run.checkpoint["clip_sha256"]
@@ -417,7 +416,7 @@ class Index:
 
     def update(self, retriever: Retriever, folder: str | os.PathLike) -> dict[str, str]:
         """Brings the index in step with a folder of videos: new and changed files are read, those
-        that are gone are left out. Tells and returns file -> reason of what cannot be read."""
+        that are gone are left out. Prints and returns file -> reason of what is not read."""
         files = data.video_files(folder)
         known, failed = self.content["videos"], {}
         if known and not files:

@@ -60,7 +60,7 @@ SPLITS = {"train": 800, "val": 150, "test": 150, "novel-word": 150, "novel-compo
 # ------------------------------------------------------------------------------------------ drawing
 
 def distance(shape: str, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """Signed distance (in pixels; negative inside) of points to a shape of radius r at 0, 0."""
+    """Rough signed distance (pixels, negative inside) of points to a shape of radius r at 0, 0."""
     box = lambda w, h: np.maximum(abs(x) - w, abs(y) - h)
     spike = 2 * (np.arctan2(x, -y) * 5 / (2 * math.pi) % 1) - 1         # -1 and 1 at five points
     return {"circle": lambda: np.hypot(x, y) - r, "square": lambda: box(0.85 * r, 0.85 * r),
@@ -76,8 +76,7 @@ def distance(shape: str, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndar
 
 
 def draw(frames: np.ndarray, colour: str, shape: str, x, y, r, visible=True) -> None:
-    """Paints an object, antialiased, into float frames [n, 32, 32, 3]. x, y, r, visible: one for
-    each frame, [n], or one for all."""
+    """Paints an object into float frames [n, 32, 32, 3]; x, y, r, visible: [n], or one for all."""
     x, y, r, visible = (np.broadcast_to(v, len(frames))[:, None, None] for v in (x, y, r, visible))
     centre = np.arange(SIZE) + 0.5
     inside = np.clip(0.5 - distance(shape, centre[None, None, :] - x, centre[None, :, None] - y, r),
@@ -159,7 +158,7 @@ def small_clip(seed: int, resnet: bool = False) -> clip.CLIP:
 
 
 def image_text_loss(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-    """CLIP's loss: each image picks its caption in the batch, each caption its image. [B, D]."""
+    """CLIP's loss: each image x [B, D] picks its caption q [B, D] in the batch, and the reverse."""
     logits = scale * F.normalize(x, dim=-1) @ F.normalize(q, dim=-1).T  # [B, B]
     target = torch.arange(len(x))
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -337,7 +336,7 @@ def render(plan: dict, times: np.ndarray) -> np.ndarray:
 
 
 def film(plan: dict, times: np.ndarray = np.arange(FRAMES) + 0.5) -> Tensor:
-    """`render` for CLIP, by default at middles of the 32 frame lengths: uint8 [n, 3, 32, 32]."""
+    """`render` for CLIP, by default at the 32 frame lengths' middles: uint8 [n, 3, 32, 32]."""
     return torch.from_numpy(render(plan, times)).permute(0, 3, 1, 2)
 
 
@@ -408,7 +407,7 @@ def encode(store: video.FeatureStore, model: clip.CLIP, split: str, i: int, plan
 
 
 def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, int]) -> None:
-    """The dataset of a small CLIP: clip.pt, <split>.jsonl, events.json, features."""
+    """A small CLIP's dataset: clip.pt, <split>.jsonl, events.json, features; `counts` of videos."""
     folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     folder.mkdir(parents=True)
     try:

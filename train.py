@@ -181,7 +181,7 @@ PRESETS = {
 
 
 def preset(dataset: str, retriever: str = "mmn") -> dict:
-    """Fields that differ from the defaults. One's own dataset has those of shapes, and its CLIP."""
+    """Fields that differ from the defaults. One's own dataset takes those of shapes, CLIP too."""
     family, own = dataset.removesuffix("-cg"), {}
     if family not in PRESETS or family == "shapes":
         own = {"clip": dataset} if dataset.startswith("shapes") else {"clip": "shapes",
@@ -213,7 +213,7 @@ class Model(nn.Module):
         self.text = text                                                # f^q
         self.retriever = evaluate.RETRIEVERS[config.retriever](**self.sizes)    # f^g
         self.context = self.dynamic = None
-        if config.method == "vdi":
+        if config.method == "vdi":                      # DEVIATION: vdi-staged leaves L^sd out
             if made["width"] % config.inject_heads:
                 raise ValueError(f"--inject-heads {config.inject_heads} does not divide the width "
                                  f"{made['width']} of the features")
@@ -290,8 +290,7 @@ def total_loss(terms: dict[str, Tensor], config: Config, epoch: int) -> Tensor:
 
 
 def check_finite(terms: dict[str, Tensor], batch: data.Batch, folder: pathlib.Path) -> None:
-    """Stops the run where a term is not finite, and saves the batch. All processes have the same
-    terms, so all stop."""
+    """Stops the run, all processes alike, where a term is not finite, and saves the batch."""
     for name, value in terms.items():
         if not torch.isfinite(value):
             videos = [video for part in parallel.everyone(batch.videos) for video in part]

@@ -212,8 +212,7 @@ def patch_frames(frames: int, count: int) -> np.ndarray:
 
 def made_by(model: clip.CLIP, name: str, digest: str, frames: int, patch_frames: int = 0,
             precision: str = "float32") -> dict:
-    """How features are made: by the CLIP of this name and SHA-256, T frames of a video, of T' of
-    them the patches (D' channels, H = W `grid`)."""
+    """How features are made: by which CLIP, of T frames, patches of T' (D' channels, H = W)."""
     visual, width = model.visual, model.text_projection.shape[1]
     resnet = isinstance(visual, clip.ModifiedResNet)
     patch_width = visual.layer4[-1].conv3.out_channels if resnet else width

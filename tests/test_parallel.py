@@ -116,3 +116,21 @@ def test_a_run_of_two_processes_goes_on_with_one(world, tmp_path):
     for one, two in zip(*logs):
         for name in ("L_iou", "L_cl", "L_vc", "L_sd", "L"):
             assert one[name] == pytest.approx(two[name], rel=2e-2), (one["epoch"], name)
+
+
+def test_the_sum_over_processes_by_itself(tmp_path):
+    """x = 1 and 2: the sum of squares is 5 for both; with losses 1 * sum and 2 * sum its gradient
+    in x is (1 + 2) * 2x. In processes that import nothing else."""
+    (tmp_path / "sum.py").write_text(
+        "import torch, parallel\n"
+        "with parallel.processes(torch.device('cpu')):\n"
+        "    k = parallel.rank() + 1\n"
+        "    x = torch.tensor([float(k)], requires_grad=True)\n"
+        "    y = parallel.total(x * x)\n"
+        "    (k * y).sum().backward()\n"
+        "    assert y.item() == 5 and x.grad.item() == 6 * k, (k, y, x.grad)\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc-per-node", "2",
+                           str(tmp_path / "sum.py")], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
