@@ -1,8 +1,8 @@
 """CLIP: the image-text model that everything here starts from (paper: f^v and f^q, Sec. 3).
 
-Contents, in the order in which data meets them: text -> tokens (BPE), frames -> pixels, the two
-image towers (ViT, ModifiedResNet), the causal text tower, and the loading of weights. The module
-tree carries OpenAI's own parameter names, so a published state dict loads without renaming.
+In the order of the data: text -> tokens (BPE), frames -> pixels, the two image towers (ViT,
+ModifiedResNet), the causal text tower, and the loading of weights. The module tree uses OpenAI's
+parameter names, so that a published state dict loads without renaming.
 
 Left out: training of the large models, and half precision (everything here is float32; callers may
 use autocast). The activation is not guessed from a file's name: it is an argument of `load`.
@@ -12,24 +12,18 @@ use autocast). The activation is not guessed from a file's name: it is an argume
     x, patches = model.encode_image(clip.preprocess(frames, 224))       # frames: uint8 [T, 3, h, w]
     q = model.encode_text(clip.tokenize("a person opens the door"))
 
-    python clip.py IMAGE "the red circle rises" "the red circle falls"
-
-prints the cosine of an image with each text, and of the texts with each other: that of two verbs is
-near 1, which is what the paper sets out to change.
+`python -m extras.walk clip IMAGE "the red circle rises" "the red circle falls"` prints the cosines
+of an image with texts, and of the texts with each other: that of two verbs is near 1, which is what
+the paper sets out to change.
 
 Shapes: B images or sentences, L words (77 at most), C width of a tower, D width of the joint space,
 D' channels of the patch features, H x W patch grid, R input resolution.
 """
 import functools
 import gzip
-import hashlib
 import html
-import http.client
 import os
 import pathlib
-import pickletools
-import urllib.error
-import urllib.request
 import zipfile
 
 import ftfy
@@ -37,13 +31,13 @@ import regex
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-import command
+from support import files, hugging_face
+from support.errors import Mistake
 
 # ----------------------------------------------------------------------------------- text -> tokens
 
-MERGES = pathlib.Path(__file__).parent / "assets" / "bpe_simple_vocab_16e6.txt.gz"
+MERGES = files.ASSETS / "bpe_simple_vocab_16e6.txt.gz"
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
                      r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
@@ -53,7 +47,7 @@ WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d
 def byte_alphabet() -> dict[int, str]:
     """Each of the 256 bytes as one printable character, in the order of CLIP's vocabulary.
 
-    Printable Latin-1 bytes stand for themselves; the other 68 get the characters from U+0100 on."""
+    Printable Latin-1 bytes represent themselves; the other 68 get the characters from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
                  *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -63,7 +57,7 @@ def byte_alphabet() -> dict[int, str]:
 
 @functools.cache
 def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
-    """(token -> id, pair -> rank): 256 bytes, these at a word's end, 48,894 merges, 2 special."""
+    """(token -> id, pair -> rank): 256 bytes, again at a word's end, 48,894 merges, 2 special."""
     lines = gzip.decompress(MERGES.read_bytes()).decode("utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines[1:49152 - 256 - 2 + 1]]
     letters = list(byte_alphabet().values())
@@ -74,7 +68,7 @@ def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
 
 @functools.lru_cache(maxsize=2 ** 18)
 def word_ids(word: str) -> tuple[int, ...]:
-    """Byte-pair encoding of one word: while neighbours are a known pair, merge the best pair."""
+    """Byte-pair encoding of one word: merge the adjacent pair of lowest rank until none is left."""
     ids, ranks = vocabulary()
     if word in (START, END):
         return (ids[word],)
@@ -103,7 +97,7 @@ def encode(text: str) -> list[int]:
 
 @functools.lru_cache(maxsize=2 ** 17)
 def sentence_ids(text: str) -> tuple[int, ...]:
-    """`encode`, remembered: an epoch, a table and an index ask for the same sentences again."""
+    """`encode`, cached: every epoch and every table tokenizes the same sentences again."""
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     text = regex.sub(r"\s+", " ", text).strip().lower()
     return tuple(i for word in WORD.findall(text) for i in word_ids(word))
@@ -112,7 +106,7 @@ def sentence_ids(text: str) -> tuple[int, ...]:
 def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = False) -> Tensor:
     """Sentences -> LongTensor [len(texts), context_length]: start token, words, end token, zeros.
 
-    ValueError for more than `context_length` tokens; with truncate=True the end token is kept."""
+    Mistake for more than `context_length` tokens; with truncate=True the end token is kept."""
     texts = [texts] if isinstance(texts, str) else texts
     start, end = vocabulary()[0][START], vocabulary()[0][END]
     result = torch.zeros(len(texts), context_length, dtype=torch.long)
@@ -120,9 +114,9 @@ def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = 
         ids = [start, *sentence_ids(text), end]
         if len(ids) > context_length:
             if not truncate:
-                raise ValueError(f"this sentence has {len(ids)} tokens and CLIP reads "
-                                 f"{context_length}; shorten it or pass truncate=True: "
-                                 f"{text[:60]!r}")
+                raise Mistake(f"this sentence has {len(ids)} tokens and CLIP reads "
+                              f"{context_length}; shorten it or pass truncate=True: "
+                              f"{text[:60]!r}")
             ids = ids[:context_length - 1] + [end]
         result[row, :len(ids)] = torch.tensor(ids)
     return result
@@ -137,8 +131,8 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 def crop(frames: Tensor, resolution: int) -> Tensor:
     """uint8 [T, 3, h, w] RGB -> uint8 [T, 3, R, R]: short side to R (bicubic), then the centre."""
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
-        raise ValueError(f"frames must be uint8 [T, 3, h, w], not {frames.dtype} "
-                         f"{list(frames.shape)}")
+        raise Mistake(f"frames must be uint8 [T, 3, h, w], not {frames.dtype} "
+                      f"{list(frames.shape)}")
     h, w = frames.shape[2:]
     size = [max(resolution, int(resolution * side / min(h, w))) for side in (h, w)]
     if size != [h, w]:
@@ -163,14 +157,14 @@ def preprocess(frames: Tensor, resolution: int) -> Tensor:
 # ------------------------------------------------------------------------------------------- towers
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), OpenAI's CLIP was trained with it; GELU would give other features."""
+    """x * sigmoid(1.702 x). OpenAI's CLIP was trained with it; GELU gives different features."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
 
 
 class Attention(nn.MultiheadAttention):
-    """Parameters and names of nn.MultiheadAttention; computed by scaled_dot_product_attention."""
+    """nn.MultiheadAttention's parameters and names, computed by scaled_dot_product_attention."""
 
     def forward(self, x: Tensor, causal: bool = False, hidden: Tensor | None = None) -> Tensor:
         B, L, C = x.shape
@@ -183,7 +177,7 @@ class Attention(nn.MultiheadAttention):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then a perceptron of four times the width."""
+    """Pre-norm transformer block: attention, then an MLP of four times the width."""
 
     def __init__(self, width: int, heads: int, activation: type[nn.Module]):
         super().__init__()
@@ -201,7 +195,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. Published heads are 64 wide; another number is kept in the state dict."""
+    """A stack of blocks. Published heads are 64 wide; other numbers are in the state dict."""
 
     def __init__(self, width: int, layers: int, heads: int, activation: type[nn.Module]):
         super().__init__()
@@ -216,9 +210,8 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT image tower. With `stem` (widths of stride-2 convolutions before the patch embedding) it
-    is the variant that the shapes world needs: at 32 x 32 pixels a plain patch embedding learns
-    neither shape nor place."""
+    """ViT image tower. `stem` (widths of stride-2 convolutions before the patch embedding) is for
+    the shapes world: at 32 x 32 pixels a plain patch embedding learns neither shape nor place."""
 
     def __init__(self, resolution: int, patch: int, width: int, layers: int, heads: int,
                  output: int, activation: type[nn.Module], stem: tuple[int, ...] = ()):
@@ -247,7 +240,7 @@ class VisionTransformer(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ResNet block; its stride is an average pool, before conv3 and again in the shortcut."""
+    """ResNet block. Strides are average pools: before conv3, and in the shortcut."""
 
     def __init__(self, channels: int, planes: int, stride: int):
         super().__init__()
@@ -272,7 +265,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """The mean of the map asks the map: one attention step whose only query is the mean token."""
+    """One attention step over the map, whose only query is the map's mean."""
 
     def __init__(self, grid: int, width: int, heads: int, output: int):
         super().__init__()
@@ -352,7 +345,7 @@ class TextTower(nn.Module):
 
 
 class CLIP(TextTower):
-    """Both towers. `visual` is a VisionTransformer or a ModifiedResNet."""
+    """Both towers; `visual` is a VisionTransformer or a ModifiedResNet."""
 
     def __init__(self, visual: nn.Module, *text_sizes):
         super().__init__(*text_sizes)
@@ -363,9 +356,16 @@ class CLIP(TextTower):
         """Images [B, 3, R, R] -> (x [B, D], patches [B, D', H, W]), not normalised, in one pass."""
         R = self.visual.resolution
         if tuple(images.shape[1:]) != (3, R, R):
-            raise ValueError(f"this CLIP reads images [B, 3, {R}, {R}], not {list(images.shape)}; "
-                             f"use clip.preprocess(frames, {R})")
+            raise Mistake(f"this CLIP reads images [B, 3, {R}, {R}], not {list(images.shape)}; "
+                          f"use clip.preprocess(frames, {R})")
         return self.visual(images)
+
+
+def contrastive_loss(logits: Tensor) -> Tensor:
+    """CLIP's loss: each row picks its column, each column its row, of [B, B] scaled cosines whose
+    diagonal holds the pairs. (CE(S) + CE(S^T)) / 2, nats."""
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 # ------------------------------------------------------------------------------------------ weights
@@ -374,17 +374,17 @@ NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask") 
 
 
 def build_text(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> TextTower:
-    """The text tower alone, of a state dict with or without an image tower; else as `build`."""
+    """The text tower alone, from a state dict with or without an image tower; see `build`."""
     state = {key: value for key, value in state.items()
              if not key.startswith("visual.") and key not in ("logit_scale", *NOT_WEIGHTS)}
     return fill(lambda: TextTower(*_text_sizes(state, activation)), state)
 
 
 def build(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> CLIP:
-    """A CLIP, float32, evaluation mode, of a state dict with OpenAI's keys, which tells its sizes.
+    """A CLIP in float32 and evaluation mode, its sizes read off a state dict with OpenAI's keys.
 
-    Raises ValueError, naming the key, where the weights are not a CLIP's. The activation cannot be
-    read off the weights: pass nn.GELU for models trained with it (LAION's)."""
+    Mistake, naming the key, if the weights are not a CLIP's. The activation cannot be read off the
+    weights: pass nn.GELU for models trained with it (LAION's)."""
     known = {key: value for key, value in state.items() if key not in NOT_WEIGHTS}
     sizes = _text_sizes(known, activation)
     output = sizes[5]
@@ -417,13 +417,13 @@ def _text_sizes(state: dict[str, Tensor], activation: type[nn.Module]) -> tuple:
 def _heads(state: dict[str, Tensor], key: str, width: int) -> int:
     heads = int(state.get(key, width // 64))
     if heads < 1 or width % heads:
-        raise ValueError(f"these are not the weights of a CLIP: {heads} heads of width {width}")
+        raise Mistake(f"these are not the weights of a CLIP: {heads} heads of width {width}")
     return heads
 
 
 def _get(state: dict[str, Tensor], key: str, what: str = "a CLIP") -> Tensor:
     if key not in state:
-        raise ValueError(f"these are not the weights of {what}: the key {key!r} is missing")
+        raise Mistake(f"these are not the weights of {what}: the key {key!r} is missing")
     return state[key]
 
 
@@ -433,223 +433,70 @@ def _count(state: dict[str, Tensor], prefix: str) -> int:
 
 
 def fill(make, state: dict[str, Tensor], what: str = "a CLIP") -> nn.Module:
-    """The model that `make()` returns, with these weights as float32, in evaluation mode; one
-    sentence for a missing, unknown or misshapen key."""
-    with torch.device("meta"):              # shapes without memory, until they are known to agree
+    """The model that `make()` returns, with these weights as float32, in evaluation mode. Mistake
+    for a missing, unknown or misshapen key."""
+    with torch.device("meta"):              # allocate nothing before the shapes are known to agree
         expected = make().state_dict()
     for key, value in expected.items():
         if key.endswith("num_batches_tracked"):
             state.setdefault(key, torch.tensor(0))
         elif _get(state, key, what).shape != value.shape:
-            raise ValueError(f"these are not the weights of {what}: {key!r} has shape "
-                             f"{list(state[key].shape)} where {list(value.shape)} belongs")
+            raise Mistake(f"these are not the weights of {what}: {key!r} has shape "
+                          f"{list(state[key].shape)}, expected {list(value.shape)}")
     unknown = [key for key in state if key not in expected]
     if unknown:
-        raise ValueError(f"these are not the weights of {what}: the key {unknown[0]!r} is unknown")
+        raise Mistake(f"these are not the weights of {what}: the key {unknown[0]!r} is unknown")
     model = make()
     model.load_state_dict({key: value.float() if value.is_floating_point() else value
                            for key, value in state.items()})
     return model.eval()
 
 
-def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A Hugging Face `CLIPModel`'s weights (ViT only) under OpenAI's names."""
-    parts = {"text_model.embeddings.token_embedding.": "token_embedding.",
-             "text_model.embeddings.position_embedding.weight": "positional_embedding",
-             "vision_model.embeddings.class_embedding": "visual.class_embedding",
-             "vision_model.embeddings.patch_embedding.": "visual.conv1.",
-             "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-             "text_model.final_layer_norm.": "ln_final.",
-             "vision_model.pre_layrnorm.": "visual.ln_pre.",
-             "vision_model.post_layernorm.": "visual.ln_post.",
-             "text_model.encoder.layers.": "transformer.resblocks.",
-             "vision_model.encoder.layers.": "visual.transformer.resblocks.",
-             ".layer_norm1.": ".ln_1.", ".layer_norm2.": ".ln_2.", ".mlp.fc1.": ".mlp.c_fc.",
-             ".mlp.fc2.": ".mlp.c_proj.", ".self_attn.out_proj.": ".attn.out_proj."}
-    result = {}
-    for key, value in state.items():
-        if key.endswith("position_ids"):
-            continue
-        if key in ("text_projection.weight", "visual_projection.weight"):
-            result["text_projection" if key[0] == "t" else "visual.proj"] = value.T.contiguous()
-            continue
-        if ".self_attn.k_proj." in key or ".self_attn.v_proj." in key:
-            continue                                                    # joined below with q_proj
-        new = key
-        for old_part, new_part in parts.items():
-            new = new.replace(old_part, new_part)
-        if ".self_attn.q_proj." in key:
-            value = torch.cat([_get(state, key.replace("q_proj", f"{p}_proj")) for p in "qkv"])
-            new = new.replace(".self_attn.q_proj.", ".attn.in_proj_")
-        result[new] = value
-    return result
-
-
-SILENCE_SEC = 60                                        # a server that sends nothing for so long
 ADDRESS = "https://openaipublic.azureedge.net/clip/models"
 # lines "name, SHA-256 of the file (which is also in its address), file name"
 PUBLISHED = {name: (digest, file) for name, digest, file in map(
-    str.split, (pathlib.Path(__file__).parent / "assets" / "clip.txt").read_text().splitlines())}
+    str.split, (files.ASSETS / "clip.txt").read_text().splitlines())}
 
 
 def sha256(path: str | os.PathLike) -> str:
     """Hexadecimal SHA-256 of a file, or of the weights of a published name."""
-    if path in PUBLISHED:
-        return PUBLISHED[path][0]
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return PUBLISHED[path][0] if path in PUBLISHED else files.sha256(path)
 
 
 def download(name: str, folder: str | os.PathLike | None = None) -> pathlib.Path:
-    """The file of a published model, verified; fetched into `folder` (~/.cache/clip) if need be."""
+    """The verified file of a published model; downloaded to `folder` (~/.cache/clip) if need be."""
     digest, file_name = PUBLISHED[name]
     folder = pathlib.Path(folder or "~/.cache/clip").expanduser()
-    return fetch(f"{ADDRESS}/{digest}/{file_name}", digest, folder / file_name)
-
-
-def fetch(address: str, digest: str, path: pathlib.Path) -> pathlib.Path:
-    """The file `path`, fetched from `address` unless it is there with this SHA-256.
-
-    A broken download is continued by the next call. The file gets its name only when its SHA-256 is
-    right. RuntimeError, with the address and the place for the file, when it cannot be fetched."""
-    part = path.with_name(path.name + ".part")
-    if path.exists() and sha256(path) == digest:
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        done = part.stat().st_size if part.exists() else 0
-        if not done or sha256(part) != digest:
-            request = urllib.request.Request(address,
-                                             headers={"Range": f"bytes={done}-"} if done else {})
-            with urllib.request.urlopen(request, timeout=SILENCE_SEC) as reply:
-                if reply.status != 206:                 # the server sends the file from its start
-                    done = 0
-                total = done + int(reply.headers.get("Content-Length", 0))
-                with open(part, "ab" if done else "wb") as file, tqdm(
-                        total=total, initial=done, unit="B", unit_scale=True, desc=path.name,
-                        disable=None) as bar:
-                    while chunk := reply.read(1 << 20):
-                        file.write(chunk)
-                        bar.update(len(chunk))
-            if part.stat().st_size < total:
-                raise ConnectionError(f"the connection broke at {part.stat().st_size} of {total} "
-                                      f"bytes")
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing left to send, and yet the sum was wrong
-            part.unlink(missing_ok=True)
-        raise RuntimeError(f"{address} could not be fetched ({error}); "
-                           f"download it by hand to {path}") from error
-    except (OSError, http.client.HTTPException) as error:
-        raise RuntimeError(f"{address} could not be fetched ({error}); run the command again to "
-                           f"continue, or download it by hand to {path}") from error
-    if sha256(part) != digest:
-        part.unlink()
-        raise RuntimeError(f"the download of {address} was damaged and has been removed; run the "
-                           f"command again")
-    os.replace(part, path)
-    return path
-
-
-def read_torch(path: str | os.PathLike) -> object:
-    """What torch.save wrote: tensors and plain values. Nothing in the file is executed, no more
-    memory is taken than the file has bytes (twice that, where tensors share theirs), and a bit that
-    is not what was written is found. ValueError for anything else."""
-    try:
-        size = os.path.getsize(path)
-        with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-            if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
-                raise ValueError("it is compressed, which torch.save never does")
-            if any(part.volume or part.internal_attr or part.external_attr for part in parts):
-                raise ValueError("its directory is not one of torch.save")     # torch would misread
-            if sum(part.file_size for part in parts) > size:
-                raise ValueError("its parts are larger than the whole")
-            if damaged := archive.testzip():            # torch itself does not look
-                raise ValueError(f"{damaged} in it is damaged")
-            for part in parts:
-                if part.filename.endswith("data.pkl") and any(
-                        "bytearray" in str(argument) for _, argument, _
-                        in pickletools.genops(archive.read(part))):
-                    raise ValueError("it asks for memory that is not in it")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if _bytes_of(content, set()) > 2 * size:
-            raise ValueError("its tensors claim more than the file holds")
-    except OSError:
-        raise
-    except Exception as error:  # torch raises a dozen kinds for a damaged or a hostile file
-        raise ValueError(f"{path} is not a file of weights: {command.told(error)}") from error
-    return content
-
-
-def _bytes_of(content: object, seen: set[int]) -> int:
-    """Bytes of all tensors if copied: with strides of 0, or no device, they may claim any shape."""
-    if isinstance(content, Tensor):
-        return content.numel() * content.element_size()
-    if not isinstance(content, (dict, list, tuple)) or id(content) in seen:
-        return 0
-    seen.add(id(content))
-    values = content.values() if isinstance(content, dict) else content
-    return sum(_bytes_of(value, seen) for value in values)
+    return files.fetch(f"{ADDRESS}/{digest}/{file_name}", digest, folder / file_name)
 
 
 def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
     """The state dict of a weight file or a published model, under OpenAI's names. Nothing in the
-    file is executed: what torch.save wrote (its zip form) is read with weights_only=True, and a
-    TorchScript archive only after its SHA-256 proved it to be one of OpenAI's."""
+    file is executed: files.read_tensors reads what torch.save wrote, and a TorchScript archive is
+    opened only if its SHA-256 is one of OpenAI's."""
     path = download(path) if path in PUBLISHED else pathlib.Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is neither a weight file nor the name of a published "
-                                f"CLIP: {', '.join(PUBLISHED)}")
+        raise Mistake(f"{path} is neither a weight file nor the name of a published "
+                      f"CLIP: {', '.join(PUBLISHED)}")
     if zipfile.is_zipfile(path) and any("/code/" in n for n in zipfile.ZipFile(path).namelist()):
         if sha256(path) not in {digest for digest, _ in PUBLISHED.values()}:
-            raise ValueError(f"{path} is a TorchScript archive, which holds code, and its SHA-256 "
-                             f"is not that of a published CLIP; save its state dict with "
-                             f"torch.save and load that")
+            raise Mistake(f"{path} is a TorchScript archive, which contains code, and its SHA-256 "
+                          f"is not that of a published CLIP; save its state dict with torch.save "
+                          f"and load that")
         return torch.jit.load(path, map_location="cpu").state_dict()
-    state = read_torch(path)
+    state = files.read_tensors(path)
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path} holds no state dict (a dictionary of tensors)")
+        raise Mistake(f"{path} does not contain a state dict (a dictionary of tensors)")
     state = {key.removeprefix("module."): value for key, value in state.items()}
-    hugging_face = any(key.startswith("text_model.") for key in state)
-    return from_hugging_face(state) if hugging_face else state
+    foreign = any(key.startswith("text_model.") for key in state)
+    return hugging_face.renamed(state) if foreign else state
 
 
 def load(name_or_path: str | os.PathLike, device: str | torch.device = "cpu",
          activation: type[nn.Module] = QuickGELU) -> CLIP:
-    """A CLIP in float32 and evaluation mode: a published name (fetched once), or a file of weights
-    (OpenAI's archive, a plain or open_clip state dict, Hugging Face's pytorch_model.bin)."""
+    """A CLIP in float32 and evaluation mode, by a published name (downloaded once) or from a file:
+    OpenAI's archive, a plain or open_clip state dict, Hugging Face's pytorch_model.bin."""
     return build(read_state(name_or_path), activation).to(device)
-
-
-def main() -> None:
-    arguments = command.parser("similarities of an image and texts")
-    add = arguments.add_argument
-    add("image", help="an image, or a video, whose first frame is taken")
-    add("texts", nargs="+", help="what it may show")
-    add("--weights", default="data/shapes/clip.pt",
-        help="a file of weights, or a published name; the default is made by python train.py")
-    options = arguments.parse_args()
-    with command.sentences(), torch.no_grad():
-        import video                                            # which imports this file
-
-        if options.weights not in PUBLISHED and not os.path.exists(options.weights):
-            raise FileNotFoundError(f"there is no {options.weights}; python shapes.py makes "
-                                    f"data/shapes/clip.pt, or take --weights ViT-B/32")
-        model = load(options.weights)
-        frame = next(video.frames_at(options.image, [0.0]))
-        x, patches = model.encode_image(preprocess(frame[None], model.visual.resolution))
-        q = F.normalize(model.encode_text(tokenize(options.texts, truncate=True)), dim=1)  # [S, D]
-        print(f"image {list(frame.shape)} -> x {list(x.shape)}, patches {list(patches.shape)}")
-        cosines = (q @ F.normalize(x, dim=1).T)[:, 0]                   # [S]
-        shares = (model.logit_scale.exp() * cosines).softmax(0)
-        print("cosine with the image, share (a softmax over the texts), cosine with each text")
-        for text, cosine, share, row in zip(options.texts, cosines, shares, q @ q.T):
-            print(f"{cosine:7.3f} {share:7.3f}   " + " ".join(f"{v:6.3f}" for v in row)
-                  + f"   {command.printable(text)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,40 +1,36 @@
-"""Annotations, splits, one's own videos, batches (paper Sec. 4.1.1).
+"""Annotations, splits, features and batches (paper Sec. 4.1.1).
 
-    python data.py charades                                     # annotations: fetched and counted
-    python data.py charades --videos DIR                        # and features of the videos
-    python data.py mine --annotations my.jsonl --videos DIR     # one's own videos and sentences
-    python data.py check                                        # are the features in order?
+    python data.py charades --videos DIR        # annotations and features: see extras/prepare.py
 
-A dataset is a folder below the root (`data/`): annotations in their published form, and features
-made by video.py. Every annotation becomes a Sample. A moment is [start_sec, end_sec).
+A dataset is a folder below the root (`data/`): annotations in their published form, and a store of
+features. Every annotation becomes a Sample, whose moment is [start_sec, end_sec). A batch is B
+videos with all their sentences, flattened: sentence s belongs to `video_of[s]`.
 
-A batch is B videos with all their sentences, flattened: sentence s belongs to `video_of[s]`.
-
-Shapes: B videos, S sentences in the batch, T frames, N clips, D width of CLIP's joint space.
+Shapes: B videos, S sentences in the batch, T frames, N clips, D width of CLIP's joint space, D'
+channels of the patch features, H x W patch grid.
 """
-import argparse
-import contextlib
 import csv
 import json
 import math
 import os
 import pathlib
 import random
+import runpy
 import signal
-import sys
+import time
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 import clip
-import command
 import mmn
-import parallel
 import parse
-import video
+from support import files, parallel
+from support.errors import Mistake
 
 
 class Sample(NamedTuple):
@@ -47,9 +43,13 @@ class Sample(NamedTuple):
 
 
 class Cleaned(NamedTuple):
-    """What `clean` did: moments cut to their video, and moments of which nothing was left."""
+    """How many moments `clean` clamped to their video, and how many it dropped as empty."""
     clamped: int
     dropped: int
+
+
+class VideoError(Mistake):
+    """A video, or its features, cannot be read; the message names the file and the reason."""
 
 
 # -------------------------------------------------------------------------------------- annotations
@@ -63,47 +63,36 @@ FILES = {
     **dict.fromkeys(("charades-cg", "activitynet-cg"), {
         "train": ("train.json",), "novel-word": ("novel_word.json",),
         "novel-composition": ("novel_composition.json",), "trivial": ("test_trivial.json",)})}
-FOLDERS = {"charades": ("Charades-STA", "Charades_STA"), "charades-cg": ("Charades-CG",),
-           "activitynet": ("ActivityNet",), "activitynet-cg": ("ActivityNet_CG", "ActivityNet-CG")}
 CSV = ("Charades_v1_train.csv", "Charades_v1_test.csv")                 # durations of Charades
-COUNTS = {                          # videos and sentences of each split, after cleaning
-    "charades": {"train": (5336, 12404), "test": (1334, 3720)},
-    "charades-cg": {"train": (3555, 8281), "novel-word": (580, 695),
-                    "novel-composition": (2480, 3442), "trivial": (1689, 3096)},
-    "activitynet": {"train": (10009, 37417), "val": (4917, 17505), "test": (4885, 17031)},
-    "activitynet-cg": {"train": (9659, 36720), "novel-word": (1991, 3920),
-                       "novel-composition": (4202, 12028), "trivial": (4775, 15712)},
-}
-# lines "file below the root, address, SHA-256"
-SOURCES = pathlib.Path(__file__).parent / "assets" / "annotations.txt"
 OWN_SPLITS = ("train", "val", "val-novel-word", "test", "novel-word", "novel-composition")
 
 
 def annotation_file(dataset: str, split: str, root: str | os.PathLike) -> pathlib.Path:
-    """Where the annotations of a split are, or would be: <root>/<dataset>/<split>.jsonl for one's
-    own. ValueError for a split that the dataset does not have."""
+    """Where the annotations of a split are, or would be. Mistake for an unknown split."""
     folder = pathlib.Path(root) / dataset
     if dataset not in FILES:
         return folder / f"{split}.jsonl"
     if split not in FILES[dataset]:
-        raise ValueError(f"{dataset} has no split {split!r}; it has "
-                         f"{', '.join(splits(dataset, root))}")
+        raise Mistake(f"{dataset} has no split {split!r}; it has "
+                      f"{', '.join(splits(dataset, root))}")
     names = FILES[dataset][split]
     return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
 
 
 def splits(dataset: str, root: str | os.PathLike) -> list[str]:
-    """The splits of a dataset: the published ones, or the files that one's own has."""
+    """The splits of a dataset: the published ones, or those that have a file."""
     if dataset in FILES:
         return list(FILES[dataset])
     return [split for split in OWN_SPLITS if annotation_file(dataset, split, root).exists()]
 
 
 def read_annotations(dataset: str, split: str, root: str | os.PathLike) -> list[Sample]:
-    """The cleaned samples of a split. Of Charades-STA, and of the two compositional datasets, which
-    publish no validation split, `val` is a tenth of the training videos (`held_out`); `train` is
-    everything published. Splits novel-word, novel-composition and trivial of charades and
-    activitynet are those of charades-cg and activitynet-cg, whose training split is train-cg."""
+    """The cleaned samples of a split.
+
+    Charades-STA and the two compositional datasets publish no validation split: `val` is then a
+    tenth of the training videos (`held_out`), and `train` everything published. Splits novel-word,
+    novel-composition and trivial of charades and activitynet are those of charades-cg and
+    activitynet-cg, whose training split is train-cg."""
     if dataset in ("charades", "activitynet") and split in ("novel-word", "novel-composition",
                                                             "trivial", "train-cg"):
         dataset, split = f"{dataset}-cg", "train" if split == "train-cg" else split
@@ -115,18 +104,36 @@ def read_annotations(dataset: str, split: str, root: str | os.PathLike) -> list[
 
 
 def held_out(videos) -> set[str]:
-    """A tenth of the training videos, the same tenth always."""
+    """A tenth of the training videos, always the same tenth."""
     # UNSPECIFIED: the paper stops early on a validation set that Charades-STA does not have
     names = sorted(set(videos))
     return set(random.Random(0).sample(names, max(1, len(names) // 10)))
 
 
+def training_samples(dataset: str, select_on: str, limit: int,
+                     root: str | os.PathLike) -> dict[str, list[Sample]]:
+    """`train` and, if there is one, the split that selects the epoch, whose videos are not trained
+    on. limit: number of videos (0: all)."""
+    available = splits(dataset, root)
+    if dataset in FILES and "val" not in available:
+        available.append("val")
+    if select_on == "train" or select_on not in (*available, "val"):
+        raise Mistake(f"--select-on {select_on} cannot select the epoch; the splits of {dataset} "
+                      f"are {', '.join(available)}")
+    samples = {split: read_annotations(dataset, split, root)
+               for split in ("train", select_on) if split in available}
+    validating = {sample.video for sample in samples.get(select_on, [])}
+    names = dict.fromkeys(s.video for s in samples["train"] if s.video not in validating)
+    names = set(list(names)[:limit or None])
+    samples["train"] = [sample for sample in samples["train"] if sample.video in names]
+    return samples
+
+
 def read_file(path: str | os.PathLike) -> list[Sample]:
-    """An annotation file as it is published, by its form: Charades-STA text, the json of 2D-TAN,
-    MMN and the compositional splits, or QVHighlights jsonl. A duration it does not tell is nan."""
+    """An annotation file in its published form: text, json or jsonl. Unknown durations are nan."""
     path = pathlib.Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"there is no annotation file {path}")
+        raise Mistake(f"there is no annotation file {path}")
     return {".txt": read_charades, ".jsonl": read_jsonl}.get(path.suffix, read_json)(path)
 
 
@@ -134,7 +141,7 @@ def read_text(path: pathlib.Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8") from error
+        raise Mistake(f"{path} is not UTF-8 text") from error
 
 
 def numbered_lines(path: pathlib.Path) -> list[tuple[int, str]]:
@@ -147,13 +154,13 @@ def read_charades(path: pathlib.Path) -> list[Sample]:
     durations_sec = {}
     for table in (path.parent / name for name in CSV):
         if not table.exists():
-            raise FileNotFoundError(f"{table} is missing: the durations of Charades-STA's videos "
-                                    f"are in it (from the annotations of the Charades dataset)")
+            raise Mistake(f"{table} is missing: it holds the durations of Charades-STA's videos "
+                          f"and is part of the annotations of the Charades dataset")
         with open(table, newline="", encoding="utf-8") as file:
             try:
                 durations_sec |= {row["id"]: float(row["length"]) for row in csv.DictReader(file)}
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{table} has no columns id and length: {error}") from error
+                raise Mistake(f"{table} has no columns id and length: {error}") from error
 
     def sample(line: str) -> list[Sample]:
         place, sentence = line.split("##", 1)
@@ -164,17 +171,17 @@ def read_charades(path: pathlib.Path) -> list[Sample]:
 
 
 def read_jsonl(path: pathlib.Path) -> list[Sample]:
-    """QVHighlights lines; {"vid", "query", "relevant_windows"} is enough. One sample a window."""
+    """QVHighlights lines; {"vid", "query", "relevant_windows"} is enough. One sample per window."""
     def samples(line: str) -> list[Sample]:
         row = json.loads(line)
         if not row["relevant_windows"]:
             raise ValueError("it has no moment (relevant_windows)")
-        found = [to_sample(str(row["vid"]), row["query"], window, row.get("duration", math.nan))
-                 for window in row["relevant_windows"]]
-        for sample in found:
+        result = [to_sample(str(row["vid"]), row["query"], window, row.get("duration", math.nan))
+                  for window in row["relevant_windows"]]
+        for sample in result:
             if sample.end_sec <= sample.start_sec:
                 raise ValueError(f"[{sample.start_sec}, {sample.end_sec}] ends before it begins")
-        return found
+        return result
 
     return read_lines(path, numbered_lines(path), samples)
 
@@ -185,8 +192,8 @@ def read_json(path: pathlib.Path) -> list[Sample]:
     try:
         videos = json.loads(text).items()
     except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is not in the form {{video: {{duration, timestamps, "
-                         f"sentences}}}}: {type(error).__name__} {error}") from error
+        raise Mistake(f"{path} is not of the form {{video: {{duration, timestamps, sentences}}}}: "
+                      f"{type(error).__name__} {error}") from error
 
     def samples(item: tuple[str, dict]) -> list[Sample]:
         name, entry = item
@@ -197,18 +204,18 @@ def read_json(path: pathlib.Path) -> list[Sample]:
 
 
 def to_sample(name: str, sentence: str, window, duration_sec) -> Sample:
-    """A Sample of what a file says. ValueError for what cannot be meant."""
+    """A Sample from a file's values. ValueError for invalid ones."""
     start, end = (float(instant) for instant in window)
     duration = float(duration_sec)
     if not isinstance(sentence, str) or not sentence.strip():
         raise ValueError("the sentence is empty")
     if not math.isfinite(start) or not math.isfinite(end) or math.isinf(duration) or duration <= 0:
-        raise ValueError(f"[{start}, {end}] of {duration} s is no stretch of time")
+        raise ValueError(f"[{start}, {end}] of {duration} s is not a valid moment")
     return Sample(name, " ".join(sentence.split()), start, end, duration)
 
 
 def read_lines(path: pathlib.Path, lines, read) -> list[Sample]:
-    """The samples of all (number or name, line); a ValueError that lists every bad one."""
+    """The samples of all (number or name, line). Mistake that lists every invalid one."""
     samples, bad = [], []
     for number, line in lines:
         try:
@@ -217,18 +224,20 @@ def read_lines(path: pathlib.Path, lines, read) -> list[Sample]:
                 RecursionError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else error
             if isinstance(error, json.JSONDecodeError):
-                what = f"it is no json ({error})"
-            bad.append(f"\n  {'line ' * isinstance(number, int)}{number}: {what}")
+                what = f"it is not valid json ({error})"
+            label = f"line {number}" if isinstance(number, int) else number
+            bad.append(f"\n  {label}: {what}")
     if bad:
-        raise ValueError(f"{path} has {len(bad)} entries that cannot be read:{''.join(bad)}")
+        raise Mistake(f"{path} has {len(bad)} invalid entries; correct or remove them:"
+                      f"{''.join(bad)}")
     return samples
 
 
 def clean(samples: list[Sample]) -> tuple[list[Sample], Cleaned]:
-    """Clamps moments to [0, duration] and drops those that are empty then. No other place does."""
+    """Clamps moments to [0, duration] and drops those that are then empty. Nothing else does."""
     kept, clamped = [], 0
     for sample in samples:
-        limit = sample.duration_sec if sample.duration_sec == sample.duration_sec else float("inf")
+        limit = math.inf if math.isnan(sample.duration_sec) else sample.duration_sec
         start, end = max(0.0, min(sample.start_sec, limit)), max(0.0, min(sample.end_sec, limit))
         clamped += (start, end) != (sample.start_sec, sample.end_sec)
         if end > start:
@@ -241,74 +250,7 @@ def write_jsonl(path: pathlib.Path, samples: list[Sample]) -> None:
     lines = [json.dumps({"qid": i, "query": s.sentence, "vid": s.video, "duration": s.duration_sec,
                          "relevant_windows": [[s.start_sec, s.end_sec]]}) + "\n"
              for i, s in enumerate(samples)]
-    command.save(path, "".join(lines))
-
-
-def install(dataset: str, root: str | os.PathLike, folder: str | os.PathLike | None,
-            direct: bool = True) -> None:
-    """The published annotations of a dataset, put below the root: copied from `folder` (from a
-    subfolder named like the dataset, or, if `direct`, from `folder` itself), under any published
-    name; without `folder`, what is missing is fetched. Counts must be the published ones."""
-    target = pathlib.Path(root) / dataset
-    if folder is None:
-        sources = {file: rest for file, *rest in map(str.split, SOURCES.read_text().splitlines())}
-        for split, names in FILES[dataset].items():
-            if not annotation_file(dataset, split, root).exists():
-                for name in (names[0], *(CSV if dataset == "charades" else ())):
-                    clip.fetch(*sources[f"{dataset}/{name}"], target / name)
-        return
-    source = pathlib.Path(folder)
-    if not source.is_dir():
-        raise NotADirectoryError(f"{folder} is no folder; the annotations of {dataset} are several "
-                                 f"files, and --annotations names their folder")
-    places = [source / name for name in (dataset, *FOLDERS[dataset])]
-    place = next((place for place in places if place.is_dir()), source if direct else None)
-    if place is None:
-        raise FileNotFoundError(f"{folder} holds no folder {dataset}")
-    found = {split: next((place / name for name in names if (place / name).exists()), None)
-             for split, names in FILES[dataset].items()}
-    if not any(found.values()):
-        raise FileNotFoundError(f"{folder} holds no annotations of {dataset}: none of "
-                                f"{', '.join(name for n in FILES[dataset].values() for name in n)}")
-    for split, path in found.items():
-        if path:
-            check_counts(dataset, split, clean(read_file(path))[0], path)
-    for path in [*filter(None, found.values()), *(place / name for name in CSV)]:
-        if path.exists():
-            command.save(target / path.name, path.read_bytes())
-
-
-def check_counts(dataset: str, split: str, samples: list[Sample], path: pathlib.Path) -> None:
-    """ValueError unless a split has as many videos and sentences as were published."""
-    counts = len({sample.video for sample in samples}), len(samples)
-    if counts != COUNTS[dataset][split]:
-        raise ValueError(f"{path} is not {dataset}'s {split} as published: it has {counts[1]} "
-                         f"sentences of {counts[0]} videos after cleaning, and should have "
-                         f"{COUNTS[dataset][split][1]} of {COUNTS[dataset][split][0]}")
-
-
-def describe(dataset: str, root: str | os.PathLike) -> str:
-    """The counts of Sec. 4.1.1 as a table, a line a split; ValueError where a published count is
-    missed. A video that two splits hold counts twice, as in the paper."""
-    parts = {}
-    for split in splits(dataset, root):
-        path = annotation_file(dataset, split, root)
-        if not path.exists():
-            continue
-        samples, cleaned = clean(read_file(path))
-        if dataset in COUNTS:
-            check_counts(dataset, split, samples, path)
-        durations_sec = {sample.video: sample.duration_sec for sample in samples}
-        parts[split] = np.array([len(durations_sec), len(samples), sum(durations_sec.values()),
-                                 sum(s.end_sec - s.start_sec for s in samples), *cleaned])
-    if len(parts) > 1:
-        parts["all"] = sum(parts.values())
-    return "" if not parts else command.aligned(
-        ["dataset", "split", "videos", "queries", "video sec", "moment sec", "moments per video",
-         "clamped", "dropped"],
-        [[dataset, split, f"{videos:.0f}", f"{queries:.0f}", f"{seconds / videos:.2f}",
-          f"{moments_sec / queries:.2f}", f"{queries / videos:.2f}", *(f"{n:.0f}" for n in cleaned)]
-         for split, (videos, queries, seconds, moments_sec, *cleaned) in parts.items()], 2)
+    files.save(path, "".join(lines))
 
 
 class Event(NamedTuple):
@@ -320,7 +262,7 @@ class Event(NamedTuple):
 
 
 def read_events(dataset: str, root: str | os.PathLike) -> dict[str, list[Event]] | None:
-    """All events of each video, where the world knows them (events.json); else None."""
+    """All events of each video, if the dataset knows them (events.json), else None."""
     path = pathlib.Path(root) / dataset / "events.json"
     if not path.exists():
         return None
@@ -328,33 +270,133 @@ def read_events(dataset: str, root: str | os.PathLike) -> dict[str, list[Event]]
             for name, events in json.loads(path.read_text()).items()}
 
 
-# ---------------------------------------------------------------------------- CLIP and its features
+def parser_of(dataset: str, root: str | os.PathLike, model: str = "",
+              mask: str = "") -> parse.Parser:
+    """The parser of a dataset's sentences: their chunks.json if the dataset has one (the shapes
+    world) and no other `model` is named; else spaCy, whose chunks are cached beside it."""
+    folder = pathlib.Path(root) / dataset
+    if not model and (folder / "chunks.json").exists():
+        return parse.Parser(mask=mask, known=json.loads((folder / "chunks.json").read_text()))
+    return parse.Parser(model or None, mask, cache=folder)
+
+
+# ----------------------------------------------------------------------------------------- features
 
 def clip_file(name: str, root: str | os.PathLike) -> str:
-    """What `clip.load` is to load: the CLIP of the dataset of that name, else `name` itself."""
+    """What `clip.load` should load: the CLIP of the dataset with that name, else `name` itself."""
     own = pathlib.Path(root) / name / "clip.pt"
     return str(own) if own.exists() else name
 
 
 def store_folder(dataset: str, clip_name: str, root: str | os.PathLike) -> pathlib.Path:
-    """Features of a dataset by one CLIP. Compositional splits have the original's videos."""
+    """Features of a dataset by one CLIP. The compositional splits use the original's videos."""
     name = pathlib.Path(clip_name).stem if clip_name.endswith((".pt", ".bin")) else clip_name
     name = name.replace("/", "-").replace("@", "-")
     return pathlib.Path(root) / dataset.removesuffix("-cg") / "features" / name
 
 
-def open_store(dataset: str, clip_name: str, root: str | os.PathLike) -> video.FeatureStore:
-    """The features of a dataset; where there are none the error says which command makes them."""
+def open_store(dataset: str, clip_name: str, root: str | os.PathLike) -> "FeatureStore":
+    """The features of a dataset. Mistake, with the command that makes them, if there are none."""
     folder = store_folder(dataset, clip_name, root)
     if not list(folder.glob("manifest*.json")):
-        there = ", ".join(path.name for path in sorted(folder.parent.glob("*")))
-        known = f" (there are those of {there})" if there else ""
+        others = ", ".join(path.name for path in sorted(folder.parent.glob("*")))
+        others = f" (only those by {others})" if others else ""
         own = "" if dataset in FILES else f" --annotations FILE (published: {', '.join(FILES)})"
         how = "shapes.py" if dataset.startswith("shapes") else (
             f"data.py {dataset.removesuffix('-cg')} --videos DIR --clip {clip_name}{own}")
-        raise FileNotFoundError(f"there are no features in {folder}{known}; make them with: python "
-                                f"{how}")
-    return video.FeatureStore(folder)
+        raise Mistake(f"there are no features in {folder}{others}; make them with: python {how}")
+    return FeatureStore(folder)
+
+
+def patch_frames(frames: int, count: int) -> np.ndarray:
+    """Which of T frames keep their patch features: the middles of `count` equal parts."""
+    count = min(count, frames)
+    return ((np.arange(count) + 0.5) * frames / count).astype(int)
+
+
+class FeatureStore:
+    """A folder of features, the same for every dataset:
+
+        <video>.frames.npy    [T, D]          float16, global features x_i^v, not normalised
+        <video>.patches.npy   [T', D', H, W]  float16, patch features of T' of the T frames;
+                                              training videos only
+        manifest.json         how they were made, and for each video its duration and seconds per
+                              feature; process r > 0 of a cluster writes manifest-r.json
+        failed.txt            the videos that could not be read, with the reason
+
+    Files get their names only when they are complete. `made` (video.made_by) is required to create
+    a store, and must agree with an existing one. `part` is "-r" in process r of several."""
+
+    def __init__(self, folder: str | os.PathLike, made: dict | None = None, part: str = ""):
+        self.folder, self.part, self.saved = pathlib.Path(folder), part, time.monotonic()
+        parts = sorted(self.folder.glob("manifest*.json"))
+        if not parts and made is None:
+            raise Mistake(f"there are no features in {folder}")
+        self.manifest = {**(made or {}), "normalised": False, "videos": {}}
+        for path in parts:
+            try:
+                existing = json.loads(path.read_text())
+                existing["videos"].items()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise Mistake(f"{path} is damaged ({error}); remove it and run data.py again, "
+                              f"which makes what is missing") from error
+            if made is None and not self.manifest["videos"]:
+                self.manifest = {**existing, "videos": {}}
+            if not existing["videos"]:                  # every video failed: nothing was made
+                continue
+            for key, value in self.manifest.items():
+                if key != "videos" and existing.get(key) != value:
+                    raise Mistake(f"the features in {folder} were made with {key} "
+                                  f"{existing.get(key)!r}, not {value!r}; remove that folder to "
+                                  f"make them again")
+            self.manifest["videos"] |= existing["videos"]
+
+    def path(self, video: str, kind: str) -> pathlib.Path:
+        if "/" in video or "\\" in video or "\0" in video or video.startswith("."):
+            raise Mistake(f"{video!r} cannot be the name of a video: it must be a plain file name")
+        return self.folder / f"{video}.{kind}.npy"
+
+    def __contains__(self, video: str) -> bool:
+        return video in self.manifest["videos"]
+
+    def write(self, video: str, frames: Tensor, patches: Tensor | None,
+              duration_sec: float, size: int | None = None) -> None:
+        """Saves frames [T, D] and, unless None, patches [T', D', H, W]. They count once
+        `save_manifest` was called, which this does every ten seconds."""
+        if not (torch.isfinite(frames).all() and math.isfinite(duration_sec)):
+            raise VideoError(f"{video}: its features or its duration are not finite")
+        files.save(self.path(video, "frames"), lambda file: np.save(file, frames.numpy()))
+        if patches is not None:
+            files.save(self.path(video, "patches"), lambda file: np.save(file, patches.numpy()))
+        about = {"duration_sec": duration_sec, "seconds_per_feature": duration_sec / len(frames)}
+        if size is not None:
+            about["bytes"] = size
+        self.manifest["videos"][video] = about
+        if time.monotonic() - self.saved > 10:
+            self.save_manifest()
+
+    def save_manifest(self) -> None:
+        """Sorted by video, so that two stores of the same features are the same bytes."""
+        content = self.manifest | {"videos": dict(sorted(self.manifest["videos"].items()))}
+        files.save(self.folder / f"manifest{self.part}.json", json.dumps(content, indent=1))
+        self.saved = time.monotonic()
+
+    def save_failed(self, failed: dict[str, str]) -> None:
+        text = "".join(f"{name}\t{reason}\n" for name, reason in sorted(failed.items()))
+        files.save(self.folder / f"failed{self.part}.txt", text)
+
+    def read(self, video: str, kind: str) -> np.ndarray:
+        """`kind` is "frames" or "patches"; float16."""
+        path = self.path(video, kind)
+        try:
+            # not memory-mapped: that takes twice as long, and keeps a file descriptor
+            return np.load(path, allow_pickle=False)
+        except FileNotFoundError as error:
+            raise VideoError(f"{path} is missing: the features of {video!r} have not been "
+                             f"made") from error
+        except (OSError, ValueError, EOFError, MemoryError) as error:
+            raise VideoError(f"{path} is damaged ({error}); remove it and run data.py again, which "
+                             f"makes what is missing") from error
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -378,55 +420,38 @@ class Batch(NamedTuple):
                        for value in self))
 
 
-def stay(worker: int) -> None:
-    """Ctrl-C is for the process that trains, not for those that read features."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+class Videos(Dataset):
+    """The videos of a split, each with all its sentences. Features are read when they are needed.
 
+    `samples` (attribute) are the sentences grouped by video; `queries` their (Q, Q^s, Q^d), or
+    with `halve` (Q, Q^h, the rest)."""
 
-class Shares(torch.utils.data.BatchSampler):
-    """Batches, of each of which a process gets its share."""
-
-    def __iter__(self):
-        return map(parallel.share, super().__iter__())
-
-
-class Videos(torch.utils.data.Dataset):
-    """The videos of a split, each with all its sentences. Features are read when asked for.
-
-    `samples` (attribute) are the sentences in order of video; `queries` their (Q, Q^s, Q^d), or
-    with `halve` (Q, Q^h, the rest). Without `normalise` features stay as CLIP gives them."""
-
-    def __init__(self, samples: list[Sample], store: video.FeatureStore, num_clips: int,
-                 parser: parse.Parser, patches: bool = False, halve: bool = False,
-                 normalise: bool = True):
+    def __init__(self, samples: list[Sample], store: FeatureStore, num_clips: int,
+                 parser: parse.Parser, patches: bool = False, halve: bool = False):
         by_video: dict[str, list[Sample]] = {}
         for sample in samples:
             by_video.setdefault(sample.video, []).append(sample)
         self.missing = [name for name in by_video if name not in store]
         self.videos = [name for name in by_video if name in store]
         if patches and not store.manifest["patch_frames"]:
-            raise ValueError(f"the features in {store.folder} have no patches, which spatial "
-                             f"dynamics (Eq. 3) looks at; use --method mmn or vdi-staged, or make "
-                             f"them from the videos")
+            raise Mistake(f"the features in {store.folder} have no patches, which the spatial "
+                          f"dynamics of Eq. 3 need; use --method mmn or vdi-staged, or make "
+                          f"features from the videos")
         if not self.videos:
-            raise FileNotFoundError(f"none of the {len(by_video)} videos has features in "
-                                    f"{store.folder}")
+            raise Mistake(f"none of the {len(by_video)} videos has features in {store.folder}")
         self.lost = sum(len(by_video[name]) for name in self.missing)   # sentences
         self.samples = [sample for name in self.videos for sample in by_video[name]]
         counts = [len(by_video[name]) for name in self.videos]
         self.first = np.cumsum([0, *counts])  # sentences of video i: first[i] .. first[i + 1]
-        self.store, self.patches = store, patches
-        divide = parser.halve if halve else parser.split
-        self.queries = [divide(sample.sentence) for sample in self.samples]
-        self.normalise = normalise
-        self.tokens = torch.stack([clip.tokenize(list(half), truncate=True)
-                                   for half in zip(*self.queries)])
-        self.spoken = torch.tensor([[any(c.isalnum() for c in text) for text in half]
-                                    for half in zip(*self.queries)])
-        self.moments_sec = torch.tensor([[sample.start_sec, sample.end_sec]
-                                         for sample in self.samples])
+        self.store, self.num_clips, self.patches = store, num_clips, patches
+        sentences = [sample.sentence for sample in self.samples]
+        self.queries = (list(map(parser.halve, sentences)) if halve
+                        else parser.split_all(sentences))
+        halves = list(zip(*self.queries))                               # three of S strings
+        self.tokens = torch.stack([clip.tokenize(list(half), truncate=True) for half in halves])
+        self.spoken = torch.tensor([list(map(parse.has_word, half)) for half in halves])
+        self.moments_sec = torch.tensor([[s.start_sec, s.end_sec] for s in self.samples])
         self.durations_sec = torch.tensor([sample.duration_sec for sample in self.samples])
-        self.num_clips = num_clips
 
     def iou(self, index: Tensor) -> Tensor:
         """[len(index), N, N] of sentences by place in `samples`: too large for all of them."""
@@ -435,265 +460,84 @@ class Videos(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.videos)
 
-    def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor | None]:
-        name = self.videos[i]
-        kinds = ("frames", "patches") if self.patches else ("frames",)
-        x = [torch.from_numpy(self.store.read(name, kind).astype(np.float32)) for kind in kinds]
-        if self.normalise:
-            x = [F.normalize(features, dim=1) for features in x]    # [T, D], [T', D', H, W]
-        return i, x[0], x[1] if self.patches else None
+    def features(self, i: int, kind: str) -> Tensor:
+        x = torch.from_numpy(self.store.read(self.videos[i], kind).astype(np.float32))
+        return F.normalize(x, dim=1)                                    # [T, D], [T', D', H, W]
 
-    def collate(self, items: list[tuple[int, Tensor, Tensor | None]]) -> Batch:
+    def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor | None] | VideoError:
+        try:
+            return i, self.features(i, "frames"), self.features(i, "patches") if self.patches \
+                else None
+        except VideoError as error:     # a value, because torch rewrites a worker's exception
+            return error
+
+    def collate(self, items: list) -> Batch | VideoError:
+        for item in items:
+            if isinstance(item, VideoError):
+                return item
         some = items or [self[0]]       # a process may have no share of a small batch
-        which = [range(self.first[i], self.first[i + 1]) for i, _, _ in items]
-        index = torch.tensor([s for sentences in which for s in sentences], dtype=torch.long)
-        video_of = torch.tensor([b for b, sentences in enumerate(which) for _ in sentences],
+        sentences = [range(self.first[i], self.first[i + 1]) for i, _, _ in items]
+        index = torch.tensor([s for own in sentences for s in own], dtype=torch.long)
+        video_of = torch.tensor([b for b, own in enumerate(sentences) for _ in own],
                                 dtype=torch.long)                       # [S]
-        frames, patches = (torch.stack(part)[:len(items)] if part[0] is not None else None
-                           for part in list(zip(*some))[1:])
+        frames = torch.stack([frames for _, frames, _ in some])[:len(items)]
+        patches = None
+        if self.patches:
+            patches = torch.stack([patches for _, _, patches in some])[:len(items)]
         return Batch([self.videos[i] for i, _, _ in items], frames, patches,
                      self.tokens[:, index], self.spoken[:, index], video_of,
                      self.moments_sec[index], self.durations_sec[index], self.iou(index), index)
 
-    def batches(self, size: int, generator: torch.Generator | None = None, workers: int = 0):
-        """Batches of `size` videos: this process's share, shuffled; without `generator` all."""
+    def batches(self, size: int, generator: torch.Generator | None = None,
+                workers: int = 0) -> "Loader":
+        """Batches of `size` videos: this process's share, shuffled; all of them in order without
+        `generator`."""
+        more = dict(collate_fn=self.collate, num_workers=workers, worker_init_fn=ignore_interrupts)
         if generator is None:
-            return torch.utils.data.DataLoader(self, size, collate_fn=self.collate,
-                                               num_workers=workers, worker_init_fn=stay)
-        order = torch.utils.data.RandomSampler(self, generator=generator)
-        return torch.utils.data.DataLoader(
-            self, batch_sampler=Shares(order, size, drop_last=False), generator=generator,
-            collate_fn=self.collate, num_workers=workers, worker_init_fn=stay)
+            return Loader(self, size, **more)
+        order = RandomSampler(self, generator=generator)
+        return Loader(self, batch_sampler=Shares(order, size, drop_last=False),
+                      generator=generator, **more)
 
 
-# --------------------------------------------------------------------------------- the command line
-
-def pick_device(name: str) -> torch.device:
-    """auto, cpu, cuda, cuda:N or mps. Asking for what is not there is an error, not a fallback.
-    Each process of torchrun has a GPU of its own."""
-    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    there = cuda + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    wanted = {"auto": own if cuda else there[0], "cuda": own}.get(name, name)
-    if wanted not in there:
-        raise ValueError(f"there is no device {name!r} here, there is {', '.join(there)}")
-    return torch.device(wanted)
-
-
-VIDEOS = {".mp4", ".mkv", ".avi", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp"}
-FEATURES = {".npy", ".npz", ".pt"}
-
-
-def video_files(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
-    """Path below the folder -> file, for all videos in it."""
-    return {str(path.relative_to(folder)): path for path in sorted(pathlib.Path(folder).rglob("*"))
-            if path.suffix.lower() in VIDEOS and path.is_file()}
+def training_videos(config, store: FeatureStore) -> tuple[dict[str, Videos], str]:
+    """The videos of `training_samples` for a train.Config, and the name of the parser."""
+    parser = parser_of(config.dataset, config.root, config.parser, config.mask)
+    print(f"parser: {parser.name}")
+    samples = training_samples(config.dataset, config.select_on, config.limit_videos, config.root)
+    videos = {}
+    for split, rows in samples.items():
+        patches = split == "train" and config.method == "vdi"
+        videos[split] = part = Videos(rows, store, config.num_clips, parser, patches,
+                                      config.context_query == "half")
+        print(f"{split}: {len(part)} videos, {len(part.samples)} sentences")
+        if part.missing:
+            print(f"{len(part.missing)} videos with {part.lost} sentences have no features and are "
+                  f"left out")
+    return videos, parser.name
 
 
-def state_of(path: pathlib.Path) -> dict[str, int]:
-    """What tells that a file has changed."""
-    stat = path.stat()
-    return {"size": stat.st_size, "changed_ns": stat.st_mtime_ns}
+class Loader(DataLoader):
+    """A DataLoader that raises the VideoError of a batch that could not be read."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            if isinstance(batch, VideoError):
+                raise batch
+            yield batch
 
 
-def find_files(folder: str | os.PathLike, endings: set[str]) -> dict[str, pathlib.Path]:
-    """File name without ending -> file, of all such in a folder. ValueError if two share a name."""
-    if not pathlib.Path(folder).is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
-    found: dict[str, pathlib.Path] = {}
-    for path in sorted(pathlib.Path(folder).rglob("*")):
-        if path.suffix.lower() in endings and path.is_file():
-            if path.stem in found:
-                raise ValueError(f"{found[path.stem]} and {path} have one name, {path.stem}: which "
-                                 f"is meant? Remove one of them from {folder}")
-            found[path.stem] = path
-    return found
+class Shares(BatchSampler):
+    """Batches, of each of which a process gets its share."""
+
+    def __iter__(self):
+        return map(parallel.share, super().__iter__())
 
 
-def adopt(dataset: str, split: str, path: str, videos: dict[str, pathlib.Path], root: str,
-          features: bool = False) -> None:
-    """One's own annotation file becomes <root>/<dataset>/<split>.jsonl: durations probed where it
-    does not tell them, cleaned, and what was clamped or dropped is printed. A video that cannot be
-    read is taken to end with its last moment."""
-    rows, durations_sec = read_file(path), {}
-    untold = {row.video for row in rows if math.isnan(row.duration_sec)}
-    if untold and not videos:
-        raise ValueError(f"{path} does not tell how long {len(untold)} videos are; add "
-                         f"\"duration\" to its lines" + ("" if features else
-                                                        ", or name their folder with --videos"))
-    for name in untold:
-        try:
-            durations_sec[name] = video.probe_duration(videos[name])
-        except (KeyError, video.VideoError):                    # `video.extract` will report it
-            durations_sec[name] = max(row.end_sec for row in rows if row.video == name)
-    rows = [row._replace(duration_sec=durations_sec.get(row.video, row.duration_sec))
-            for row in rows]
-    kept, counts = clean(rows)
-    if not kept:
-        raise ValueError(f"{path} holds no moment")
-    write_jsonl(annotation_file(dataset, split, root), kept)
-    print(f"{split}: {len(kept)} sentences of {len({row.video for row in kept})} videos; "
-          f"{counts.clamped} moments clamped to their video, {counts.dropped} empty ones dropped")
-
-
-def make_features(dataset: str, samples: dict[str, list[Sample]],
-                  options: argparse.Namespace) -> None:
-    """Features of all videos of `samples` (split -> rows), from video files or made elsewhere.
-    Under torchrun each process takes every n-th video."""
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(options.device)
-    path = clip_file(options.clip, options.root)
-    if options.clip.startswith("shapes") and path == options.clip:
-        raise FileNotFoundError(f"the small CLIP of {options.clip} has not been made; make it "
-                                f"with: python shapes.py")
-    model = clip.load(path, device)
-    precision = options.precision or ("fp16" if device.type == "cuda" else "float32")
-    T = options.frames or (256 if dataset == "activitynet" else 32)
-    made = video.made_by(model, options.clip, clip.sha256(path), T,
-                         *((0, "made elsewhere") if options.features else (min(T, 32), precision)))
-    store = video.FeatureStore(store_folder(dataset, options.clip, options.root), made,
-                               f"-{rank}" if rank else "")
-    rows = [sample for part in samples.values() for sample in part]
-    names = sorted({sample.video for sample in rows})[rank::processes]
-    if options.features:
-        files = find_files(options.features, FEATURES)
-        durations_sec = {sample.video: sample.duration_sec for sample in rows}
-        failed = video.adopt_features(store, files, names, durations_sec)
-    else:
-        training = {sample.video for split, part in samples.items() for sample in part
-                    if split.endswith("train")}
-        workers = max(1, (os.cpu_count() or 2) - 1) if options.workers is None else options.workers
-        failed = video.extract(store, model, find_files(options.videos, VIDEOS), names, training,
-                               workers, options.batch or (256 if device.type == "cuda" else 32),
-                               video.PRECISIONS[precision])
-    for name, reason in sorted(failed.items()):
-        print(command.printable(f"failed: {name}: {reason}"))
-    lost = sum(sample.video in failed for sample in rows)
-    print(f"{len(names) - len(failed)} of {len(names)} videos have features in {store.folder}"
-          + (f"; without the {len(failed)} that failed (failed.txt) {lost} sentences are lost"
-             if failed else ""))
-    if names and len(failed) == len(names):
-        raise ValueError(f"not one of {len(names)} videos could be read, see above")
-
-
-def check(which: str | None, root: str) -> bool:
-    """Prints what is wrong with the features of a dataset, or of all there are. Is all well?"""
-    which = which.removesuffix("-cg") if which in FILES else which
-    stores = sorted(path for path in pathlib.Path(root).glob(f"{which or '*'}/features/*")
-                    if list(path.glob("manifest*.json")))
-    if not stores:
-        raise FileNotFoundError(f"there are no features in {root}/{which or '*'}/features")
-    well = True
-    for folder in stores:
-        store, dataset = video.FeatureStore(folder), folder.parts[-3]
-        problems = [*store.problems(), *(
-            problem for name in (dataset, dataset + "-cg") for split in splits(name, root)
-            if annotation_file(name, split, root).exists()
-            for problem in gaps(store, name, split, root))]
-        problems = list(dict.fromkeys(problems))        # a video may be in several splits
-        made = ", ".join(f"{key} {store.manifest.get(key)}"
-                         for key in ("clip", "frames", "precision"))
-        print(f"{folder}: {len(store.manifest['videos'])} videos, {made}, {len(problems)} problems")
-        print("".join(f"  {command.printable(problem)}\n" for problem in problems), end="")
-        well &= not problems
-    return well
-
-
-def gaps(store: video.FeatureStore, dataset: str, split: str, root: str):
-    """A sentence for what the annotations of a split ask of a store and do not find."""
-    stated_sec = {row.video: row.duration_sec for row in read_annotations(dataset, split, root)}
-    known = store.manifest["videos"]
-    missing = [name for name in stated_sec if name not in known]
-    if missing:
-        yield (f"{dataset} {split}: {len(missing)} of {len(stated_sec)} videos have no features "
-               f"(see failed.txt)")
-    bare = [name for name in stated_sec if name in known
-            and not store.path(name, "patches").exists()]
-    if split == "train" and store.manifest["patch_frames"] and bare:
-        yield (f"{dataset} {split}: {len(bare)} videos have no patches, for instance {bare[0]}; "
-               f"run data.py again")
-    for name, stated in stated_sec.items():
-        found = known[name]["duration_sec"] if name in known else stated
-        if abs(found - stated) > 0.05 * stated:
-            yield (f"{name}: its file is {found:.2f} s long, and its annotations say "
-                   f"{stated:.2f} s")
-
-
-def main() -> None:
-    arguments = command.parser(
-        "the annotations and features of a dataset",
-        epilog="torchrun --nproc-per-node 8 data.py ... shares the videos among 8 processes")
-    add = arguments.add_argument
-    add("dataset", help="charades, activitynet, a name for one's own, or check: are the features "
-                        "of all datasets (or of the one named next) in order?")
-    add("which", nargs="?", help="after check: a dataset (default: all)")
-    add("--annotations", help="published: a folder that has them (default: fetched, once); one's "
-                              "own: a json or jsonl file, see README")
-    add("--split", default="train", choices=OWN_SPLITS, help="what one's own --annotations are")
-    source = arguments.add_mutually_exclusive_group()
-    source.add_argument("--videos", help="folder of video files, named as in the annotations; "
-                                         "without it no features are made")
-    source.add_argument("--features", help="folder of features made elsewhere by the same CLIP, "
-                                           "[L, D] a video: .npy, .npz (features) or .pt")
-    add("--clip", default="ViT-B/32", help="published name, weight file, or 'shapes'")
-    add("--frames", type=int, help="features a video (default 32; activitynet 256)")
-    add("--root", default="data", help="folder of datasets")
-    add("--device", **command.DEVICE)
-    add("--precision", choices=video.PRECISIONS,
-        help="of the image tower (default fp16 on cuda, else float32)")
-    add("--workers", type=int,
-        help="processes that decode (default: the number of cores less one; 0: none)")
-    add("--batch", type=int, help="frames in a batch (default 256 on cuda, else 32)")
-    options = arguments.parse_intermixed_args()
-    with command.sentences():
-        if options.dataset == "check":
-            sys.exit(0 if check(options.which, options.root) else 2)
-        run(options)
-
-
-def run(options: argparse.Namespace) -> None:
-    dataset = options.dataset
-    if options.which:
-        raise ValueError(f"{options.which!r} is one name too many; only check is followed by one")
-    if any(number is not None and number < 1 for number in (options.frames, options.batch)):
-        raise ValueError("--frames and --batch are at least 1")
-    plain = all(c.isalnum() or c in "-_." for c in dataset)
-    if not dataset or not plain or dataset.startswith((".", "shapes")):
-        raise ValueError(f"{dataset!r} cannot be the name of a dataset of one's own")
-    with contextlib.redirect_stdout(None if int(os.environ.get("RANK", 0)) else sys.stdout):
-        samples = prepare(dataset, options)
-    if options.videos or options.features:
-        family = dataset.removesuffix("-cg") if dataset in FILES else dataset
-        make_features(family, samples, options)
-
-
-def prepare(dataset: str, options: argparse.Namespace) -> dict[str, list[Sample]]:
-    """Installs the annotations, prints what they are, and returns them by dataset and split."""
-    root = options.root
-    # the compositional splits are other sentences on the same videos: one store for both
-    family = [name for name in FILES if name.removesuffix("-cg") == dataset.removesuffix("-cg")]
-    for name in family:
-        try:
-            install(name, root, options.annotations, name == dataset)
-        except (FileNotFoundError, RuntimeError) as error:
-            if name == dataset:
-                raise RuntimeError(f"{error}; or name a folder that has the annotations with "
-                                   f"--annotations") from error
-            print(f"note: {name} is left out: {error}", file=sys.stderr)
-    if not family and options.annotations:
-        videos = find_files(options.videos, VIDEOS) if options.videos else {}
-        adopt(dataset, options.split, options.annotations, videos, root, bool(options.features))
-    samples = {f"{name} {split}": read_annotations(name, split, root)
-               for name in family or [dataset] for split in splits(name, root)
-               if annotation_file(name, split, root).exists()}
-    if not samples:
-        path = annotation_file(dataset, "train", root)
-        raise FileNotFoundError(f"{dataset} has no annotations: there is no {path}; name your own "
-                                f"with --annotations FILE")
-    for name in family or [dataset]:
-        print(describe(name, root))
-    return samples
+def ignore_interrupts(worker: int) -> None:
+    """Ctrl-C is for the process that trains, not for the workers that read features."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 if __name__ == "__main__":
-    main()
+    runpy.run_module("extras.prepare", run_name="__main__", alter_sys=True)

@@ -1,16 +1,13 @@
 """MMN, the moment retriever f^g (paper Sec. 3.1 "Video Moment Retrieval", Eq. 6-10).
 
-All moments [i, j+1) of N clips lie in a 2D map. A convolution over the map lets neighbouring
-moments see each other, and two heads compare each moment with the sentence by cosine: one is taught
-the overlap with the labelled moment (Eq. 6, 7), the other to tell it from other moments and other
-sentences (Eq. 8, 9). Their product is the answer (Eq. 10).
+All moments [i, j+1) of N clips lie on a 2D map. A convolution over the map lets neighbouring
+moments exchange information, and two heads compare each moment with the sentence by cosine: one
+learns the overlap with the labelled moment (Eq. 6, 7), the other to tell the moment from other
+moments and other sentences (Eq. 8, 9). The product of their scores is the answer (Eq. 10).
 
-    python mmn.py
-
-shows a map of 6 clips: its candidate moments, their scores, and how Eq. (10) reads the answers off.
-
-"MMN" is Mutual Matching Network, "Negative Sample Matters" (AAAI 2022). As in the paper, its linear
-layer before the pooling is left out, so that the map holds CLIP's features as they are.
+MMN is the Mutual Matching Network of "Negative Sample Matters" (AAAI 2022). As in the paper, its
+linear layer before the pooling is left out, so that the map holds CLIP's features as they are.
+`python -m extras.walk mmn` shows a small map and how Eq. (10) reads the answers off it.
 
 Shapes: B videos, S sentences in the batch, T frames, N clips, P candidate moments, D width of
 CLIP's joint space, C width of the convolutions, J joint space of the two heads. Intervals are
@@ -18,21 +15,28 @@ CLIP's joint space, C width of the convolutions, J joint space of the two heads.
 the moment [i, j+1) * duration / N.
 """
 import functools
+import importlib
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import parallel
+SCORE_SCALE = 10.0      # of the IoU head: score = sigmoid(10 cos) (MMN's published code)
+TAU = 0.1               # temperature of Eq. 8 (MMN's published settings, both datasets)
 
-SCORE_SCALE = 10.0  # of the IoU head: score = sigmoid(10 cos) (MMN's published code, both datasets)
-EXCLUDED = {"out": float("-inf"), "exp0": 0.0}          # see `contrastive_loss`
+# f^g by name. A retriever has MMN's arguments and its `outputs`, `losses` and `scores`
+RETRIEVERS = {"mmn": "mmn.MMN", "2d-tan": "extras.tan.TAN"}
+
+
+def retriever_class(name: str) -> type[nn.Module]:
+    module, _, class_name = RETRIEVERS[name].rpartition(".")
+    return getattr(importlib.import_module(module), class_name)
 
 
 # ------------------------------------------------------------------------------ intervals and cells
 
 def interval_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of intervals [..., 2] (start, end), broadcast to each other. 0 where both are empty."""
+    """IoU of intervals [..., 2] (start, end), broadcast against each other. 0 if both are empty."""
     (a_start, a_end), (b_start, b_end) = a.unbind(-1), b.unbind(-1)
     overlap = (torch.minimum(a_end, b_end) - torch.maximum(a_start, b_start)).clamp(min=0)
     union = (a_end - a_start) + (b_end - b_start) - overlap
@@ -53,7 +57,7 @@ def iou_map(moments_sec: Tensor, durations_sec: Tensor, num_clips: int) -> Tenso
 
 
 def sparse_cells(num_clips: int, pool_counts: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-    """The candidate moments, a diagonal at a time: (starts, ends), in clips, both inclusive.
+    """The candidate moments, diagonal by diagonal: (starts, ends), in clips, both inclusive.
 
     The main diagonal holds the single clips. Level l = 0, 1, ... then adds pool_counts[l] diagonals
     that are 2^l apart, on each of them every 2^l-th cell: long moments are sampled coarsely."""
@@ -68,32 +72,35 @@ def sparse_cells(num_clips: int, pool_counts: tuple[int, ...]) -> list[tuple[Ten
 
 # ---------------------------------------------------------------------------------------- the model
 
-class MapNorm(nn.BatchNorm2d):
-    """BatchNorm over maps of which only the middle is there, and over those of all processes."""
+class Convolution(nn.Module):
+    """The proposal convolution, as published: the first layer pads for all layers, each layer then
+    shrinks the map, back to N x N in the end. After each layer the output is multiplied by
+    1 / (number of valid cells under the kernel), or 0 where there is none; a cell is valid for the
+    next layer where that number was not 0.
 
-    def forward(self, x: Tensor, around: Tensor, side: int) -> Tensor:
-        """x [B, C, n, n] is the middle of maps of `side` x `side` cells; every other cell holds
-        `around` [C] (a convolution of zeros is its bias), and counts in the mean and variance."""
-        B, _, n, _ = x.shape
-        outside = side ** 2 - n ** 2
-        if not self.training or not outside and parallel.size() == 1:
-            return super().forward(x)
-        count = parallel.total(torch.tensor(float(B * side ** 2), device=x.device))
-        y = x.to(self.weight.dtype)
-        mean = parallel.total(y.sum((0, 2, 3)) + B * outside * around) / count      # [C]
-        y = y - mean[:, None, None]
-        var = parallel.total(y.square().sum((0, 2, 3))
-                             + B * outside * (around - mean).square()) / count      # [C]
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
-        scale = self.weight * (var + self.eps).rsqrt()
-        return (y * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+    train.py and evaluate.py compute the same with support/cropped.py, which is faster."""
+
+    def __init__(self, candidates: Tensor, kernel: int, layers: int):
+        super().__init__()
+        self.padding = [(kernel - 1) * layers // 2] + [0] * (layers - 1)
+        valid, window = candidates[None, None].float(), torch.ones(1, 1, kernel, kernel)
+        for i in range(layers):
+            count = F.conv2d(valid, window, padding=self.padding[i])
+            valid = (count > 0).float()
+            self.register_buffer(f"weight{i}", valid / count.clamp(min=1), persistent=False)
+
+    def forward(self, x: Tensor, convs: nn.ModuleList, norms: nn.ModuleList | None) -> Tensor:
+        """[B, D, N, N] -> [B, C, N, N]; norms None: no BatchNorm."""
+        for i, conv in enumerate(convs):
+            x = F.conv2d(x, conv.weight, conv.bias, padding=self.padding[i])
+            if norms is not None:
+                x = norms[i](x)
+            x = F.relu(x) * self.get_buffer(f"weight{i}")
+        return x
 
 
 class MomentMap(nn.Module):
-    """The 2D map: its candidate moments, and their features. MMN and 2D-TAN (tan.py) read it.
+    """The 2D map: its candidate moments, and their features. MMN and 2D-TAN are built on it.
 
     num_clips    N; pool_kernel and pool_stride average T frames to N clips
     pool_counts  diagonals per level of the sparse map, see `sparse_cells`
@@ -111,22 +118,29 @@ class MomentMap(nn.Module):
         candidates[starts, ends] = True
         self.register_buffer("candidates", candidates, persistent=False)  # [N, N], True = a moment
 
+    def add_convolutions(self, width: int, hidden: int, kernel: int, layers: int) -> None:
+        """The weights `convs`, and `convolution`, which applies them."""
+        self.convs = nn.ModuleList(nn.Conv2d(width if i == 0 else hidden, hidden, kernel)
+                                   for i in range(layers))
+        self.convolution = Convolution(self.candidates, kernel, layers)
+
     def moment_map(self, frames: Tensor) -> Tensor:
-        """X^m before convolution; cell (i, j): max over clips i..j. [B, T, D] -> [B, D, N, N]."""
+        """X^m before convolution; cell (i, j): max over clips i..j. [B, T, D] -> [B, D, N, N].
+        ValueError for a number of frames that does not pool to N clips."""
         x = F.avg_pool1d(frames.transpose(1, 2), self.pool_kernel, self.pool_stride)  # [B, D, N]
         if x.shape[2] != self.num_clips:
-            raise ValueError(f"{frames.shape[1]} frames pool to {x.shape[2]} clips, and this model "
-                             f"has {self.num_clips}; sample as many frames as in its training")
+            raise ValueError(f"{frames.shape[1]} frames pool to {x.shape[2]} clips, but this model "
+                             f"has {self.num_clips}; sample as many frames as in training")
         diagonals = [x]
         for level, count in enumerate(self.pool_counts):
             for step in range(count):
-                # 2^level clips longer; on entering a level, of every second moment only
+                # 2^level clips longer; on entering a level, only every second moment
                 x = F.max_pool1d(x, 3, 2) if level and step == 0 else F.max_pool1d(x, 2, 1)
                 diagonals.append(x)
         return self.to_map(torch.cat(diagonals, 2))                     # [B, D, N, N]
 
     def to_map(self, values: Tensor) -> Tensor:
-        """Of the candidates [..., P] -> [..., N, N], 0 elsewhere."""
+        """Values of the candidates [..., P] -> [..., N, N], 0 elsewhere."""
         grid = values.new_zeros(*values.shape[:-1], self.num_clips ** 2)
         return grid.index_copy(-1, self.cells, values).unflatten(-1, (self.num_clips, -1))
 
@@ -134,40 +148,20 @@ class MomentMap(nn.Module):
         """The inverse of `to_map`: [..., N, N] -> [..., P]."""
         return grid.flatten(-2)[..., self.cells]
 
-    def add_convolutions(self, width: int, hidden: int, kernel: int, layers: int) -> None:
-        """`convs`, and what their outputs are multiplied by: 1 / number of valid cells under the
-        kernel, or 0; a cell is valid for the next layer where that is not 0.
-
-        As published, the first layer pads for all of them and each later one shrinks the map back
-        towards N x N. Cells that no moment has reached yet are zero, so only the middle is
-        computed: the map grows by kernel - 1 cells a layer until it has the published size."""
-        N, grow = self.num_clips, kernel - 1
-        self.sides = [N + grow * (layers - 1 - i) for i in range(layers)]       # as published
-        middle = [N, *(min(side, N + grow * (i + 1)) for i, side in enumerate(self.sides))]
-        self.convs = nn.ModuleList(nn.Conv2d(width if i == 0 else hidden, hidden, kernel,
-                                             padding=(middle[i + 1] - middle[i] + grow) // 2)
-                                   for i in range(layers))
-        valid, window = self.candidates[None, None].float(), torch.ones(1, 1, kernel, kernel)
-        for i, conv in enumerate(self.convs):
-            count = F.conv2d(valid, window, padding=conv.padding)
-            valid = (count > 0).float()
-            self.register_buffer(f"weight{i}", valid / count.clamp(min=1), persistent=False)
-
 
 class MMN(MomentMap):
     """Frames and sentences -> the two score maps of Eq. (6) and Eq. (9).
 
-    width        D of the frame and sentence features; CLIP's frames enter the map as they are
-    num_clips, pool_kernel, pool_stride, pool_counts   of the map
+    width    D of the frame and sentence features; CLIP's frames enter the map as they are
+    num_clips, pool_kernel, pool_stride, pool_counts   as of MomentMap
     kernel, layers, hidden, joint   size, number and width C of the convolutions; J of the heads
-
-    What a retriever is to the loop, evaluate.py and retrieve.py: `outputs`, `losses`, `scores`."""
+    """
 
     def __init__(self, width: int, num_clips: int, pool_kernel: int, pool_stride: int,
                  pool_counts: tuple[int, ...], kernel: int, layers: int, hidden: int, joint: int):
         super().__init__(num_clips, pool_kernel, pool_stride, pool_counts)
         self.add_convolutions(width, hidden, kernel, layers)
-        self.norms = nn.ModuleList(MapNorm(hidden) for _ in range(layers))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(hidden) for _ in range(layers))
         self.iou_moment = nn.Conv2d(hidden, joint, 1)
         self.contrastive_moment = nn.Conv2d(hidden, joint, 1)
         self.text_norm = nn.LayerNorm(width)
@@ -175,20 +169,17 @@ class MMN(MomentMap):
         self.contrastive_text = nn.Linear(width, joint)
 
     def moments(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Both heads' unit vectors for every candidate moment: [B, T, D] -> two of [B, J, P]."""
-        x = self.moment_map(frames)                                     # [B, D, N, N]
-        for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
-            x = norm(conv(x), conv.bias, self.sides[i])                 # [B, C, n, n]
-            x = F.relu(x) * self.get_buffer(f"weight{i}")
+        """Unit vectors of every candidate moment for both heads: [B, T, D] -> two of [B, J, P]."""
+        x = self.convolution(self.moment_map(frames), self.convs, self.norms)   # [B, C, N, N]
         x = self.at_candidates(x).unsqueeze(3)                          # [B, C, P, 1]
-        return tuple(F.normalize(head(x).squeeze(3), dim=1)             # [B, J, P]
-                     for head in (self.iou_moment, self.contrastive_moment))
+        return (F.normalize(self.iou_moment(x).squeeze(3), dim=1),
+                F.normalize(self.contrastive_moment(x).squeeze(3), dim=1))
 
     def sentences(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Both heads' unit vectors for every sentence: [S, D] -> two of [S, J]."""
+        """Unit vectors of every sentence for both heads: [S, D] -> two of [S, J]."""
         text = self.text_norm(text)
-        return tuple(F.normalize(head(text), dim=1)
-                     for head in (self.iou_text, self.contrastive_text))
+        return (F.normalize(self.iou_text(text), dim=1),
+                F.normalize(self.contrastive_text(text), dim=1))
 
     def forward(self, frames: Tensor, text: Tensor, video_of: Tensor) -> tuple[Tensor, Tensor]:
         """frames [B, T, D], text [S, D], video_of [S] -> (iou_scores [S, N, N] in (0, 1),
@@ -199,26 +190,26 @@ class MMN(MomentMap):
         return (self.to_map(overlap_scores(iou_moments, iou_text, video_of)),
                 self.to_map(cosine_scores(contrastive_moments, contrastive_text, video_of)))
 
-    def scores(self, frames: Tensor, text: Tensor, video_of: Tensor,
-               fusion: str = "published") -> Tensor:
+    # what every retriever offers to training, evaluation and retrieval
+
+    def scores(self, frames: Tensor, text: Tensor, video_of: Tensor) -> Tensor:
         """Eq. (10), first line: what ranks the moments, [S, N, N]. Arguments as in `forward`."""
-        return FUSIONS[fusion](*self(frames, text, video_of))
+        return fuse(*self(frames, text, video_of))
 
     def outputs(self, frames: Tensor, text: Tensor, video_of: Tensor) -> tuple[Tensor, ...]:
-        """What `losses` compares, a row a video or a row a sentence, so that the rows of several
-        processes can be put together. Arguments as in `forward`."""
+        """The input of `losses`, a row for each video or sentence, so that the rows of several
+        processes can be concatenated. Arguments as in `forward`."""
         return *self.moments(frames), *self.sentences(text)
 
     def losses(self, outputs: tuple[Tensor, ...], iou: Tensor, video_of: Tensor,
                moments_sec: Tensor, config) -> dict[str, Tensor]:
-        """Eq. (7) and Eq. (8), means over the sentences. outputs: of `outputs`; iou [S, P] of the
-        candidates; config: `tau`, `margin` and `excluded` of train.Config."""
+        """Eq. (7) and Eq. (8), means over the sentences. outputs: from `outputs`; iou [S, P] of
+        the candidates; config: train.Config, of which `margin` is read."""
         iou_moments, contrastive_moments, iou_text, contrastive_text = outputs
         scores = overlap_scores(iou_moments, iou_text, video_of)
         return {"L_iou": iou_loss(scores, iou).mean(),
                 "L_cl": contrastive_loss(contrastive_moments, contrastive_text, iou, video_of,
-                                         moments_sec, config.tau, config.margin,
-                                         excluded=EXCLUDED[config.excluded]).mean()}
+                                         moments_sec, TAU, config.margin).mean()}
 
 
 # ------------------------------------------------------------------------------------ the equations
@@ -238,7 +229,7 @@ def overlap_scores(moments: Tensor, text: Tensor, video_of: Tensor) -> Tensor:
         Y~iou = cos(FC(x^q), Conv1D(X^m)),  then sigmoid(10 Y~iou)
 
     moments [B, J, P] and text [S, J] unit vectors, video_of [S]; returns [S, P] in (0, 1)"""
-    # UNSPECIFIED: a cosine cannot enter the BCE of Eq. (7) as it is; MMN's scale and sigmoid
+    # UNSPECIFIED: the BCE of Eq. (7) cannot take a cosine; scaled and squashed as in MMN's code
     return torch.sigmoid(SCORE_SCALE * cosine_scores(moments, text, video_of))
 
 
@@ -253,32 +244,30 @@ def iou_loss(scores: Tensor, iou: Tensor, floor: float = 0.5) -> Tensor:
     """
     # UNSPECIFIED: the overlap is scaled as in MMN's code: (iou - 0.5) / (1 - 0.5), at least 0
     target = ((iou - floor) / (1 - floor)).clamp(min=0)
-    # subtle: of NaN BCE would abort (on a GPU for good); train.check_finite names the term instead
+    # subtle: BCE aborts on NaN (on a GPU for good); returned, it stops the run with its name
     if not scores.isfinite().all():
         return scores.mean(1)
     return F.binary_cross_entropy(scores, target, reduction="none").mean(1)
 
 
 def contrastive_loss(moments: Tensor, text: Tensor, iou: Tensor, video_of: Tensor,
-                     moments_sec: Tensor, tau: float = 0.1, margin: float = 0.4,
-                     negative_iou: float = 0.5, excluded: float = float("-inf")) -> Tensor:
+                     moments_sec: Tensor, tau: float = TAU, margin: float = 0.4,
+                     negative_iou: float = 0.5) -> Tensor:
     """Eq. (8), Sec. 3.1: a moment picks its sentence, a sentence its moment, out of its negatives.
 
         p^m = exp((cos(m, q) - margin) / tau) / (the same + sum over X^m- of exp(cos(m', q) / tau))
         p^q = exp((cos(m, q) - margin) / tau) / (the same + sum over X^q- of exp(cos(m, q') / tau))
         L^cl = -log p^m - log p^q
 
-    m is the candidate that overlaps most with the label. X^m-: all candidates of the other videos,
-    and those of the same video that overlap less than `negative_iou`. X^q-: the sentences of the
-    other videos, and those of the same video whose labels overlap less. Cosines: contrastive space.
+    m is the candidate with the highest IoU. X^m-: all candidates of the other videos, and those of
+    the same video with an IoU below `negative_iou`. X^q-: the sentences of the other videos, and
+    those of the same video whose labels overlap less than that. Cosines: contrastive space.
 
     moments      [B, J, P] unit vectors
     text         [S, J] unit vectors
     iou          [S, P] overlap of the candidates of a sentence's own video with its label
     video_of     [S]
     moments_sec  [S, 2] labels, start and end
-    excluded     logit in p^m of what is neither positive nor negative; 0, as in MMN's code, leaves
-                 each of them exp(0) in the sum (there one more, at the positive's own place)
     returns      [S] nats
     """
     S, P = iou.shape
@@ -291,10 +280,10 @@ def contrastive_loss(moments: Tensor, text: Tensor, iou: Tensor, video_of: Tenso
     allowed[sentence, video_of] = iou < negative_iou
     allowed[sentence, video_of, positive] = True
     shift = torch.zeros_like(similarity)
-    # UNSPECIFIED: the margin is taken off the positive, as in MMN's published code
+    # UNSPECIFIED: the margin is subtracted from the positive, as in MMN's published code
     shift[sentence, video_of, positive] = margin
-    # DEVIATION: excluded pairs leave by -inf; MMN's code multiplies this half's mask in before exp
-    logits = ((similarity - shift) / tau).masked_fill(~allowed, excluded)       # [S, B, P]
+    # DEVIATION: masked before the softmax; MMN's code multiplies this half's mask in before exp
+    logits = ((similarity - shift) / tau).masked_fill(~allowed, float("-inf"))  # [S, B, P]
     loss = F.cross_entropy(logits.flatten(1), video_of * P + positive, reduction="none")
 
     # p^q: the moment among sentences
@@ -312,20 +301,10 @@ def fuse(iou_scores: Tensor, contrastive_scores: Tensor) -> Tensor:
 
         Y~ = Y~iou * sqrt(0.5 Y~cl + 0.5)
 
-    Any shape, iou_scores in (0, 1) and contrastive_scores in [-1, 1]; returns scores in [0, 1): a
-    rank, no probability."""
-    # DEVIATION: as printed, the product of two cosines ranks two negatives first; MMN's fusion
+    Any shape, iou_scores in (0, 1) and contrastive_scores in [-1, 1]; returns scores in [0, 1),
+    for ranking only: they are not probabilities."""
+    # DEVIATION: as printed, a product of two cosines ranks two negatives first; MMN's fusion
     return iou_scores * (0.5 * contrastive_scores + 0.5).clamp(min=0).sqrt()
-
-
-def plain_product(iou_scores: Tensor, contrastive_scores: Tensor) -> Tensor:
-    """Eq. (10), first line, as printed: the product of the cosines of Eq. (6) and Eq. (9).
-
-    Any shape; returns scores in [-1, 1]."""
-    return torch.logit(iou_scores, eps=1e-6) / SCORE_SCALE * contrastive_scores
-
-
-FUSIONS = {"published": fuse, "product": plain_product}
 
 
 def best_cell(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -340,24 +319,23 @@ def best_cell(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=8)
 def near_cells(num_clips: int, nms: float, device: torch.device) -> Tensor:
-    """Which two cells overlap more than `nms`, or are one: [N*N, N*N] bool; row i*N+j is (i, j)."""
+    """Pairs of cells with an IoU above `nms`, or equal: [N*N, N*N] bool; row i*N+j is (i, j)."""
     clip = torch.arange(num_clips, device=device)
     cells = torch.stack([clip.repeat_interleave(num_clips), clip.repeat(num_clips) + 1], 1).float()
     near = interval_iou(cells[:, None], cells[None, :]) > nms
-    return near.fill_diagonal_(True)                            # also where nms >= 1
+    return near.fill_diagonal_(True)
 
 
 def decode(scores: Tensor, durations_sec: Tensor, top_k: int = 1, nms: float = 0.5,
            candidates: Tensor | None = None) -> Tensor:
-    """The top_k best moments, greedily: take the best cell (Eq. 10), drop what overlaps it more
-    than `nms`.
+    """The top_k best moments by greedy NMS: take the best cell (Eq. 10), drop all cells that
+    overlap it by more than `nms`, repeat.
 
     scores         [S, N, N]
     durations_sec  [S]
     candidates     [N, N] bool, True = a moment (default: all cells i <= j)
-    returns        [S, top_k, 3]: start_sec, end_sec, score, best first. Where the candidates run
-                   out before top_k, the last rows are (0, 0, -inf): empty moments that overlap
-                   nothing.
+    returns        [S, top_k, 3]: start_sec, end_sec, score, best first. If there are fewer than
+                   top_k moments, the last rows are (0, 0, -inf): empty, they overlap nothing.
     """
     S, N = scores.shape[:2]
     if candidates is None:
@@ -375,43 +353,3 @@ def decode(scores: Tensor, durations_sec: Tensor, top_k: int = 1, nms: float = 0
             near = near_cells(N, nms, scores.device)[start * N + end].unflatten(1, (N, N))
             left.masked_fill_(near, float("-inf"))
     return result
-
-
-# -------------------------------------------------------------------------------------- a small map
-
-def main() -> None:
-    import command                                              # only this needs it
-
-    command.parser("a map of 6 clips, and how Eq. 10 reads it").parse_args()
-    N, pool_counts, duration_sec = 6, (2, 1), torch.tensor([60.0])
-    candidates = MomentMap(N, 1, 1, pool_counts).candidates
-
-    def show(title: str, grid: Tensor) -> None:
-        print(f"\n{title}\n         last clip" + "".join(f"{j:6d}" for j in range(N)))
-        for i, row in enumerate(grid.tolist()):
-            print(f"first clip {i}      " + "".join(f"{v:6.2f}" if candidates[i, j] else "     ."
-                                                     for j, v in enumerate(row)))
-
-    print(f"{N} clips of 10 s; cell (i, j) is the moment [10 i, 10 (j + 1)) s. Candidates of "
-          f"pool_counts={pool_counts}: the\ndiagonal, 2 diagonals beside it, and 1 of every second "
-          f"cell, 2 further. \".\" is no candidate.")
-    overlap = iou_map(torch.tensor([[18.0, 41.0]]), duration_sec, N)        # [1, N, N]
-    show("Eq. 7, y^iou: overlap with the labelled moment, 18 to 41 s", overlap[0])
-    # in place of a trained retriever: the label, and noise
-    noise = torch.randn(2, N, N, generator=torch.Generator().manual_seed(0))
-    iou_scores = torch.sigmoid(8 * overlap - 4 + noise[0])
-    contrastive_scores = torch.tanh(2 * overlap - 1 + 0.3 * noise[1])
-    show("Eq. 6, Y~iou, of a good retriever, in (0, 1)", iou_scores[0])
-    show("Eq. 9, Y~cl, of the same, in [-1, 1]", contrastive_scores[0])
-    scores = fuse(iou_scores, contrastive_scores).masked_fill(~candidates, float("-inf"))
-    show("Eq. 10, Y~ = Y~iou sqrt(0.5 Y~cl + 0.5)", scores[0])
-    start, end = best_cell(scores)
-    print("\ncmax, the best of each row:  " + "".join(f"{v:6.2f}" for v in scores[0].amax(1))
-          + f"\nt~s = {start.item()} is the best row, t~e = {end.item()} its best cell; the best "
-            f"moments, none overlapping a better one by IoU > 0.5:")
-    for start_sec, end_sec, score in decode(scores, duration_sec, 3, 0.5, candidates)[0].tolist():
-        print(f"  {start_sec:4.0f} to {end_sec:2.0f} s, score {score:.2f}")
-
-
-if __name__ == "__main__":
-    main()

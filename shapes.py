@@ -2,18 +2,23 @@
 
 On a dark ground, coloured shapes rise, fall, advance, retreat, grow, shrink or blink. A query such
 as "the red circle rises" names one actor and one motion of a video in which two actors perform two
-motions each, in some order: nouns alone find every second moment, verbs alone too, both always.
+motions each, in some order: nouns alone match every second event, and so do verbs alone.
 
-    python shapes.py  # data/shapes: stills, small CLIP and its gates, videos, features
+    python shapes.py                                    # data/shapes: small CLIP, videos, features
     python shapes.py --seed 1                           # data/shapes-1: another world, another CLIP
     python shapes.py --show world.png                   # videos and stills on one sheet
+    python shapes.py --pretrain assets/small-clip.pt    # world 0's small CLIP, from its stills
 
 It is an experiment, not a mock: the small CLIP is pre-trained as CLIP was, on images with captions
 in which a verb says nothing (a still cannot show it), so that its text tower ignores verbs, which
 is the premise of the paper (Sec. 1). Three colours and three shapes occur in stills only; videos
 with them are the novel-word split. Two in seven pairs of a verb and a shape are in no training
-video: they are the novel-composition split. Downstream nothing knows that this is a toy: `build`
+video: they are the novel-composition split. Nothing downstream knows that this is a toy: `build`
 writes annotations, features and CLIP weights in the form in which a real dataset has them.
+
+Rounding differs between machines, and pre-training amplifies it. So that everybody starts from the
+same weights, the small CLIP of world 0 is shipped (assets/small-clip.pt); other worlds pre-train
+theirs. Their sentences need no parser: everything before the verb is the noun chunk.
 
 Lengths are in pixels of a 32 x 32 frame with y downwards. Times in a script are in frame lengths,
 of which a video has 32; those that end in `_sec`, and those of `seconds`, are in seconds.
@@ -33,12 +38,13 @@ from torch import Tensor
 from tqdm import trange
 
 import clip
-import command
 import data
 import video
+from support import files, options, progress
+from support.errors import Mistake, reported
 
 SIZE = 32                                               # side of a frame, pixels
-FRAMES = 32                                             # T: instants at which a video is sampled
+FRAMES = 32                                             # T: frames that are sampled per video
 SCENES = {"sand": (52, 44, 20), "grass": (10, 44, 14), "night": (12, 10, 34), "snow": (52, 54, 60),
           "water": (8, 32, 56), "road": (34, 34, 34)}
 COLOURS = {"red": (230, 40, 40), "green": (50, 200, 60), "blue": (60, 90, 250),
@@ -55,6 +61,9 @@ VERBS = (("rises", "climbs"), ("falls", "drops"), ("advances", "proceeds"),
          ("blinks", "flashes"))
 SPLITS = {"train": 800, "val": 150, "test": 150, "novel-word": 150, "novel-composition": 300,
           "val-novel-word": 150}  # choices are made on the two val splits only
+SHIPPED = files.ASSETS / "small-clip.pt"                # the small CLIP of world 0
+SHIPPED_SHA256 = "6cb068bec2c625764e0e0de4d6dfbef280c2083fcdd0cc05548c17a68424f705"
+OTHER_WORDS = "something , then"                        # of sentences, but of no caption
 
 
 # ------------------------------------------------------------------------------------------ drawing
@@ -157,24 +166,17 @@ def small_clip(seed: int, resnet: bool = False) -> clip.CLIP:
     return model
 
 
-def image_text_loss(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-    """CLIP's loss: each image x [B, D] picks its caption q [B, D] in the batch, and the reverse."""
-    logits = scale * F.normalize(x, dim=-1) @ F.normalize(q, dim=-1).T  # [B, B]
-    target = torch.arange(len(x))
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
 def pretrain(seed: int, steps: int = 3000, count: int = 24_000, batch: int = 128,
              rounds: int = 3, resnet: bool = False) -> clip.CLIP:
     """Trains the small CLIP on `count` stills (two minutes): AdamW 2e-3, warm-up 50 steps, cosine.
 
-    Where the result misses its gates (rare), it is trained for another round; `rounds` at most."""
+    If the result misses its gates (rare), it is trained for another round; `rounds` at most."""
     rng = np.random.default_rng([seed, 0])
     made = [still(rng)[:2] for _ in trange(count, desc="stills", disable=None)]
     images = torch.from_numpy(np.stack([image for image, _ in made])).permute(0, 3, 1, 2)
     tokens = clip.tokenize([caption for _, caption in made])
-    # Of 49,408 tokens some 60 occur: they are trained as a table of their own. It keeps their
-    # order, so the end token is still the one with the largest id.
+    # Of 49,408 tokens some 60 occur: they are trained as a table of their own, in the same order,
+    # so that the end token still has the largest id.
     used, tokens = tokens.unique(return_inverse=True)
     model = small_clip(seed, resnet).train()
     whole = model.token_embedding.weight.data
@@ -185,11 +187,13 @@ def pretrain(seed: int, steps: int = 3000, count: int = 24_000, batch: int = 128
         optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98),
                                       weight_decay=0.02, fused=True)
         for step in (bar := trange(steps, desc="small CLIP", disable=None)):
-            rate = min((step + 1) / 50, (1 + math.cos(math.pi * step / steps)) / 2)
+            rate = min((step + 1) / 50, progress.cosine(step / steps))
             optimiser.param_groups[0]["lr"] = 2e-3 * rate
             chosen = torch.randint(count, (batch,), generator=generator)
             x, _ = model.encode_image(clip.preprocess(images[chosen], model.visual.resolution))
-            loss = image_text_loss(x, model.encode_text(tokens[chosen]), model.logit_scale.exp())
+            q = model.encode_text(tokens[chosen])
+            scaled = model.logit_scale.exp() * F.normalize(x, dim=-1)
+            loss = clip.contrastive_loss(scaled @ F.normalize(q, dim=-1).T)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -201,7 +205,7 @@ def pretrain(seed: int, steps: int = 3000, count: int = 24_000, batch: int = 128
         model.token_embedding = torch.nn.Embedding.from_pretrained(whole, freeze=False)
         if not (missed := missed_gates(zero_shot(model, seed))):
             break
-        print(f"not there yet ({', '.join(missed)}): another round")
+        print(f"it missed its gates ({', '.join(missed)}); training for another round")
     return model
 
 
@@ -210,11 +214,11 @@ GATES = {"colour": 0.9, "shape": 0.6, "left or right": 0.95}
 
 @torch.no_grad()
 def zero_shot(model: clip.CLIP, seed: int, count: int = 1000) -> dict[str, float]:
-    """What the small CLIP knows without further training: accuracy on new stills of one object.
+    """Zero-shot accuracy of the small CLIP on new stills of one object.
 
-    colour: of the fifteen "a <colour> <shape>" with the true shape; shape: of the eleven with the
-    true colour; left or right: of the two places. "verb cosine" is the mean cosine of "a red circle
-    <verb>" between verbs: near 1, the text tower ignores them."""
+    colour: out of fifteen "a <colour> <shape>" with the true shape; shape: out of eleven with the
+    true colour; left or right: out of two places. "verb cosine" is the mean cosine between verbs in
+    "a red circle <verb>": near 1, the text tower ignores them."""
     rng = np.random.default_rng([seed, 99])
     images, things = [], []
     for _ in range(count):
@@ -226,9 +230,9 @@ def zero_shot(model: clip.CLIP, seed: int, count: int = 1000) -> dict[str, float
     x = F.normalize(model.encode_image(pixels)[0], dim=1)               # [count, D]
 
     def accuracy(phrase: str, words, answer) -> float:
-        options = torch.stack([read(model, [phrase.format(word, **thing) for thing in things])
+        phrases = torch.stack([read(model, [phrase.format(word, **thing) for thing in things])
                                for word in words], 1)
-        chosen = torch.einsum("cd,cod->co", x, options).argmax(1)       # [count]
+        chosen = torch.einsum("cd,cod->co", x, phrases).argmax(1)       # [count]
         return (chosen == torch.tensor([answer(t) for t in things])).float().mean().item()
 
     verbs = read(model, [f"a red circle {first}" for first, _ in VERBS])        # [7, D]
@@ -253,13 +257,13 @@ def read(model: clip.CLIP, sentences: list[str]) -> Tensor:
 # ------------------------------------------------------------------------------------------- videos
 
 def held_out(verb: int, shape: str) -> bool:
-    """The pairs of verb and shape that no training video has: two verbs in seven for each shape."""
+    """Pairs of verb and shape that occur in no training video: two verbs in seven per shape."""
     return (verb + 2 * SHAPES.index(shape)) % 7 in (0, 1)
 
 
 def script(split: str, rng: np.random.Generator) -> dict:
-    """One video, before it is drawn: two actors, two verbs, four events in random order. A
-    bystander fills the gaps between them and does nothing.
+    """One video, before it is drawn: two actors, two verbs, four events in random order. Between
+    them a bystander is visible, which does nothing.
 
     Places in pixels. Times are in frame lengths, of which there are 32, each "frame_sec" long."""
     old_colours = [c for c in COLOURS if c not in NOVEL_COLOURS]
@@ -298,7 +302,7 @@ def script(split: str, rng: np.random.Generator) -> dict:
 
 
 def course(verb: int, rng: np.random.Generator) -> dict:
-    """Where an event begins and ends, {"from": (x, y, r), "to": (x, y, r)}, within the frame."""
+    """Start and end position of an event, {"from": (x, y, r), "to": (x, y, r)}, in the frame."""
     while True:
         x, y = rng.uniform(5.5, SIZE - 5.5, 2)
         r, way = rng.uniform(3.5, 5), rng.uniform(9, 15)
@@ -355,42 +359,80 @@ def seconds(event: dict, plan: dict) -> tuple[float, float]:
 # -------------------------------------------------------------------------------------- the dataset
 
 def build(dataset: str = "shapes", root: str | os.PathLike = "data") -> None:
-    """Writes <root>/<dataset> unless it is there (two minutes). RuntimeError for a missed gate.
+    """Writes <root>/<dataset> unless it exists (one minute, and two more to pre-train a CLIP).
 
     The number at the end of the name is the seed: "shapes" is seed 0, "shapes-1" seed 1. The folder
-    takes its name when all of it is there, so a broken build is simply made anew."""
+    gets its name when it is complete, so an interrupted build is simply repeated."""
     target, seed = pathlib.Path(root) / dataset, seed_of(dataset)
-    if (target / "clip.pt").exists():
+    if (target / "chunks.json").exists():
         return
-    print(f"building {target}: pre-training a small CLIP on stills, then drawing and encoding "
-          f"videos")
+    if target.exists():
+        raise Mistake(f"{target} was built by an earlier version; remove it to build it again")
+    print(f"building {target}: drawing and encoding videos"
+          + (", after pre-training a small CLIP on stills" if seed else ""))
     write(target, pretrained(seed), seed, SPLITS)
 
 
+def build_for(config) -> None:
+    """Builds the shapes worlds that a train.Config needs."""
+    for name in (config.dataset, config.text_clip):
+        if name.startswith("shapes"):
+            build(name, config.root)
+    if config.clip == f"{config.dataset}-resnet":
+        build_resnet(config.dataset, config.root)
+
+
 def pretrained(seed: int, resnet: bool = False) -> clip.CLIP:
-    """`pretrain`, and what the result knows, printed. RuntimeError for a missed gate."""
-    model = pretrain(seed, resnet=resnet)
+    """The small CLIP of a world: the shipped one, or trained now. Prints its zero-shot accuracy.
+    Mistake if it misses a gate."""
+    model = shipped() if seed == 0 and not resnet else pretrain(seed, resnet=resnet)
     knows = zero_shot(model, seed)
     print("small CLIP, zero-shot: "
           + ", ".join(f"{name} {value:.3f}" for name, value in knows.items()))
     if missed := missed_gates(knows):
-        raise RuntimeError(f"the small CLIP of seed {seed} missed its gates ({', '.join(missed)}); "
-                           f"use another seed, for instance --dataset shapes-{seed + 1}")
+        raise Mistake(f"the small CLIP of seed {seed} missed its gates ({', '.join(missed)}); use "
+                      f"another seed, for instance --dataset shapes-{seed + 1}")
     return model
 
 
+def words_used() -> Tensor:
+    """The tokens of the world's captions and sentences, in ascending order."""
+    rng = np.random.default_rng([0, 0])
+    captions = [still(rng)[1] for _ in range(2000)]
+    return clip.tokenize([*captions, OTHER_WORDS]).unique()
+
+
+def ship(path: str, model: clip.CLIP) -> None:
+    """Writes a small CLIP without the embeddings of words that never occur (1 MB instead of 14)."""
+    state, used = model.state_dict(), words_used()
+    state["token_embedding.weight"] = state["token_embedding.weight"][used]
+    files.save_tensors(path, {"used": used, "state": state})
+
+
+def shipped() -> clip.CLIP:
+    """The small CLIP of world 0. Words that never occur have zero embeddings."""
+    if files.sha256(SHIPPED) != SHIPPED_SHA256:
+        raise Mistake(f"{SHIPPED} is damaged: its SHA-256 is not {SHIPPED_SHA256}; restore it with "
+                      f"git checkout")
+    content = files.read_tensors(SHIPPED)
+    state, rows = content["state"], content["state"]["token_embedding.weight"]
+    whole = torch.zeros(len(clip.vocabulary()[0]), rows.shape[1])
+    whole[content["used"]] = rows
+    return clip.build(state | {"token_embedding.weight": whole})
+
+
 def build_resnet(dataset: str, root: str | os.PathLike = "data") -> None:
-    """A second CLIP of a world, with a ResNet image tower (supplement, Table 6), unless it is
-    there: <root>/<dataset>-resnet/clip.pt, and features of the same videos made by it."""
+    """A second CLIP of a world, with a ResNet image tower (supplement, Table 6), unless it exists:
+    <root>/<dataset>-resnet/clip.pt, and its features of the same videos."""
     build(dataset, root)
     name, seed = f"{dataset}-resnet", seed_of(dataset)
     file = pathlib.Path(root) / name / "clip.pt"
     if not file.exists():
         print(f"building {file}: pre-training a small CLIP with a ResNet on stills")
         model = pretrained(seed, resnet=True)
-        command.save(file, lambda out: torch.save(model.state_dict(), out))
+        files.save_tensors(file, model.state_dict())
     model = clip.load(file)
-    store = video.FeatureStore(data.store_folder(dataset, name, root), video.made_by(
+    store = data.FeatureStore(data.store_folder(dataset, name, root), video.made_by(
         model, name, clip.sha256(file), FRAMES, FRAMES))
     for split, count in SPLITS.items():
         for i in trange(count, desc=f"videos: {split}", disable=None):
@@ -399,22 +441,24 @@ def build_resnet(dataset: str, root: str | os.PathLike = "data") -> None:
     store.save_manifest()
 
 
-def encode(store: video.FeatureStore, model: clip.CLIP, split: str, i: int, plan: dict) -> None:
-    """Draws video i of a split and keeps its features."""
+def encode(store: data.FeatureStore, model: clip.CLIP, split: str, i: int, plan: dict) -> None:
+    """Draws video i of a split and stores its features."""
     frames, patches = video.encode_frames(model, clip.crop(film(plan), model.visual.resolution))
     store.write(f"{split}-{i:04d}", frames, patches if split == "train" else None,
                 round(FRAMES * plan["frame_sec"], 3))
 
 
 def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, int]) -> None:
-    """A small CLIP's dataset: clip.pt, <split>.jsonl, events.json, features; `counts` of videos."""
+    """The dataset of a small CLIP: clip.pt, <split>.jsonl, events.json, chunks.json, features.
+
+    counts    videos per split"""
     folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     folder.mkdir(parents=True)
     try:
         torch.save(model.state_dict(), folder / "clip.pt")
-        store = video.FeatureStore(folder / "features" / target.name, video.made_by(
+        store = data.FeatureStore(folder / "features" / target.name, video.made_by(
             model, target.name, clip.sha256(folder / "clip.pt"), FRAMES, FRAMES))
-        events = {}
+        events, chunks = {}, {}
         for split, count in counts.items():
             samples = []
             for i in trange(count, desc=f"videos: {split}", disable=None):
@@ -424,7 +468,10 @@ def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, i
                 events[name] = [(*seconds(e, plan), f"{e['colour']} {e['shape']}",
                                  VERBS[e["verb"]][0]) for e in plan["events"]]
             data.write_jsonl(folder / f"{split}.jsonl", samples)
+            # the noun chunk is everything before the verb
+            chunks |= {s.sentence: [(0, s.sentence.rindex(" "))] for s in samples}
         (folder / "events.json").write_text(json.dumps(events))
+        (folder / "chunks.json").write_text(json.dumps(chunks))
         store.save_manifest()
         os.replace(folder, target)
     finally:
@@ -433,15 +480,15 @@ def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, i
 
 def export(folder: str | os.PathLike, count: int, seed: int, split: str = "test",
            side: int = 256, rate: int = 8) -> None:
-    """Videos of a split as mp4, enlarged to `side`: each of the 32 frame lengths is drawn once and
-    shown for `rate` pictures; and annotations.jsonl with their sentences and moments."""
+    """Videos of a split as mp4, enlarged to `side` pixels, each frame repeated `rate` times; and
+    annotations.jsonl with their sentences and moments."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     samples = []
     for i in trange(count, desc="export", disable=None):
         name = f"{split}-{i:04d}"
         plan = plan_of(seed, split, i)
-        frames = torch.nn.functional.interpolate(film(plan), side).repeat_interleave(rate, 0)
+        frames = F.interpolate(film(plan), side).repeat_interleave(rate, 0)
         pace = fractions.Fraction(plan["frame_sec"]).limit_denominator(10_000) / rate
         video.write_video(folder / f"{name}.mp4", frames, 1 / pace, quality=12)
         samples += samples_of(name, split, plan)
@@ -452,13 +499,13 @@ def seed_of(dataset: str) -> int:
     """The seed in a name: "shapes" -> 0, "shapes-3" -> 3."""
     number = dataset.removeprefix("shapes").removeprefix("-") or "0"
     if not dataset.startswith("shapes") or not number.isdigit():
-        raise ValueError(f"{dataset!r} names no shapes world; use shapes, shapes-1, shapes-2, ...")
+        raise Mistake(f"{dataset!r} is not a shapes world; use shapes, shapes-1, shapes-2, ...")
     return int(number)
 
 
 def show(path: str, seed: int) -> None:
     """A contact sheet: a video of three splits, every second frame, and eight captioned stills."""
-    plt = video.pyplot()
+    plt = files.pyplot()
     figure = plt.figure(figsize=(16, 8))
     splits = ("train", "novel-word", "novel-composition")
     for row, split in enumerate(splits):
@@ -486,23 +533,27 @@ def show(path: str, seed: int) -> None:
 
 
 def main() -> None:
-    arguments = command.parser("build a shapes world, or show one")
+    arguments = options.parser("build a shapes world, or show one")
     add = arguments.add_argument
     add("--seed", type=int, default=0, help="seed of the world")
     add("--root", default="data", help="folder of datasets")
     add("--show", metavar="PNG", help="draw a contact sheet instead of building")
     add("--export", metavar="DIR", help="write test videos as mp4, with sentences, instead")
-    add("-n", type=int, default=5, help="how many --export writes")
-    options = arguments.parse_args()
-    with command.sentences():
-        if options.show:
-            show(options.show, options.seed)
-            print(f"{options.show} is drawn")
-        elif options.export:
-            export(options.export, options.n, options.seed)
-            print(f"{options.n} videos and annotations.jsonl are in {options.export}")
+    add("-n", type=int, default=5, help="how many videos --export writes")
+    add("--pretrain", metavar="FILE", help="train world 0's small CLIP instead")
+    given = arguments.parse_args()
+    with reported():
+        if given.show:
+            show(given.show, given.seed)
+            print(f"wrote {given.show}")
+        elif given.export:
+            export(given.export, given.n, given.seed)
+            print(f"wrote {given.n} videos and annotations.jsonl to {given.export}")
+        elif given.pretrain:
+            ship(given.pretrain, pretrain(0))
+            print(f"wrote {given.pretrain}, SHA-256 {files.sha256(given.pretrain)}")
         else:
-            build("shapes" + (f"-{options.seed}" if options.seed else ""), options.root)
+            build("shapes" + (f"-{given.seed}" if given.seed else ""), given.root)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Shared by the tests: a small shapes world, and the folder of published annotations and real
-videos."""
+"""Shared by the tests: a small shapes world, the folder of published annotations and real videos,
+and the table of faults."""
 import os
 import pathlib
 import sys
@@ -15,6 +15,12 @@ import shapes                                                           # noqa: 
 
 SHARED = pathlib.Path(os.environ.get("VDI_SHARED",
                                      pathlib.Path(__file__).parents[2] / "shared")) / "data"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=300, metavar="N",
+                     help="examples of each kind in tests/robustness/test_fuzz.py (default 300; "
+                          "videos: a twentieth)")
 
 
 def decode(ids) -> str:
@@ -51,21 +57,21 @@ def published() -> pathlib.Path:
 
 @pytest.fixture
 def fault(record_property):
-    """fault(what, how, times, lost): a line of the table of faults."""
+    """fault(what, how, times, lost): a row of the table of faults."""
     return lambda what, how, times, lost="nothing": record_property(
         "fault", (what, how, times, lost))
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What was tried to go wrong, as a table: the one in the README."""
-    lines: dict[tuple, int] = {}
+    """The table of faults: what was provoked, how often, and what it cost."""
+    rows: dict[tuple, int] = {}
     for report in terminalreporter.getreports("passed"):
         for key, value in report.user_properties:
             if key == "fault":
                 what, how, times, lost = value
-                lines[what, how, lost] = lines.get((what, how, lost), 0) + times
-    if lines:
-        terminalreporter.write_line("\n| fault | how it is tried | times | lost |\n"
+                rows[what, how, lost] = rows.get((what, how, lost), 0) + times
+    if rows:
+        terminalreporter.write_line("\n| fault | how it is provoked | times | what is lost |\n"
                                     "|---|---|---|---|")
-        for (what, how, lost), times in lines.items():
+        for (what, how, lost), times in rows.items():
             terminalreporter.write_line(f"| {what} | {how} | {times:,} | {lost} |")

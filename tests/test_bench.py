@@ -1,32 +1,27 @@
-"""The baselines of bench.py compute what they are set against."""
+"""What extras/bench.py compares computes the same."""
 import dataclasses
 import pathlib
 import subprocess
 import sys
 
+import pytest
 import torch
 
-import bench
 import mmn
 import train
+from extras import bench
 
 HERE = pathlib.Path(__file__).parent.parent
-CPU = torch.device("cpu")
 
 
-def test_the_published_algorithm_has_our_losses_and_gradients():
+def test_both_steps_have_the_same_losses():
     """Five layers, of which two are cropped; three videos with two sentences each."""
     config = dataclasses.replace(train.Config(), num_clips=8, frames=16, pool_counts=(3, 2),
                                  kernel=3, layers=5, hidden=12, joint=8, batch=3)
-    batch, results = bench.random_batch(config, CPU), []
-    for losses in (bench.published_losses, bench.our_losses):
-        model = bench.retriever_of(config, CPU)
-        values = losses(model, *batch)
-        sum(values).backward()
-        results.append([*values, *(p.grad for name, p in model.named_parameters()
-                                   if not name.startswith("convs") or "weight" in name)])
-    for ours, theirs in zip(*results):
-        assert torch.allclose(ours, theirs, atol=1e-5)
+    (theirs, *_), (ours, *_) = (bench.one_step(published, config) for published in (True, False))
+    assert len(ours) == 2 and torch.allclose(ours, theirs, atol=1e-5)
+    with pytest.raises(AssertionError, match="x: the two ways differ by"):
+        bench.same(ours + 0.1, theirs, "x")
 
 
 def test_greedy_nms_of_one_query():
@@ -38,10 +33,9 @@ def test_greedy_nms_of_one_query():
 
 
 def test_mistakes_are_one_sentence(tmp_path):
-    for arguments, status, text in ((("speed",), 2, "there is no bench 'speed'"),
-                                    (("tokens", "--annotations", tmp_path), 2,
-                                     "get them with: python data.py charades")):
-        done = subprocess.run([sys.executable, "bench.py", *map(str, arguments)], cwd=HERE,
-                              capture_output=True, text=True)
-        assert done.returncode == status and text in done.stderr
+    for arguments, text in ((("speed",), "there is no benchmark 'speed'"),
+                            (("text", "--annotations", tmp_path), "there is no annotation file")):
+        done = subprocess.run([sys.executable, "-m", "extras.bench", *map(str, arguments)],
+                              cwd=HERE, capture_output=True, text=True)
+        assert done.returncode == 2 and text in done.stderr
         assert "Traceback" not in done.stderr

@@ -1,8 +1,8 @@
 """clip.py against independent implementations (golden/make_clip.py), and the loading of weights.
 
-Proofs: towers equal Hugging Face's and open_clip's to 1e-5, token ids equal to the last one;
-running the text tower only as far as the longest sentence changes nothing; a wrong or hostile file
-gives one sentence."""
+Proofs: the towers agree with Hugging Face's and open_clip's to 1e-5, and token ids are identical;
+running the text tower only up to the longest sentence changes nothing; a wrong or hostile file is
+reported in one sentence, and so is every failed download."""
 import hashlib
 import http.server
 import importlib.util
@@ -18,6 +18,8 @@ import torch
 
 import clip
 from conftest import decode
+from support import files
+from support.errors import Mistake
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "clip.json").read_text())
 spec = importlib.util.spec_from_file_location("make_clip",
@@ -64,8 +66,8 @@ def test_tokenize_pads_with_zeros_between_start_and_end():
     assert torch.equal(clip.tokenize("a person"), rows[:1])
 
 
-def test_tokenize_refuses_long_sentences_unless_told_to_cut():
-    with pytest.raises(ValueError, match="78 tokens .* truncate=True"):
+def test_tokenize_rejects_long_sentences_unless_asked_to_truncate():
+    with pytest.raises(Mistake, match="78 tokens .* truncate=True"):
         clip.tokenize("a " * 76)
     assert clip.tokenize("a " * 75)[0, -1] == 49407                     # exactly 77
     cut = clip.tokenize("a " * 500, truncate=True)[0]
@@ -126,7 +128,7 @@ def test_quick_gelu_is_not_gelu(model):
 
 
 def test_image_of_the_wrong_size_is_one_sentence(model):
-    with pytest.raises(ValueError, match=r"reads images \[B, 3, 32, 32\]"):
+    with pytest.raises(Mistake, match=r"reads images \[B, 3, 32, 32\]"):
         model.encode_image(torch.zeros(1, 3, 64, 64))
 
 
@@ -161,8 +163,8 @@ def test_preprocess_agrees_with_pillow():
         assert abs(actual - expected).max() <= 2.01 and abs(actual - expected).mean() <= 0.3, (h, w)
 
 
-def test_preprocess_refuses_what_is_no_frame():
-    with pytest.raises(ValueError, match="uint8"):
+def test_preprocess_rejects_what_is_not_a_frame():
+    with pytest.raises(Mistake, match="uint8"):
         clip.preprocess(torch.zeros(1, 3, 4, 4), 4)
 
 
@@ -171,16 +173,16 @@ def test_preprocess_refuses_what_is_no_frame():
 def test_build_names_the_missing_key(state):
     for key in ("token_embedding.weight", "visual.proj",
                 "visual.transformer.resblocks.1.mlp.c_fc.bias"):
-        with pytest.raises(ValueError, match=f"the key '{key}' is missing"):
+        with pytest.raises(Mistake, match=f"the key '{key}' is missing"):
             clip.build({k: v for k, v in state.items() if k != key})
-    with pytest.raises(ValueError, match="'extra' is unknown"):
+    with pytest.raises(Mistake, match="'extra' is unknown"):
         clip.build({**state, "extra": torch.zeros(1)})
-    with pytest.raises(ValueError, match="has shape"):
+    with pytest.raises(Mistake, match="has shape"):
         clip.build({**state, "ln_final.weight": torch.zeros(3)})
 
 
 def test_sizes_of_the_published_models_are_read_off():
-    """The shapes of ViT-B/32 and RN50 state dicts, without their weights."""
+    """From the shapes of ViT-B/32's and RN50's state dicts, without their weights."""
     with torch.device("meta"):
         vit = clip.CLIP(clip.VisionTransformer(224, 32, 768, 12, 12, 512, clip.QuickGELU),
                         49408, 77, 512, 12, 8, 512, clip.QuickGELU)
@@ -202,13 +204,13 @@ def test_text_tower_alone_is_the_same(model, state):
                            model.encode_text(make_clip.tokens(400)))
 
 
-def test_what_archives_hold_beside_weights_is_passed_over(state):
+def test_archive_entries_that_are_not_weights_are_ignored(state):
     extra = {name: torch.tensor(32) for name in clip.NOT_WEIGHTS}
     for build in (clip.build, clip.build_text):
         build({**state, **extra})
 
 
-def test_a_published_name_is_fetched(tmp_path, state, monkeypatch):
+def test_a_published_name_is_downloaded(tmp_path, state, monkeypatch):
     """By every command: `read_state` takes names as `load` does."""
     torch.save(state, tmp_path / "tiny.pt")
     monkeypatch.setitem(clip.PUBLISHED, "tiny", (clip.sha256(tmp_path / "tiny.pt"), "tiny.pt"))
@@ -234,8 +236,8 @@ def test_file_forms(tmp_path, state, model):
     assert clip.load(tmp_path / "half").ln_final.weight.dtype == torch.float32
 
 
-def test_torchscript_only_after_its_sum_matched(tmp_path, model, monkeypatch):
-    """An archive with code in it is opened only if its SHA-256 is a published one."""
+def test_torchscript_only_after_its_checksum_matched(tmp_path, model, monkeypatch):
+    """An archive that contains code is opened only if its SHA-256 is a published one."""
     path = tmp_path / "ViT-B-32.pt"
     images = make_clip.images(1, 32)
 
@@ -251,7 +253,7 @@ def test_torchscript_only_after_its_sum_matched(tmp_path, model, monkeypatch):
             return self.visual(x)
 
     torch.jit.trace(Image(), images, check_trace=False).save(str(path))
-    with pytest.raises(ValueError, match="holds code"):
+    with pytest.raises(Mistake, match="contains code"):
         clip.load(path)
     monkeypatch.setitem(clip.PUBLISHED, "tiny", (clip.sha256(path), path.name))
     with torch.no_grad():
@@ -268,16 +270,16 @@ def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
     torch.save({"token_embedding.weight": Bomb()}, "bomb.pt")
     pathlib.Path("plain.pt").write_bytes(pickle.dumps(Bomb()))
     for name in ("bomb.pt", "plain.pt"):
-        with pytest.raises(ValueError, match="not a file of weights"):
+        with pytest.raises(Mistake, match="not a valid weight file"):
             clip.load(name)
     assert not pathlib.Path("exploded").exists()
     pathlib.Path("text.pt").write_text("not weights")
-    with pytest.raises(ValueError, match="not a file of weights"):
+    with pytest.raises(Mistake, match="not a valid weight file"):
         clip.load("text.pt")
     torch.save([1, 2], "list.pt")
-    with pytest.raises(ValueError, match="no state dict"):
+    with pytest.raises(Mistake, match="does not contain a state dict"):
         clip.load("list.pt")
-    with pytest.raises(FileNotFoundError, match="ViT-B/32"):
+    with pytest.raises(Mistake, match="ViT-B/32"):
         clip.load("ViT-B-33")
 
 
@@ -285,8 +287,8 @@ def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A server on this machine that sends `content`, understands ranges, and breaks off after
-    `limit` bytes."""
+    """A local server that sends `content`, supports ranges, and breaks the connection after `limit`
+    bytes."""
     class Handler(http.server.BaseHTTPRequestHandler):
         content, limit, requests = bytes(range(256)) * 9000, None, []
         status, place, pause_sec = None, None, 0.0
@@ -318,9 +320,9 @@ def server(tmp_path, monkeypatch):
     httpd.shutdown()
 
 
-def test_download_is_continued_verified_and_named_only_then(server, tmp_path):
+def test_a_download_is_continued_and_gets_its_name_once_verified(server, tmp_path):
     server.limit = 1_500_000
-    with pytest.raises(RuntimeError, match="run the command again"):
+    with pytest.raises(Mistake, match="run the command again"):
         clip.download("tiny", tmp_path)
     assert not (tmp_path / "tiny.pt").exists() and (tmp_path
                                                     / "tiny.pt.part").stat().st_size == 1_500_000
@@ -328,30 +330,30 @@ def test_download_is_continued_verified_and_named_only_then(server, tmp_path):
     path = clip.download("tiny", tmp_path)
     assert path.read_bytes() == server.content and server.requests == [None, "bytes=1500000-"]
     clip.download("tiny", tmp_path)
-    assert len(server.requests) == 2                            # it is there: not asked again
+    assert len(server.requests) == 2                            # already there: not requested again
 
 
 def test_a_damaged_download_is_removed(server, tmp_path, monkeypatch):
     monkeypatch.setattr(server, "content", b"something else")
-    with pytest.raises(RuntimeError, match="damaged"):
+    with pytest.raises(Mistake, match="damaged"):
         clip.download("tiny", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("status", [404, 403, 500])
-def test_a_file_that_is_not_there(server, tmp_path, monkeypatch, status, fault):
+def test_a_file_that_the_server_lacks(server, tmp_path, monkeypatch, status, fault):
     monkeypatch.setattr(server, "status", status)
-    with pytest.raises(RuntimeError, match=f"{status}.*download it by hand to .*tiny.pt"):
+    with pytest.raises(Mistake, match=f"{status}.*download it by hand to .*tiny.pt"):
         clip.download("tiny", tmp_path)
     assert list(tmp_path.iterdir()) == []
     fault("download: 404, 403, 500", "a server on this machine", 1)
 
 
 def test_a_server_that_falls_silent(server, tmp_path, monkeypatch, fault):
-    """Stopped by the clock, and continued where it was."""
-    monkeypatch.setattr(clip, "SILENCE_SEC", 0.3)
+    """It times out, and the next call succeeds."""
+    monkeypatch.setattr(files, "SILENCE_SEC", 0.3)
     monkeypatch.setattr(server, "pause_sec", 1.0)
-    with pytest.raises(RuntimeError, match="timed out.*run the command again"):
+    with pytest.raises(Mistake, match="timed out.*run the command again"):
         clip.download("tiny", tmp_path)
     assert not (tmp_path / "tiny.pt").exists()
     monkeypatch.setattr(server, "pause_sec", 0.0)
@@ -361,19 +363,19 @@ def test_a_server_that_falls_silent(server, tmp_path, monkeypatch, fault):
 
 
 def test_a_redirection_is_verified_like_everything_else(server, tmp_path, monkeypatch, fault):
-    """Also to plain http: what arrives counts only with the right SHA-256."""
+    """Even to plain http: what arrives is used only if its SHA-256 is right."""
     monkeypatch.setattr(server, "status", 302)
     monkeypatch.setattr(server, "place", clip.ADDRESS)
     assert clip.download("tiny", tmp_path).read_bytes() == server.content
     (tmp_path / "tiny.pt").unlink()
     monkeypatch.setattr(server, "content", b"something else")
-    with pytest.raises(RuntimeError, match="damaged"):
+    with pytest.raises(Mistake, match="damaged"):
         clip.download("tiny", tmp_path)
     assert list(tmp_path.iterdir()) == []
     fault("download: redirected to http", "used only with the right SHA-256", 2)
 
 
-def test_offline_the_manual_way_is_told(tmp_path, monkeypatch):
+def test_offline_the_manual_download_is_explained(tmp_path, monkeypatch):
     monkeypatch.setattr(clip, "ADDRESS", "http://127.0.0.1:9")
-    with pytest.raises(RuntimeError, match="download it by hand to .*ViT-B-32.pt"):
+    with pytest.raises(Mistake, match="download it by hand to .*ViT-B-32.pt"):
         clip.download("ViT-B/32", tmp_path)

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 
 import clip
-import clip2video
-import retrieve
 import shapes
 import video
+from clip2video import data, evaluate, model as network, search
+from extras.index import Index
+from support.errors import Mistake
 
 HERE = pathlib.Path(__file__).parent.parent
 
@@ -35,8 +36,7 @@ def text():
 
 def model_of(text, variant="both", seed=0, **changes):
     torch.manual_seed(seed)
-    return clip2video.CLIP2Video(copy.deepcopy(text), *clip2video.VARIANTS[variant],
-                                 **changes).eval()
+    return network.CLIP2Video(copy.deepcopy(text), *network.VARIANTS[variant], **changes).eval()
 
 
 def some_frames(B=3, L=12, seed=0):
@@ -47,9 +47,9 @@ def some_frames(B=3, L=12, seed=0):
 def test_interleave_places_and_kinds():
     """f0 d0 f1 d1 f2; of 12 frames 23 tokens with places 0,0,1,1,...,11, kinds 1,0,...,1."""
     frames, changes = torch.tensor([[[0.], [1.], [2.]]]), torch.tensor([[[10.], [11.]]])
-    assert clip2video.interleave(frames, changes).flatten().tolist() == [0, 10, 1, 11, 2]
+    assert network.interleave(frames, changes).flatten().tolist() == [0, 10, 1, 11, 2]
     place = torch.arange(12)[None]
-    assert clip2video.interleave(place, place[:, :11])[0].tolist() == [
+    assert network.interleave(place, place[:, :11])[0].tolist() == [
         p for i in range(11) for p in (i, i)] + [11]
 
 
@@ -105,7 +105,7 @@ def test_differences_lie_between_minus_one_and_one(text):
         assert all(v.isfinite().all() for v in model.encode_video(frames, mask))
 
 
-@pytest.mark.parametrize("variant", clip2video.VARIANTS)
+@pytest.mark.parametrize("variant", network.VARIANTS)
 def test_padding_and_batch_mates_change_nothing(text, variant):
     """Videos of 1, 2, 3, 7 and 12 frames: alone and unpadded, or among others with noise behind
     their end, 1e-5."""
@@ -200,21 +200,21 @@ def test_words_are_what_is_between_start_and_padding(text):
 def test_loss_by_hand_and_its_symmetry():
     """A certain diagonal costs nothing. [[1, 0], [0, 0]]: rows log(1 + e^-1) and log 2, columns the
     same, so (0.3133 + 0.6931) / 2 = 0.5032."""
-    assert clip2video.symmetric_loss(100 * torch.eye(4)).item() == pytest.approx(0, abs=1e-6)
+    assert clip.contrastive_loss(100 * torch.eye(4)).item() == pytest.approx(0, abs=1e-6)
     S = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    assert clip2video.symmetric_loss(S).item() == pytest.approx(0.5032, abs=1e-4)
+    assert clip.contrastive_loss(S).item() == pytest.approx(0.5032, abs=1e-4)
     S = torch.randn(5, 5)
-    assert torch.isclose(clip2video.symmetric_loss(S), clip2video.symmetric_loss(S.T))
+    assert torch.isclose(clip.contrastive_loss(S), clip.contrastive_loss(S.T))
     a, b = torch.randn(3, 3), torch.randn(3, 3)
-    assert torch.isclose(clip2video.loss([a, b], 0.25), 0.25 * clip2video.symmetric_loss(a)
-                         + 0.75 * clip2video.symmetric_loss(b))
+    assert torch.isclose(network.loss([a, b], 0.25), 0.25 * clip.contrastive_loss(a)
+                         + 0.75 * clip.contrastive_loss(b))
 
 
 def test_gradients_reach_every_new_weight(text):
     model, (frames, mask) = model_of(text).train(), some_frames(4)
     ids = clip.tokenize(["a dog", "a cat runs", "the door opens", "red"], 32)
-    clip2video.loss(clip2video.logits(model.encode_text(ids), model.encode_video(frames, mask),
-                                      model.logit_scale)).backward()
+    network.loss(network.logits(model.encode_text(ids), model.encode_video(frames, mask),
+                                model.logit_scale)).backward()
     d = model.difference
     for p in (model.assign, model.centres, d.kinds, d.norm.weight, model.logit_scale,
               *d.attention.parameters(), *model.transformer.parameters(),
@@ -230,9 +230,9 @@ def test_one_vector_holds_both_similarities(text):
     with torch.no_grad():
         t, v = model.encode_text(ids), model.encode_video(frames, mask)
         for w in (0.5, 0.3):
-            both = clip2video.joined(*t, w) @ clip2video.joined(*v, w).T
+            both = network.joined(*t, w) @ network.joined(*v, w).T
             assert torch.allclose(both, w * t[0] @ v[0].T + (1 - w) * t[1] @ v[1].T, atol=1e-6)
-            assert torch.allclose(clip2video.joined(*v, w).norm(dim=1), torch.ones(3))
+            assert torch.allclose(network.joined(*v, w).norm(dim=1), torch.ones(3))
 
 
 # ------------------------------------------------------------------------------------------ metrics
@@ -240,16 +240,16 @@ def test_one_vector_holds_both_similarities(text):
 def test_ranks_by_hand():
     """Rows: first; tied with one other: 1.5; last of three. All the same of four: 2.5."""
     S = torch.tensor([[3., 1., 2.], [5., 5., 1.], [3., 2., 1.]])
-    assert clip2video.ranks(S, torch.arange(3)).tolist() == [1, 1.5, 3]
-    assert clip2video.ranks(torch.zeros(4, 4), torch.arange(4)).tolist() == [2.5] * 4
-    found = clip2video.retrieval_metrics(S)
+    assert evaluate.ranks(S, torch.arange(3)).tolist() == [1, 1.5, 3]
+    assert evaluate.ranks(torch.zeros(4, 4), torch.arange(4)).tolist() == [2.5] * 4
+    found = evaluate.retrieval_metrics(S)
     assert found["t2v R@1"] == pytest.approx(100 / 3) and found["t2v R@5"] == 100
     assert found["t2v MedR"] == 1.5 and found["t2v MnR"] == pytest.approx(5.5 / 3)
     for bad in (float("nan"), float("inf")):
-        with pytest.raises(FloatingPointError, match="not finite"):
-            clip2video.retrieval_metrics(torch.tensor([[1.0, bad], [0.0, 1.0]]))
+        with pytest.raises(Mistake, match="not finite"):
+            evaluate.retrieval_metrics(torch.tensor([[1.0, bad], [0.0, 1.0]]))
     with pytest.raises(ValueError, match="do not cover"):
-        clip2video.retrieval_metrics(torch.zeros(3, 2), torch.tensor([0, 0, 0]))
+        evaluate.retrieval_metrics(torch.zeros(3, 2), torch.tensor([0, 0, 0]))
 
 
 def test_several_captions_a_video_against_loops():
@@ -261,7 +261,7 @@ def test_several_captions_a_video_against_loops():
     best = [[max(S[t, v].item() for t in range(8) if of[t] == g) for g in range(3)]
             for v in range(3)]
     v2t = [1 + sum(best[v][g] > best[v][v] for g in range(3)) for v in range(3)]
-    found = clip2video.retrieval_metrics(S, of)
+    found = evaluate.retrieval_metrics(S, of)
     for name, rank in (("t2v", t2v), ("v2t", v2t)):
         assert found[f"{name} R@1"] == pytest.approx(100 * np.mean([r <= 1 for r in rank]))
         assert found[f"{name} MnR"] == pytest.approx(np.mean(rank))
@@ -273,21 +273,21 @@ def test_several_captions_a_video_against_loops():
 def test_sampling_of_frames():
     """10 s at 5 a second are 50 pictures, every second of them 25: 12 evenly apart, first and last
     included. 3 s: 15, of which 7: all of them. Shorter than a picture: one."""
-    times = clip2video.frame_times(10, 12, 2)
+    times = data.frame_times(10, 12, 2)
     first = np.linspace(0, 49, 25).astype(int)
     assert times.tolist() == (first[np.linspace(0, 24, 12).astype(int)] / 5).tolist()
     assert times[0] == 0 and times[-1] == 49 / 5 and len(times) == 12
-    assert len(clip2video.frame_times(3, 12, 2)) == 7
-    assert len(clip2video.frame_times(10, 12, 1)) == 12
-    assert clip2video.frame_times(0.1).tolist() == [0]
+    assert len(data.frame_times(3, 12, 2)) == 7
+    assert len(data.frame_times(10, 12, 1)) == 12
+    assert data.frame_times(0.1).tolist() == [0]
 
 
 def test_families_differ_in_motion_only():
     """Four videos of the same two actors: four captions, which noun words do not tell apart; the
     altered captions are those of the siblings, up to synonyms."""
     for seed in range(5):
-        plans = clip2video.family(np.random.default_rng(seed))
-        captions = [clip2video.describe(p["events"]) for p in plans]
+        plans = data.family(np.random.default_rng(seed))
+        captions = [data.describe(p["events"]) for p in plans]
         assert len(set(captions)) == 4
         actors = {frozenset((e["colour"], e["shape"]) for e in p["events"]) for p in plans}
         assert len(actors) == 1
@@ -296,7 +296,7 @@ def test_families_differ_in_motion_only():
         for k, plan in enumerate(plans):
             for kind, sibling in (("direction", k ^ 1), ("order", (k + 2) % 4)):
                 told = [(part.split()[1], verbs[part.split()[-1]])
-                        for part in clip2video.altered(plan["events"])[kind].split(", then ")]
+                        for part in data.altered(plan["events"])[kind].split(", then ")]
                 assert told == meant[sibling], kind
             for event in plan["events"]:
                 assert not shapes.held_out(event["verb"], event["shape"])
@@ -323,17 +323,17 @@ def published_files(folder: pathlib.Path) -> None:
 
 def test_published_forms(tmp_path):
     published_files(tmp_path)
-    msrvtt = clip2video.read_msrvtt(tmp_path)
+    msrvtt = data.read_msrvtt(tmp_path)
     assert msrvtt == {"train": {"a": ["a caption 0", "a caption 1"],
                                 "b": ["b caption 0", "b caption 1"]},
                       "test": {"c": ["a test, yes"]}}
-    assert clip2video.read_msvd(tmp_path) == {"train": {"a": ["a a", "two"]},
-                                              "val": {"b": ["a b", "two"]},
-                                              "test": {"c": ["a c", "two"]}}
-    assert clip2video.read_vatex(tmp_path)["test"] == {"c": ["one", "two"]}
+    assert data.read_msvd(tmp_path) == {"train": {"a": ["a a", "two"]},
+                                        "val": {"b": ["a b", "two"]},
+                                        "test": {"c": ["a c", "two"]}}
+    assert data.read_vatex(tmp_path)["test"] == {"c": ["one", "two"]}
     (tmp_path / "vatex_data.json").write_text(json.dumps({"a": {"enCap": ["x"]}, "b": {"enCap": []},
                                                           "c": {"enCap": ["z"]}}))
-    assert clip2video.read_vatex(tmp_path)["train"] == {"a": ["x"]}
+    assert data.read_vatex(tmp_path)["train"] == {"a": ["x"]}
 
 
 def test_a_pickle_of_captions_cannot_execute_anything(tmp_path, monkeypatch):
@@ -345,16 +345,17 @@ def test_a_pickle_of_captions_cannot_execute_anything(tmp_path, monkeypatch):
             return pathlib.Path.touch, (pathlib.Path("exploded"),)
 
     (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps({"a": Explosion()}))
-    with pytest.raises(pickle.UnpicklingError, match="it asks for"):
-        clip2video.read_msvd(tmp_path)
+    with pytest.raises(Mistake, match="it asks for"):
+        data.read_published("msvd", tmp_path)
     assert not (tmp_path / "exploded").exists()
 
 
 # ------------------------------------------------------------------------------------- the commands
 
-def run(*arguments, status=0, env=None):
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=HERE, capture_output=True,
-                          text=True, timeout=600, env={**os.environ, **(env or {})})
+def run(*arguments, status=0, env=None, command=("-m", "clip2video")):
+    done = subprocess.run([sys.executable, *command, *map(str, arguments)], cwd=HERE,
+                          capture_output=True, text=True, timeout=600,
+                          env={**os.environ, "PYTHONPATH": str(HERE), **(env or {})})
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr if status else done.stdout
@@ -365,44 +366,72 @@ def trained(world, tmp_path_factory):
     """Three families are enough to see the commands work."""
     root = tmp_path_factory.mktemp("c2v")
     (root / "shapes").symlink_to(world / "shapes")
-    families, clip2video.FAMILIES = clip2video.FAMILIES, {"train": 6, "val": 2, "test": 3}
-    clip2video.build_shapes(clip2video.Config(dataset="shapes", root=str(root),
-                                              **clip2video.preset("shapes")))
-    clip2video.FAMILIES = families
-    text = run("clip2video.py", "train", "--root", root, "--epochs", 2, "--device", "cpu", "--out",
-               root / "run")
+    families, data.FAMILIES = data.FAMILIES, {"train": 6, "val": 2, "test": 3}
+    data.build_shapes(network.configure(root=str(root)))
+    data.FAMILIES = families
+    text = run("train", "--root", root, "--epochs", 2, "--device", "cpu", "--out", root / "run")
     return root, text
+
+
+def same_weights(a: pathlib.Path, b: pathlib.Path) -> bool:
+    """Do the runs in two folders have the same weights, bit for bit, and the same metrics?"""
+    one, two = (torch.load(path / "last.pt", weights_only=True)["model"] for path in (a, b))
+    assert one.keys() == two.keys()
+    return (all(torch.equal(one[key], two[key]) for key in one)
+            and (a / "results.json").read_text() == (b / "results.json").read_text())
 
 
 def test_train_evaluate_and_resume(trained, tmp_path):
     root, text = trained
     assert "t2v R@1" in text and "direction told, %" in text and "epoch 2" in text
-    shown = run("clip2video.py", "evaluate", root / "run" / "ckpt.pt")
+    shown = run("evaluate", root / "run" / "ckpt.pt")
     assert shown.strip() in text
-    assert json.loads(run("clip2video.py", "evaluate", root / "run" / "ckpt.pt", "--json")) \
+    assert json.loads(run("evaluate", root / "run" / "ckpt.pt", "--json")) \
         == json.loads((root / "run" / "results.json").read_text())
-    assert "holds a run already" in run("clip2video.py", "train", "--root", root, "--out",
-                                        root / "run", status=2)
+    assert "already holds a run" in run("train", "--root", root, "--out", root / "run", status=2)
     script = tmp_path / "stop.py"
-    script.write_text("import clip2video, sys\n"
-                      "save = clip2video.trainer.save\n"
+    script.write_text("import runpy, sys\n"
+                      "from support import files\n"
+                      "save = files.save_tensors\n"
                       "def stop(path, content):\n"
                       "    save(path, content)\n"
                       "    if path.name == 'last.pt': sys.exit(9)\n"
-                      "clip2video.trainer.save = stop\n"
-                      "clip2video.main()\n")
+                      "files.save_tensors = stop\n"
+                      "runpy.run_module('clip2video', run_name='__main__')\n")
     arguments = ("train", "--root", root, "--epochs", 2, "--device", "cpu", "--out",
                  tmp_path / "run")
-    done = subprocess.run([sys.executable, str(script), *map(str, arguments)], cwd=HERE,
-                          capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(HERE)})
-    assert done.returncode == 9, done.stderr
-    assert "continuing after epoch 1" in run("clip2video.py", *arguments, "--resume")
-    a, b = (torch.load(path / "run" / "last.pt", weights_only=True)["model"]
-            for path in (root, tmp_path))
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    assert "another seed" in run("clip2video.py", *arguments, "--seed", 5, "--resume",
-                                          status=2)
+    run(*arguments, status=9, command=(script,))
+    assert "resuming after epoch 1" in run(*arguments, "--resume")
+    assert same_weights(root / "run", tmp_path / "run")
+    assert "another seed" in run(*arguments, "--seed", 5, "--resume", status=2)
+
+
+def test_stopped_in_the_middle_of_an_epoch(trained, tmp_path):
+    """Ctrl-C in the second of three steps of epoch 2 finishes that step; the resumed run ends with
+    the same bits as one that was not stopped, and its log has the same rows."""
+    root, _ = trained
+    arguments = ("train", "--root", root, "--epochs", 3, "--batch", 8, "--device", "cpu", "--out")
+    assert "24 captions, 3 steps per epoch" in run(*arguments, tmp_path / "whole")
+    script = tmp_path / "stop.py"
+    script.write_text("import os, runpy, signal\n"
+                      "from support import progress\n"
+                      "add, steps = progress.Run.add, []\n"
+                      "def stop(run, values):\n"
+                      "    add(run, values)\n"
+                      "    steps.append(values)\n"
+                      "    if len(steps) == 5: os.kill(os.getpid(), signal.SIGINT)\n"
+                      "progress.Run.add = stop\n"
+                      "runpy.run_module('clip2video', run_name='__main__')\n")
+    assert "stopped after 2 steps of epoch 2" in run(*arguments, tmp_path / "parts", status=130,
+                                                     command=(script,))
+    assert "resuming after epoch 1 and 2 steps" in run(*arguments, tmp_path / "parts", "--resume")
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+    logs = []
+    for name in ("whole", "parts"):
+        rows = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
+        logs.append([{key: value for key, value in row.items() if key not in ("minutes", "data %")}
+                     for row in rows])
+    assert logs[0] == logs[1] and len(logs[0]) == 3
 
 
 def test_search_a_folder_of_videos(trained, tmp_path):
@@ -411,24 +440,23 @@ def test_search_a_folder_of_videos(trained, tmp_path):
     shapes.export(tmp_path / "videos", 3, 0)
     (tmp_path / "videos" / "broken.mp4").write_bytes(b"no video")
     first = shutil.copy(root / "run" / "ckpt.pt", tmp_path / "first.pt")
-    text = run("clip2video.py", "index", first, tmp_path / "videos", "--out", tmp_path / "index")
+    text = run("index", first, tmp_path / "videos", "--out", tmp_path / "index")
     assert "failed: broken.mp4" in text
     first.unlink()                                      # the run has been moved: index tells where
-    assert "gone or has changed" in run("clip2video.py", "search", tmp_path / "index", "a",
-                                        status=2)
-    run("clip2video.py", "index", root / "run" / "ckpt.pt", tmp_path / "videos", "--out",
+    assert "was removed or changed" in run("search", tmp_path / "index", "a", status=2)
+    run("index", root / "run" / "ckpt.pt", tmp_path / "videos", "--out",
         tmp_path / "index")
-    text = run("clip2video.py", "search", tmp_path / "index", "a red circle rises", "--top", 2)
+    text = run("search", tmp_path / "index", "a red circle rises", "--top", 2)
     assert text.count(".mp4") == 2 and '"a red circle rises"' in text
-    ranker = clip2video.Ranker(tmp_path / "index")
+    ranker = search.Ranker(tmp_path / "index")
     assert sorted(ranker.names) == ["test-0000.mp4", "test-0001.mp4", "test-0002.mp4"]
     # again: what is new is read, what is gone is dropped, and another checkpoint is refused
     (tmp_path / "videos" / "test-0001.mp4").unlink()
     shutil.copy(tmp_path / "videos" / "test-0000.mp4", tmp_path / "videos" / "new.mp4")
     before = (tmp_path / "index" / "clip2video.npz").stat().st_mtime_ns
-    run("clip2video.py", "index", root / "run" / "ckpt.pt", tmp_path / "videos", "--out",
+    run("index", root / "run" / "ckpt.pt", tmp_path / "videos", "--out",
         tmp_path / "index")
-    again = clip2video.Ranker(tmp_path / "index")
+    again = search.Ranker(tmp_path / "index")
     assert sorted(again.names) == ["new.mp4", "test-0000.mp4", "test-0002.mp4"]
     assert (tmp_path / "index" / "clip2video.npz").stat().st_mtime_ns > before
     for name in ("test-0000.mp4", "test-0002.mp4"):
@@ -436,19 +464,21 @@ def test_search_a_folder_of_videos(trained, tmp_path):
                            ranker.vectors[ranker.names.index(name)])
     assert torch.allclose(again.vectors[again.names.index("new.mp4")],
                           ranker.vectors[ranker.names.index("test-0000.mp4")], atol=1e-5)
-    assert "another checkpoint" in run("clip2video.py", "index", root / "run" / "last.pt",
-                                       tmp_path / "videos", "--out", tmp_path / "index", status=2)
-    text = run("clip2video.py", "search", tmp_path / "videos", "a red circle", "--checkpoint",
+    torch.save(torch.load(root / "run" / "ckpt.pt", weights_only=True) | {"epoch": 0},
+               tmp_path / "other.pt")
+    assert "another checkpoint" in run("index", tmp_path / "other.pt", tmp_path / "videos", "--out",
+                                       tmp_path / "index", status=2)
+    text = run("search", tmp_path / "videos", "a red circle", "--checkpoint",
                root / "run" / "ckpt.pt", "--top", 1, env={"HOME": str(tmp_path)})
     assert "failed: broken.mp4" in text and "  1  " in text and "  2  " not in text
     for arguments in ((), ("--top", 0)):
-        assert run("clip2video.py", "search", tmp_path / "index", "" if not arguments else "a",
+        assert run("search", tmp_path / "index", "" if not arguments else "a",
                    *arguments, status=2)
     (name, score), *_ = ranker.best(["the blue bar falls"], 3)[0]
     with torch.no_grad():
-        t = clip2video.joined(*ranker.model.encode_text(clip.tokenize("the blue bar falls", 40)))
+        t = network.joined(*ranker.model.encode_text(clip.tokenize("the blue bar falls", 40)))
     assert score == pytest.approx((t @ ranker.vectors[ranker.names.index(name)]).item(), abs=1e-5)
-    assert "no vectors of whole videos" in run("clip2video.py", "search", tmp_path, "a", status=2)
+    assert "no vectors of whole videos" in run("search", tmp_path, "a", status=2)
 
 
 def test_features_of_another_clip_or_sampling_are_refused(trained, tmp_path):
@@ -456,17 +486,17 @@ def test_features_of_another_clip_or_sampling_are_refused(trained, tmp_path):
     file = root / "shapes-videos" / "features" / "clip2video" / "manifest.json"
     before = file.read_text()
     file.write_text(json.dumps(json.loads(before) | {"sha256": "0" * 64}))
-    assert "come from another CLIP" in run("clip2video.py", "evaluate", root / "run" / "ckpt.pt",
-                                           status=2)
+    assert "come from another CLIP" in run("evaluate", root / "run" / "ckpt.pt", status=2)
     file.write_text(before)
     for option, value in (("--frames", 12), ("--stride", 2), ("--clip", "ViT-B/32")):
-        message = run("clip2video.py", "train", "--root", root, option, value, "--out",
+        message = run("train", "--root", root, option, value, "--out",
                       tmp_path / "run", status=2)
         assert "made with" in message or "neither a weight file" in message \
-            or "could not be fetched" in message, message
-    for option, value, told in (("--weight", 2, "between 0 and 1"), ("--words", 100, "at most 77"),
-                                ("--epochs", 0, "at least 1"), ("--variant", "x", "is one of")):
-        assert told in run("clip2video.py", "train", "--root", root, option, value, status=2)
+            or "could not be downloaded" in message, message
+    for option, value, message in (
+            ("--weight", 2, "between 0 and 1"), ("--words", 100, "at most 77"),
+            ("--epochs", 0, "at least 1"), ("--variant", "x", "must be one of")):
+        assert message in run("train", "--root", root, option, value, status=2)
 
 
 def test_an_epoch_sees_every_caption_once(trained, tmp_path):
@@ -477,13 +507,13 @@ def test_an_epoch_sees_every_caption_once(trained, tmp_path):
     path = tmp_path / "shapes-videos" / "train.captions.json"
     captions = json.loads(path.read_text())
     path.write_text(json.dumps({name: [*texts, "again"] for name, texts in captions.items()}))
-    text = run("clip2video.py", "train", "--root", tmp_path, "--epochs", 1, "--batch", 8, "--out",
+    text = run("train", "--root", tmp_path, "--epochs", 1, "--batch", 8, "--out",
                tmp_path / "run", "--device", "cpu")
-    assert "24 training videos, 2 captions each, 6 steps an epoch" in text
+    assert "24 training videos, 48 captions, 6 steps per epoch" in text
 
 
 def test_prepare(tmp_path, world, published):
-    """Three short real videos as MSVD; one that is broken in test is told, and needs a word."""
+    """Three short real videos as MSVD; one that is broken in test is reported, and needs a word."""
     published_files(tmp_path)
     (tmp_path / "videos").mkdir()
     for name in "ab":
@@ -492,30 +522,30 @@ def test_prepare(tmp_path, world, published):
     arguments = ("prepare", "msvd", "--annotations", tmp_path, "--videos", tmp_path / "videos",
                  "--root", tmp_path / "data", "--clip", world / "shapes" / "clip.pt", "--device",
                  "cpu")
-    text = run("clip2video.py", *arguments)
+    text = run(*arguments)
     assert "train: 1 videos, 2 captions" in text and "1 videos have no features" in text
     train = ("train", "--dataset", "msvd", "--root", tmp_path / "data", "--clip",
              world / "shapes" / "clip.pt", "--epochs", 1, "--device", "cpu", "--out",
              tmp_path / "run")
-    assert "1 of 1 videos of test have no features" in run("clip2video.py", *train, status=2)
+    assert "1 of 1 videos of test have no features" in run(*train, status=2)
     shutil.copy(tmp_path / "videos" / "a.avi", tmp_path / "videos" / "c.avi")
-    run("clip2video.py", *arguments)
-    assert "t2v R@1" in run("clip2video.py", *train)
+    run(*arguments)
+    assert "t2v R@1" in run(*train)
     (tmp_path / "test_list.txt").write_text("a\n")
-    assert "both in train and test" in run("clip2video.py", *arguments, status=2)
+    assert "both in train and test" in run(*arguments, status=2)
     (tmp_path / "raw-captions.pkl").write_bytes(b"no pickle")
-    assert "are not those of msvd" in run("clip2video.py", *arguments, status=2)
+    assert "does not contain msvd" in run(*arguments, status=2)
 
 
 def test_a_checkpoint_of_another_kind(trained, world):
-    assert "is not a" in run("clip2video.py", "evaluate", world / "shapes" / "clip.pt", status=2)
-    assert "there is no checkpoint" in run("clip2video.py", "evaluate", "nothing.pt", status=2)
+    assert "is not a" in run("evaluate", world / "shapes" / "clip.pt", status=2)
+    assert "there is no checkpoint" in run("evaluate", "nothing.pt", status=2)
 
 
 def test_moments_in_chosen_videos_only(tmp_path):
     """With all videos among the chosen the answers are those of the exact search; with some, those
     of these."""
-    index = retrieve.Index.__new__(retrieve.Index)
+    index = Index.__new__(Index)
     index.folder, index.mapped, J = tmp_path, None, 8
     index.table = tmp_path / "videos.json"
     index.content = {"joint": J, "videos": {}}
@@ -537,8 +567,8 @@ def test_moments_in_chosen_videos_only(tmp_path):
 def test_short_videos_and_stored_zeros(tmp_path, published):
     """A video of fewer pictures than L is padded with zeros, which are taken for what they are."""
     model = clip.build(shapes.pretrain(0, steps=1, count=64, rounds=1).state_dict())
-    config = clip2video.Config(frames=40, stride=2)
-    x = clip2video.encode_file(model, published / "videos" / "test.avi", config)
-    times = clip2video.frame_times(video.probe_duration(published / "videos" / "test.avi"), 40, 2)
+    config = network.Config(frames=40, stride=2)
+    x = data.encode_file(model, published / "videos" / "test.avi", config)
+    times = data.frame_times(video.probe_duration(published / "videos" / "test.avi"), 40, 2)
     assert x.shape == (40, 64) and len(times) < 40
     assert ((x != 0).any(1) == (torch.arange(40) < len(times))).all()

@@ -1,4 +1,5 @@
-"""video.py and data.py: annotations in every form, cleaning, features, batches, and real videos."""
+"""data.py, video.py and extras/prepare.py: annotations in every form, cleaning, features, batches,
+and real videos."""
 import http.server
 import json
 import multiprocessing
@@ -6,6 +7,7 @@ import os
 import pathlib
 import pickle
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -18,11 +20,13 @@ import pytest
 import torch
 
 import clip
-import command
 import data
 import mmn
 import parse
 import video
+from extras import prepare
+from support import files
+from support.errors import Mistake
 
 
 # -------------------------------------------------------------------------------------- annotations
@@ -42,8 +46,8 @@ def test_forms_of_annotation_files(tmp_path):
 
 
 def test_cleaning_clamps_and_drops():
-    """[8, 12) of 10 s becomes [8, 10); [10, 12) becomes empty and goes; nan duration: nothing is
-    known to clamp to."""
+    """[8, 12) of 10 s becomes [8, 10); [10, 12) becomes empty and is dropped; a nan duration clamps
+    nothing."""
     rows = [data.Sample("v", "q", *times) for times in
             ((8, 12, 10), (10, 12, 10), (1, 2, 10), (-1, 2, 10), (5, 5, 10), (3, 99, float("nan")))]
     kept, counts = data.clean(rows)
@@ -51,27 +55,27 @@ def test_cleaning_clamps_and_drops():
     assert counts == data.Cleaned(clamped=3, dropped=2)
 
 
-def test_all_bad_lines_are_named(tmp_path):
+def test_all_invalid_lines_are_listed(tmp_path):
     good = {"vid": "v", "query": "q", "relevant_windows": [[0, 1]]}
     bad = ["{", {**good, "query": " "}, {"vid": "v"}, {**good, "relevant_windows": [[2, 1]]},
            {**good, "relevant_windows": [[0, float("inf")]]}, {**good, "duration": -1}, 7]
     (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(good), ""] + [
         line if isinstance(line, str) else json.dumps(line) for line in bad]))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(Mistake) as error:
         data.read_file(tmp_path / "a.jsonl")
     lines = str(error.value).splitlines()
-    assert "7 entries that cannot be read" in lines[0] and len(lines) == 8
+    assert "7 invalid entries; correct or remove them" in lines[0] and len(lines) == 8
     for number, (line, reason) in enumerate(zip(lines[1:], (
             "Expecting property name", "sentence is empty", "no 'relevant_windows'",
-            "ends before it begins", "no stretch of time", "no stretch of time", "")), 3):
+            "ends before it begins", "is not a valid moment", "is not a valid moment", "")), 3):
         assert line.startswith(f"  line {number}: ") and reason in line
-    for content, reason in (("[1]", "is not in the form"), ("{", "is not in the form"),
+    for content, reason in (("[1]", "is not of the form"), ("{", "is not of the form"),
                             ('{"v": {"duration": 1}}', "v: no 'timestamps'"),
-                            ("\xff", "no text in UTF-8")):
+                            ("\xff", "is not UTF-8 text")):
         (tmp_path / "a.json").write_bytes(content.encode("latin-1"))
-        with pytest.raises(ValueError, match=reason):
+        with pytest.raises(Mistake, match=reason):
             data.read_file(tmp_path / "a.json")
-    with pytest.raises(FileNotFoundError, match="no annotation file"):
+    with pytest.raises(Mistake, match="no annotation file"):
         data.read_file(tmp_path / "b.json")
 
 
@@ -93,11 +97,11 @@ def test_statistics_are_the_papers(published):
     117.75 s, 3.63 moments, 37.14 s (and 71,957 queries, of which 4 are empty)."""
     for dataset, row in (("charades", "6670 16124 30.60 8.09 2.42 2367 4"),
                          ("activitynet", "19811 71953 117.75 37.14 3.63 506 4")):
-        assert data.describe(dataset, published).splitlines()[-1].split()[2:] == row.split()
+        assert prepare.describe(dataset, published).splitlines()[-1].split()[2:] == row.split()
 
 
 def test_annotations_are_installed_from_any_published_form(published, tmp_path):
-    """MMN's json, made here from the text files, in the folder name of its repository."""
+    """From MMN's json, made here from the text files, in a folder named as in its repository."""
     source = tmp_path / "elsewhere" / "Charades_STA"
     source.mkdir(parents=True)
     for split in ("train", "test"):
@@ -108,30 +112,29 @@ def test_annotations_are_installed_from_any_published_form(published, tmp_path):
             entry["timestamps"].append([s.start_sec, s.end_sec])
             entry["sentences"].append(s.sentence)
         (source / f"charades_{split}.json").write_text(json.dumps(content))
-    data.install("charades", tmp_path / "root", tmp_path / "elsewhere")
+    prepare.install("charades", tmp_path / "root", tmp_path / "elsewhere")
     for split in ("train", "val", "test"):
         assert (sorted(data.read_annotations("charades", split, tmp_path / "root"))
                 == sorted(data.read_annotations("charades", split, published)))
-    with pytest.raises(FileNotFoundError, match="no annotations of activitynet: none of train"):
-        data.install("activitynet", tmp_path / "root", tmp_path / "elsewhere")
+    with pytest.raises(Mistake, match="no annotations of activitynet: none of train"):
+        prepare.install("activitynet", tmp_path / "root", tmp_path / "elsewhere")
     content.pop("AMT7R")
     (source / "charades_test.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="3719 sentences of 1333 vid.* should have 3720 of 1334"):
-        data.install("charades", tmp_path / "other", tmp_path / "elsewhere")
+    with pytest.raises(Mistake, match="3719 sentences of 1333 vid.* expected 3720 of 1334"):
+        prepare.install("charades", tmp_path / "other", tmp_path / "elsewhere")
     assert not (tmp_path / "other").exists()
 
 
-def test_missing_annotations_are_fetched_and_verified(published, tmp_path, monkeypatch):
-    """From a server on this machine that sends the published files, then from one that is not
-    there."""
-    asked, sources = [], data.SOURCES.read_text()
-    away = "https://raw.githubusercontent.com"
+def test_missing_annotations_are_downloaded_and_verified(published, tmp_path, monkeypatch):
+    """From a local server that sends the published files, then from one that does not exist."""
+    requested, sources = [], prepare.SOURCES.read_text()
+    remote = "https://raw.githubusercontent.com"
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            asked.append(self.path)
+            requested.append(self.path)
             name = next(name for name, address, _ in map(str.split, sources.splitlines())
-                        if address == away + self.path)
+                        if address == remote + self.path)
             content = (published / name).read_bytes()
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
@@ -143,18 +146,18 @@ def test_missing_annotations_are_fetched_and_verified(published, tmp_path, monke
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        here = tmp_path / "sources.txt"
-        here.write_text(sources.replace(away, f"http://127.0.0.1:{server.server_port}"))
-        monkeypatch.setattr(data, "SOURCES", here)
+        local = tmp_path / "sources.txt"
+        local.write_text(sources.replace(remote, f"http://127.0.0.1:{server.server_port}"))
+        monkeypatch.setattr(prepare, "SOURCES", local)
         for dataset in data.FILES:
-            data.install(dataset, tmp_path, None)
-            assert data.describe(dataset, tmp_path) == data.describe(dataset, published)
-        assert len(asked) == len(sources.splitlines()) == 15
-        data.install("charades", tmp_path, None)
-        assert len(asked) == 15                                 # it is there: not asked again
+            prepare.install(dataset, tmp_path, None)
+            assert prepare.describe(dataset, tmp_path) == prepare.describe(dataset, published)
+        assert len(requested) == len(sources.splitlines()) == 15
+        prepare.install("charades", tmp_path, None)
+        assert len(requested) == 15                     # already there
         server.shutdown()
-    with pytest.raises(RuntimeError, match="by hand to .*/charades/charades_sta_train.txt"):
-        data.install("charades", tmp_path / "offline", None)
+    with pytest.raises(Mistake, match="by hand to .*/charades/charades_sta_train.txt"):
+        prepare.install("charades", tmp_path / "offline", None)
 
 
 def test_charades_validation_is_a_tenth_of_the_training_videos(published):
@@ -165,11 +168,32 @@ def test_charades_validation_is_a_tenth_of_the_training_videos(published):
 
 
 def test_unknown_split_and_missing_features_say_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match="charades has no split 'dev'"):
+    with pytest.raises(Mistake, match="charades has no split 'dev'"):
         data.read_annotations("charades", "dev", tmp_path)
-    with pytest.raises(FileNotFoundError,
+    with pytest.raises(Mistake,
                        match="python data.py charades --videos DIR --clip ViT-B/32"):
         data.open_store("charades", "ViT-B/32", tmp_path)
+
+
+def test_chunks_are_cached(tmp_path, monkeypatch):
+    """In the folder of the dataset, if it exists: a second parser does not parse the same sentences
+    again. Another pipeline has a cache of its own."""
+    sentences = ["a person opens the door", "she  sits down on a chair.", ""]
+    assert data.parser_of("mine", tmp_path).all_chunks(sentences)[0] == [(0, 8), (15, 23)]
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    parser = data.parser_of("mine", tmp_path)
+    expected = parser.all_chunks(sentences)
+    cache = tmp_path / "mine" / f"chunks-{parser.name.replace(' ', '-')}.json"
+    assert list((tmp_path / "mine").iterdir()) == [cache]
+    again = data.parser_of("mine", tmp_path, mask="something")
+    monkeypatch.setattr(again.pipeline, "pipe", lambda texts: 1 / 0)
+    assert again.all_chunks(sentences) == expected
+    assert again.split(sentences[0]).dynamic == "something opens something"
+    with pytest.raises(ZeroDivisionError):
+        again.chunks("a sentence that is new")
+    parser.pipeline.meta["version"] = "0.0.0"
+    assert data.parser_of("mine", tmp_path, parser.pipeline).known == {}
 
 
 # ----------------------------------------------------------------------------------------- features
@@ -177,8 +201,8 @@ def test_unknown_split_and_missing_features_say_what_to_do(tmp_path):
 def test_frames_are_taken_at_the_centres_of_equal_parts():
     """Ten seconds in four parts: 1.25, 3.75, 6.25, 8.75."""
     assert video.frame_centres(10, 4).tolist() == [1.25, 3.75, 6.25, 8.75]
-    assert video.patch_frames(8, 4).tolist() == [1, 3, 5, 7]
-    assert video.patch_frames(3, 32).tolist() == [0, 1, 2]
+    assert data.patch_frames(8, 4).tolist() == [1, 3, 5, 7]
+    assert data.patch_frames(3, 32).tolist() == [0, 1, 2]
 
 
 def make_video(path, colours, rate=10, size=(32, 48)):
@@ -194,21 +218,21 @@ def make_video(path, colours, rate=10, size=(32, 48)):
         container.mux(stream.encode())
 
 
-def test_the_frame_on_show_at_an_instant(tmp_path):
-    """Ten frames a second: at 0.35 s frame 3 is on show, also when asked twice; at the very end the
-    last one, and long after it nothing."""
+def test_the_frame_on_screen_at_an_instant(tmp_path):
+    """Ten frames per second: at 0.35 s frame 3 is on screen, also when sampled twice; at the very
+    end the last one; long after it there is none."""
     make_video(tmp_path / "a.mp4", range(0, 200, 10))
     assert video.probe_duration(tmp_path / "a.mp4") == pytest.approx(2.0)
     frames = list(video.frames_at(tmp_path / "a.mp4", np.array([0.0, 0.05, 0.35, 0.36, 1.95, 2.1])))
     assert [frame.shape for frame in frames] == [(3, 32, 48)] * 6
     levels = [frame.float().mean().item() for frame in frames]
     assert levels == pytest.approx([0, 0, 30, 30, 190, 190], abs=4)
-    with pytest.raises(video.VideoError, match="frames end at 2.0 s, and 7.0 s is asked for"):
+    with pytest.raises(data.VideoError, match="frames end at 2.0 s, before the 7.0 s to"):
         list(video.frames_at(tmp_path / "a.mp4", np.array([7.0])))
 
 
 def test_variable_frame_rate(tmp_path):
-    """Frames that begin at 0, 0.1, 0.2 and 3.0 s: at 1.5 s the third is still on show."""
+    """Frames begin at 0, 0.1, 0.2 and 3.0 s: at 1.5 s the third is still on screen."""
     import av
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
         stream = container.add_stream("ffv1", rate=10)
@@ -227,7 +251,7 @@ def test_variable_frame_rate(tmp_path):
                                           ("yuv420p10le", (34, 46)), ("bgra", (17, 99)),
                                           ("yuv411p", (32, 36))])
 def test_odd_pixel_formats_and_sizes(tmp_path, pixels, size):
-    """A grey that brightens to the right, in each format, without loss but for its chroma."""
+    """A grey gradient in each format, lossless except for its chroma."""
     import av
     h, w = size
     image = np.broadcast_to(np.linspace(20, 220, w)[None, :, None], (h, w, 3)).astype(np.uint8)
@@ -246,7 +270,7 @@ def test_odd_pixel_formats_and_sizes(tmp_path, pixels, size):
 
 @pytest.mark.parametrize("matrix, bright", [((0, 1, -1, 0), "right"), ((-1, 0, 0, -1), "bottom"),
                                             ((0, -1, 1, 0), "left"), ((1, 0, 0, 1), "top")])
-def test_a_video_filmed_with_the_phone_on_its_side_is_turned_upright(tmp_path, matrix, bright):
+def test_a_video_filmed_with_the_phone_on_its_side_is_rotated_upright(tmp_path, matrix, bright):
     """The upper half is bright. The display matrix (a b; c d) of the file's track header sends the
     point (x, y), y downwards, to (a x + c y, b x + d y); so (0 1; -1 0) sends up, (0, -1), to
     (1, 0), right."""
@@ -280,34 +304,34 @@ def test_a_video_of_one_frame(tmp_path):
     assert len(frames) == 5
 
 
-def test_what_is_no_video_is_one_sentence(tmp_path):
-    (tmp_path / "a.mp4").write_text("no video")
-    with pytest.raises(video.VideoError, match="cannot be opened as a video"):
+def test_a_file_that_is_not_a_video_is_reported(tmp_path):
+    (tmp_path / "a.mp4").write_text("not a video")
+    with pytest.raises(data.VideoError, match="cannot be opened as a video"):
         video.probe_duration(tmp_path / "a.mp4")
 
 
 def test_store_round_trip_and_mismatch(tmp_path):
     made = {"clip": "x", "sha256": "0" * 64, "frames": 4, "width": 2}
-    store = video.FeatureStore(tmp_path / "f", made)
+    store = data.FeatureStore(tmp_path / "f", made)
     frames = torch.randn(4, 2).half()
     store.write("v", frames, None, 8.0)
     store.save_manifest()
-    again = video.FeatureStore(tmp_path / "f")
+    again = data.FeatureStore(tmp_path / "f")
     assert "v" in again and torch.equal(torch.from_numpy(np.array(again.read("v", "frames"))),
                                         frames)
     assert again.manifest["videos"]["v"] == {"duration_sec": 8.0, "seconds_per_feature": 2.0}
-    with pytest.raises(ValueError, match="made with clip 'x', not 'y'"):
-        video.FeatureStore(tmp_path / "f", {**made, "clip": "y"})
-    with pytest.raises(ValueError, match="plain file name"):
+    with pytest.raises(Mistake, match="made with clip 'x', not 'y'"):
+        data.FeatureStore(tmp_path / "f", {**made, "clip": "y"})
+    with pytest.raises(Mistake, match="plain file name"):
         store.write("../v", frames, None, 8.0)
-    with pytest.raises(video.VideoError, match="not finite"):
+    with pytest.raises(data.VideoError, match="not finite"):
         store.write("w", frames * float("nan"), None, 8.0)
-    with pytest.raises(FileNotFoundError, match="'w' have not been made"):
+    with pytest.raises(data.VideoError, match="'w' have not been made"):
         store.read("w", "frames")
 
 
 def test_reading_keeps_no_file_open(world):
-    """There are more videos than file descriptors."""
+    """A dataset has more videos than a process may have file descriptors."""
     store = data.open_store("shapes", "shapes", world)
     folder = pathlib.Path("/proc/self/fd")
     before = len(list(folder.iterdir())) if folder.exists() else 0
@@ -322,50 +346,50 @@ def greys(folder, names, frames=20):
 
 
 def test_extraction_resumes_and_adds_missing_patches(tmp_path, world):
-    """A video first seen in a test split gets its patches when it becomes a training video."""
+    """A video of a test split gets its patches when it becomes a training video."""
     model = clip.load(world / "shapes" / "clip.pt")
     greys(tmp_path / "v", "ab")
-    store = video.FeatureStore(tmp_path / "f", MADE)
-    found = data.find_files(tmp_path / "v", data.VIDEOS)
-    failed = video.extract(store, model, found, ["a", "b", "c"], set())
+    store = data.FeatureStore(tmp_path / "f", MADE)
+    paths = video.find_files(tmp_path / "v", video.VIDEOS)
+    failed = video.extract(store, model, paths, ["a", "b", "c"], set())
     assert failed == {"c": "there is no video file named c"}
     assert (store.folder / "failed.txt").read_text() == "c\tthere is no video file named c\n"
     assert not store.path("a", "patches").exists()
     before = store.path("b", "frames").stat().st_mtime_ns
-    video.extract(video.FeatureStore(tmp_path / "f"), model, found, ["a", "b"], {"a"})
+    video.extract(data.FeatureStore(tmp_path / "f"), model, paths, ["a", "b"], {"a"})
     assert store.read("a", "patches").shape == (2, 64, 4, 4)
     assert store.path("b", "frames").stat().st_mtime_ns == before
 
 
 def test_a_file_that_was_removed_is_made_again(tmp_path, world):
-    """As the error about a damaged one advises."""
+    """As the message about a damaged one advises."""
     model = clip.load(world / "shapes" / "clip.pt")
     greys(tmp_path / "v", "a")
-    found = data.find_files(tmp_path / "v", data.VIDEOS)
-    video.extract(video.FeatureStore(tmp_path / "f", MADE), model, found, ["a"], {"a"})
+    paths = video.find_files(tmp_path / "v", video.VIDEOS)
+    video.extract(data.FeatureStore(tmp_path / "f", MADE), model, paths, ["a"], {"a"})
     whole = contents(tmp_path / "f")
     for kind in ("frames", "patches"):
         (tmp_path / "f" / f"a.{kind}.npy").unlink()
-        video.extract(video.FeatureStore(tmp_path / "f"), model, found, ["a"], {"a"})
+        video.extract(data.FeatureStore(tmp_path / "f"), model, paths, ["a"], {"a"})
         assert contents(tmp_path / "f") == whole
 
 
 def test_a_video_that_was_replaced_is_read_again(tmp_path, world):
     model = clip.load(world / "shapes" / "clip.pt")
     greys(tmp_path / "v", "ab")
-    found = data.find_files(tmp_path / "v", data.VIDEOS)
-    video.extract(video.FeatureStore(tmp_path / "f", MADE), model, found, ["a", "b"], set())
+    paths = video.find_files(tmp_path / "v", video.VIDEOS)
+    video.extract(data.FeatureStore(tmp_path / "f", MADE), model, paths, ["a", "b"], set())
     before = contents(tmp_path / "f")
     make_video(tmp_path / "v" / "a.mp4", range(0, 250, 5))
-    video.extract(video.FeatureStore(tmp_path / "f"), model, found, ["a", "b"], set())
+    video.extract(data.FeatureStore(tmp_path / "f"), model, paths, ["a", "b"], set())
     after = contents(tmp_path / "f")
     assert before["b.frames.npy"] == after["b.frames.npy"]
     assert before["a.frames.npy"] != after["a.frames.npy"]
 
 
-def test_mistakes_on_the_command_line_leave_nothing(published, world, tmp_path):
-    """Frames below 1; no video that can be read; annotations of one dataset named by their own
-    folder are installed without the sibling's."""
+def test_mistakes_on_the_command_line_leave_nothing_behind(published, world, tmp_path):
+    """--frames below 1; no readable video; annotations of one dataset, in its own folder, are
+    installed without those of its sibling."""
     def run(*arguments):
         done = subprocess.run([sys.executable, pathlib.Path(data.__file__), *arguments, "--root",
                                tmp_path / "data"], capture_output=True, text=True)
@@ -375,7 +399,7 @@ def test_mistakes_on_the_command_line_leave_nothing(published, world, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "shapes").symlink_to(world / "shapes")
     (tmp_path / "v").mkdir()
-    (tmp_path / "v" / "a.mp4").write_text("no video")
+    (tmp_path / "v" / "a.mp4").write_text("not a video")
     (tmp_path / "a.jsonl").write_text('{"vid": "a", "query": "q\u2028r", "duration": 9, '
                                       '"relevant_windows": [[0, 1]]}\n')
     mine = ("mine", "--annotations", tmp_path / "a.jsonl", "--videos", tmp_path / "v", "--clip",
@@ -384,12 +408,12 @@ def test_mistakes_on_the_command_line_leave_nothing(published, world, tmp_path):
     assert done.returncode == 2 and "at least 1" in done.stderr
     assert not (tmp_path / "data" / "mine").exists()
     done = run(*mine)
-    assert done.returncode == 2 and "not one of 1 videos could be read" in done.stderr
+    assert done.returncode == 2 and "none of 1 videos could be read" in done.stderr
     make_video(tmp_path / "v" / "a.mp4", range(0, 200, 10))
     assert run(*mine).returncode == 0
     assert run("").returncode == 2
     done = run("activitynet", "--annotations", published / "activitynet")
-    assert done.returncode == 0 and "note: activitynet-cg is left out" in done.stderr
+    assert done.returncode == 0 and "note: activitynet-cg is skipped" in done.stderr
 
 
 MADE = {"clip": "shapes", "frames": 4, "patch_frames": 2, "width": 64, "patch_width": 64, "grid": 4,
@@ -402,21 +426,21 @@ def contents(folder):
 
 @pytest.mark.parametrize("workers, batch", [(0, 4), (0, 12), (2, 64)])
 def test_features_do_not_depend_on_batch_mates_order_or_processes(tmp_path, world, workers, batch):
-    """Each video alone, and all in batches that begin at every place: the same bytes."""
+    """Each video alone, and all of them in batches of any size: the same bytes."""
     model = clip.load(world / "shapes" / "clip.pt")
     greys(tmp_path / "v", "abcde")
-    found = data.find_files(tmp_path / "v", data.VIDEOS)
+    paths = video.find_files(tmp_path / "v", video.VIDEOS)
     alone, together = tmp_path / "alone", tmp_path / "together"
     for name in "ceabd":
-        video.extract(video.FeatureStore(alone, MADE), model, found, [name], {"a"}, 0, batch)
-    video.extract(video.FeatureStore(together, MADE), model, found, list("edcba"), {"a"}, workers,
+        video.extract(data.FeatureStore(alone, MADE), model, paths, [name], {"a"}, 0, batch)
+    video.extract(data.FeatureStore(together, MADE), model, paths, list("edcba"), {"a"}, workers,
                   batch)
     assert contents(alone) == contents(together) and len(contents(alone)) == 8
-    assert not list(video.FeatureStore(alone).problems())
+    assert not list(prepare.file_problems(data.FeatureStore(alone)))
 
 
-class Killer:
-    """A path that ends the process which decodes it."""
+class Crasher:
+    """A path that crashes the process that decodes it."""
 
     def __init__(self, path):
         self.path = path
@@ -427,19 +451,19 @@ class Killer:
         return str(self.path)
 
 
-def test_a_video_that_kills_its_decoder_is_found(tmp_path, world):
+def test_a_video_that_crashes_its_decoder_is_found(tmp_path, world):
     model = clip.load(world / "shapes" / "clip.pt")
     greys(tmp_path / "v", "abc")
-    found = data.find_files(tmp_path / "v", data.VIDEOS)
-    found["b"] = Killer(found["b"])
-    store = video.FeatureStore(tmp_path / "f", MADE)
-    failed = video.extract(store, model, found, ["a", "b", "c"], set(), 1)
-    assert list(failed) == ["b"] and "b.mp4 kills the process that decodes it" in failed["b"]
+    paths = video.find_files(tmp_path / "v", video.VIDEOS)
+    paths["b"] = Crasher(paths["b"])
+    store = data.FeatureStore(tmp_path / "f", MADE)
+    failed = video.extract(store, model, paths, ["a", "b", "c"], set(), 1)
+    assert list(failed) == ["b"] and "b.mp4 crashes the process that decodes it" in failed["b"]
     assert "a" in store and "c" in store
 
 
-def test_killed_and_continued_and_shared_by_processes_the_store_is_the_same(tmp_path, world):
-    """`python data.py` at once; killed by SIGKILL in mid-work and run again, several times; and as
+def test_killed_and_continued_or_shared_by_processes_the_store_is_the_same(tmp_path, world):
+    """`python data.py` in one go; killed by SIGKILL at work and run again, several times; and as
     two processes of a cluster: the same features, byte by byte."""
     names = [f"v{i}" for i in range(12)]
     greys(tmp_path / "v", names, 150)
@@ -478,7 +502,7 @@ def test_killed_and_continued_and_shared_by_processes_the_store_is_the_same(tmp_
     shared = tmp_path / "shared/mine/features/shapes"
     assert {k: v for k, v in contents(shared).items() if k.endswith(".npy")} == {
         k: v for k, v in whole.items() if k.endswith(".npy")}
-    assert len(video.FeatureStore(shared).manifest["videos"]) == len(names)
+    assert len(data.FeatureStore(shared).manifest["videos"]) == len(names)
 
 
 # ------------------------------------------------------------------------- features made elsewhere
@@ -497,31 +521,32 @@ def test_features_made_elsewhere(tmp_path):
     np.save(folder / "nan.npy", x * np.nan)
     np.save(folder / "objects.npy", np.array([{}, []], dtype=object))
     np.savez(folder / "other.npz", something=x)
-    (folder / "text.npy").write_text("no array")
-    store = video.FeatureStore(tmp_path / "f", MADE | {"width": 2, "patch_frames": 0})
-    files = data.find_files(folder, data.FEATURES)
-    failed = video.adopt_features(store, files, [*files, "none"], dict.fromkeys(files, 20.0))
+    (folder / "text.npy").write_text("not an array")
+    store = data.FeatureStore(tmp_path / "f", MADE | {"width": 2, "patch_frames": 0})
+    paths = video.find_files(folder, prepare.FEATURES)
+    failed = video.adopt_features(store, paths, [*paths, "none"], dict.fromkeys(paths, 20.0))
     assert sorted(store.manifest["videos"]) == ["a", "b", "c"]
     for name in "abc":
         assert np.array_equal(store.read(name, "frames"), x[[1, 3, 6, 8]])
-    for name, reason in dict(wide="4 numbers, and this CLIP of 2", flat=r"float32 \[10\]",
+    for name, reason in dict(wide="width 4, but this CLIP's width is 2", flat=r"float32 \[10\]",
                              text="text", empty=r"\[0, 2\]", nan="finite", objects="Python objects",
-                             other="features", none="no file of features named none").items():
+                             other="features", none="no feature file named none").items():
         assert re.search(reason, failed[name]), failed[name]
-    with pytest.raises(ValueError, match="no patches, which spatial dynamics .* --method mmn"):
-        data.Videos([data.Sample("a", "q", 0, 1, 20.0)], store, 2, parse.Parser("rules"), True)
+    with pytest.raises(Mistake, match="no patches, which the spatial dynamics .* --method mmn"):
+        data.Videos([data.Sample("a", "q", 0, 1, 20.0)], store, 2,
+                    parse.Parser(known={"q": []}), True)
 
 
-def test_check_names_every_fault(tmp_path, capsys):
+def test_check_lists_every_problem(tmp_path, capsys):
     root = tmp_path / "data"
-    store = video.FeatureStore(root / "mine/features/x", MADE)
+    store = data.FeatureStore(root / "mine/features/x", MADE)
     for name in "abcdefg":
         store.write(name, torch.randn(4, 64).half(), torch.randn(2, 64, 4, 4).half(), 8.0)
     store.save_manifest()
     rows = [data.Sample(name, "q", 0, 1, 8.0) for name in "abcdefg"]
-    (root / "mine/features/stray").mkdir()                      # no store: passed over
+    (root / "mine/features/stray").mkdir()                      # not a store: ignored
     data.write_jsonl(root / "mine/train.jsonl", rows)
-    assert data.check("mine", root) and "7 videos" in capsys.readouterr().out
+    assert prepare.check("mine", root) and "7 videos" in capsys.readouterr().out
     np.save(store.path("a", "frames"), np.zeros((5, 64), np.float16))
     np.save(store.path("b", "patches"), np.full((2, 64, 4, 4), np.nan, np.float16))
     store.path("c", "frames").unlink()
@@ -530,34 +555,34 @@ def test_check_names_every_fault(tmp_path, capsys):
     del store.manifest["videos"]["f"]
     store.path("g", "patches").unlink()
     store.save_manifest()
-    assert not data.check(None, root)
+    assert not prepare.check(None, root)
     out = capsys.readouterr().out
-    for fault in ("a.frames.npy is float16 (5, 64), not float16 (4, 64)", "b.patches.npy is not",
-                  "c.frames.npy is missing", "d.frames.npy is damaged", "e is 9.0 s long, and its",
-                  "e: its file is 9.00 s long, and its annotations say 8.00 s",
+    for problem in ("a.frames.npy is float16 (5, 64), not float16 (4, 64)", "b.patches.npy is not",
+                  "c.frames.npy is missing", "d.frames.npy is damaged", "e is 9.0 s long, but its",
+                  "e: its file is 9.00 s long, but its annotations say 8.00 s",
                   "f.frames.npy is in no manifest", "train: 1 of 7 videos have no features",
                   "train: 1 videos have no patches, for instance g"):
-        assert fault in out, (fault, out)
+        assert problem in out, (problem, out)
     assert "g" not in [line.split()[0].split(".")[0].strip(":") for line in out.splitlines()[1:]]
-    with pytest.raises(FileNotFoundError, match="no features in"):
-        data.check("other", root)
+    with pytest.raises(Mistake, match="no features in"):
+        prepare.check("other", root)
 
 
-def test_two_files_of_one_name_are_refused(tmp_path):
+def test_two_files_of_the_same_name_are_rejected(tmp_path):
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.mp4").touch()
-    with pytest.raises(ValueError, match="have one name, a: which is meant"):
-        data.find_files(tmp_path, data.VIDEOS)
+    with pytest.raises(Mistake, match="have the same name, a; remove one of them"):
+        video.find_files(tmp_path, video.VIDEOS)
 
 
-def test_an_interrupted_write_leaves_nothing(tmp_path):
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     def fail(file):
         file.write(b"half")
         raise OSError("disk full")
     (tmp_path / "x").write_bytes(b"before")
     with pytest.raises(OSError):
-        command.save(tmp_path / "x", fail)
+        files.save(tmp_path / "x", fail)
     assert (tmp_path / "x").read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -567,10 +592,10 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
 def videos(world):
     store = data.open_store("shapes", "shapes", world)
     return data.Videos(data.read_annotations("shapes", "train", world), store, 16,
-                       parse.Parser("rules"), patches=True)
+                       data.parser_of("shapes", world), patches=True)
 
 
-def test_a_batch_holds_every_sentence_of_its_videos(videos):
+def test_a_batch_contains_every_sentence_of_its_videos(videos):
     batch = next(iter(videos.batches(5)))
     assert batch.frames.shape == (5, 32, 64) and batch.patches.shape == (5, 32, 64, 4, 4)
     assert torch.allclose(batch.frames.norm(dim=2), torch.ones(5, 32), atol=1e-5)
@@ -584,11 +609,25 @@ def test_a_batch_holds_every_sentence_of_its_videos(videos):
     assert torch.equal(batch.iou, mmn.iou_map(batch.moments_sec, batch.durations_sec, 16))
 
 
-def test_workers_read_the_same_also_where_processes_are_spawned(videos):
-    """As on macOS and Windows: all that a worker needs can be pickled."""
+def test_spawned_workers_read_the_same(videos):
+    """As on macOS and Windows: everything that a worker needs can be pickled."""
     again = pickle.loads(pickle.dumps(videos))
     ours, theirs = (next(iter(v.batches(3))) for v in (videos, again))
     assert torch.equal(ours.frames, theirs.frames) and torch.equal(ours.patches, theirs.patches)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_file_is_reported_by_name(world, tmp_path, workers):
+    """Also from a worker process, and by a process of torchrun that has no share of a batch."""
+    shutil.copytree(world / "shapes" / "features" / "shapes", tmp_path / "f")
+    store = data.FeatureStore(tmp_path / "f")
+    videos = data.Videos(data.read_annotations("shapes", "train", world), store, 16,
+                         data.parser_of("shapes", world))
+    store.path(videos.videos[0], "frames").write_bytes(b"damaged")
+    reason = f"{videos.videos[0]}.frames.npy is damaged .*remove it and run data.py again"
+    with pytest.raises(data.VideoError, match=reason):
+        list(videos.batches(4, workers=workers))
+    assert isinstance(videos.collate([]), data.VideoError)
 
 
 def test_shuffling_is_seeded_and_complete(videos):
@@ -602,8 +641,8 @@ def test_shuffling_is_seeded_and_complete(videos):
 # -------------------------------------------------------------------------------------- real videos
 
 def test_real_videos(published, world):
-    """Right shapes, the same twice, the same in any batch; durations as probed by hand; a broken
-    file is one sentence."""
+    """The right shapes, the same twice; durations as measured by hand; a broken file is reported in
+    one sentence."""
     model = clip.load(world / "shapes" / "clip.pt")
     for name, seconds in (("charades.mp4", 30.7), ("arm_wrestling.mp4", 10.0),
                           ("flipping_a_pancake.mkv", 10.33), ("test.avi", 6.6)):
@@ -613,7 +652,7 @@ def test_real_videos(published, world):
         assert torch.isfinite(frames).all() and duration_sec == pytest.approx(seconds, abs=0.15)
         again, _ = video.sample_frames(published / "videos" / name, 32, 32)
         assert torch.equal(frames, video.encode_frames(model, again)[0])
-    with pytest.raises(video.VideoError, match="corrupted.mp4"):
+    with pytest.raises(data.VideoError, match="corrupted.mp4"):
         video.sample_frames(published / "videos" / "corrupted.mp4", 32, 32)
 
 
@@ -635,8 +674,8 @@ def test_preprocessing_agrees_with_pillow_on_real_frames(published):
 
 
 def test_real_videos_by_the_command(published, world, tmp_path):
-    """Four are extracted, by processes and in one batch, twice alike; the damaged one ends in
-    failed.txt."""
+    """Four are extracted, in one process and with decoding processes and larger batches, with the
+    same result; the damaged one is listed in failed.txt."""
     names = ("charades", "arm_wrestling", "flipping_a_pancake", "test", "corrupted")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(
         {"vid": name, "query": "a person", "relevant_windows": [[0, 5]]}) + "\n" for name in names))
@@ -650,7 +689,7 @@ def test_real_videos_by_the_command(published, world, tmp_path):
              tmp_path / root, "--workers", workers, "--batch", batch, "--device", "cpu"],
             capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
-        assert "without the 1 that failed (failed.txt) 1 sentences are lost" in result.stdout
+        assert "the 1 that failed (failed.txt) have 1 sentences" in result.stdout
         stores.append(tmp_path / root / "mine/features/shapes")
         assert re.match("corrupted\t.*corrupted.mp4", (stores[-1] / "failed.txt").read_text())
     features = [{name: np.load(store / name) for name in contents(store) if name.endswith(".npy")}
@@ -658,5 +697,5 @@ def test_real_videos_by_the_command(published, world, tmp_path):
     assert len(features[0]) == 8 and features[0].keys() == features[1].keys()
     for name, x in features[0].items():
         assert x.shape == ((32, 64) if "frames" in name else (32, 64, 4, 4))
-        # subtle: batches of another size may round otherwise in the last bit of float16
+        # subtle: batches of another size may round the last bit of float16 differently
         assert np.allclose(x, features[1][name], rtol=2e-3, atol=2e-3)

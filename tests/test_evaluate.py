@@ -7,6 +7,7 @@ import torch
 
 import data
 import evaluate
+from support import parallel
 
 
 def test_recall_by_hand():
@@ -68,10 +69,10 @@ def test_event_accuracy_by_hand():
 
 
 def test_a_device_that_is_not_there_is_an_error():
-    assert data.pick_device("cpu") == torch.device("cpu")
+    assert parallel.pick_device("cpu") == torch.device("cpu")
     for name in ("nonsense", *(() if torch.cuda.is_available() else ("cuda", "cuda:1"))):
-        with pytest.raises(ValueError, match="there is no device"):
-            data.pick_device(name)
+        with pytest.raises(ValueError, match="is not available"):
+            parallel.pick_device(name)
 
 
 def test_over_runs_by_hand():
@@ -106,7 +107,7 @@ def test_average_precision_by_hand():
 
 def test_predictions_of_other_sentences_are_refused():
     one = [{"qid": 1, "pred_relevant_windows": [[0, 1, 0.5]]}]
-    with pytest.raises(ValueError, match="1 of its 1 sentences .* have none, and 1 others"):
+    with pytest.raises(ValueError, match="1 of its 1 sentences .* have no prediction, and 1 predictions"):
         evaluate.score_predictions(one, [{"qid": 2, "relevant_windows": [[0, 1]]}])
     with pytest.raises(ValueError, match="no predicted moment, for instance qid 1"):
         evaluate.score_predictions([{"qid": 1, "pred_relevant_windows": []}],
@@ -116,7 +117,7 @@ def test_predictions_of_other_sentences_are_refused():
 def test_every_bad_line_of_predictions_is_named(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"qid": 1}\n{"qid": 2, "pred_relevant_windows": [[1]]}\n'
                                       '{"qid": 3, "pred_relevant_windows": [[0, 1e999]]}\n[]\n')
-    with pytest.raises(ValueError, match="4 entries that cannot be read") as error:
+    with pytest.raises(ValueError, match="4 invalid entries") as error:
         evaluate.read_rows(tmp_path / "p.jsonl", "pred_relevant_windows")
     assert [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]] == [
         "line 1", "line 2", "line 3", "line 4"]
@@ -168,16 +169,16 @@ def test_numbering_is_checked(tmp_path):
             for i in range(3)]
     truth = [{"qid": i, "query": f"q{2 - i}", "vid": "v", "relevant_windows": [[0, 1]]}
              for i in range(3)]
-    with pytest.raises(ValueError, match="number their sentences otherwise"):
+    with pytest.raises(ValueError, match="number their sentences differently"):
         evaluate.score_predictions(rows, truth)
-    with pytest.raises(ValueError, match="qid 0 stands in two lines"):
+    with pytest.raises(ValueError, match="qid 0 occurs on two lines"):
         evaluate.score_predictions(rows + rows[:1], truth)
     with pytest.raises(ValueError, match="no sentence to score"):
         evaluate.score_predictions([], [])
     (tmp_path / "t.jsonl").write_text('{"qid": 0, "relevant_windows": []}\n')
-    with pytest.raises(ValueError, match="line 1: a sentence has no true moment"):
+    with pytest.raises(ValueError, match="line 1: the sentence has no true moment"):
         evaluate.read_rows(tmp_path / "t.jsonl", "relevant_windows")
-    with pytest.raises(ValueError, match="is no file of predictions"):
+    with pytest.raises(ValueError, match="is not a file of predictions"):
         evaluate.read_rows(tmp_path / "t.txt", "pred_relevant_windows")
     (tmp_path / "t.jsonl").write_text('{"vid": "v", "relevant_windows": [[0, 1]]}\n' * 2)
     rows = evaluate.read_rows(tmp_path / "t.jsonl", "relevant_windows")

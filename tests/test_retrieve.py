@@ -1,5 +1,5 @@
-"""retrieve.py: one video, long and short ones, the page in a real browser, and the index, against
-the retriever itself."""
+"""retrieve.py: short and long videos, the command line, and the page in a real browser. For the
+index see test_index.py."""
 import json
 import pathlib
 import shutil
@@ -21,6 +21,8 @@ import retrieve
 import shapes
 import train
 import video
+from support.errors import Mistake
+from support.text import printable
 
 HERE = pathlib.Path(__file__).parent.parent
 SENTENCES = ["the green circle blinks", "the maroon heart rises"]
@@ -28,7 +30,7 @@ SENTENCES = ["the green circle blinks", "the maroon heart rises"]
 
 @pytest.fixture(scope="module")
 def checkpoint(world, tmp_path_factory):
-    """A run of three epochs: it knows little, but what it says is the same everywhere."""
+    """A run of three epochs: it has learned little, but its answers are the same everywhere."""
     folder = tmp_path_factory.mktemp("run") / "r"
     config = train.Config(**{"dataset": "shapes", **train.preset("shapes"), "method": "mmn",
                              "root": str(world), "epochs": 3, "device": "cpu", "out": str(folder)})
@@ -49,8 +51,9 @@ def retriever(checkpoint, tmp_path_factory):
     return retrieve.Retriever(checkpoint, "cpu", cache=tmp_path_factory.mktemp("cache"))
 
 
-def command(*arguments, status=0):
-    done = subprocess.run([sys.executable, "retrieve.py", *map(str, arguments)], cwd=HERE,
+def command(*arguments, status=0, program=("retrieve.py",)):
+    """What `python PROGRAM ...` prints on stdout; with status 2 its error."""
+    done = subprocess.run([sys.executable, *program, *map(str, arguments)], cwd=HERE,
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == status, done.stdout + done.stderr
     assert status == 0 or (done.stderr.startswith("error: ") and "Traceback" not in done.stderr)
@@ -58,7 +61,7 @@ def command(*arguments, status=0):
 
 
 def looped(source, out, times):
-    """A video file that plays another one several times, or its first frames (times below 1)."""
+    """A video file that repeats another one `times` times, or its first frames (times below 1)."""
     import av
     with av.open(str(source)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
@@ -76,15 +79,14 @@ def looped(source, out, times):
 # ---------------------------------------------------------------------------------------- one video
 
 def test_a_video_file_gives_the_moment_that_stored_features_give(retriever, videos, world):
-    """The same model on the exported mp4 and on features made from the frames as drawn: IoU of the
-    two answers at least 0.9 for 9 of 10 videos."""
+    """The same model on the exported mp4 and on features made from the frames as drawn: the two
+    answers overlap by IoU >= 0.9 for 9 of 10 sentences."""
     model = clip.load(world / "shapes" / "clip.pt")
     rows = data.read_file(videos / "annotations.jsonl")
     agree = []
     for i in range(10):
         name = f"test-{i:04d}"
-        plan = shapes.script("test", np.random.default_rng([0, 3, i]))
-        pixels = torch.from_numpy(shapes.render(plan, np.arange(32) + 0.5)).permute(0, 3, 1, 2)
+        pixels = shapes.film(shapes.plan_of(0, "test", i))
         x = F.normalize(video.encode_frames(model, pixels)[0].float(), dim=1)
         sentences = [row.sentence for row in rows if row.video == name]
         duration_sec = next(row.duration_sec for row in rows if row.video == name)
@@ -121,8 +123,8 @@ def test_a_cached_video_is_not_read_again(retriever, videos, tmp_path, monkeypat
 
 @pytest.mark.parametrize("times, windows", [(0.006, 1), (0.1, 1), (1, 1), (5, None)])
 def test_any_length(retriever, videos, tmp_path, times, windows):
-    """From 0.2 s to five times the length of training; moments lie within the video, ordered by
-    score, and no two overlap by more than a half."""
+    """From 0.2 s to five times the trained length; moments lie within the video, ordered by score,
+    and no two overlap by IoU > 0.5."""
     path = looped(videos / "test-0002.mp4", tmp_path / "a.mp4", times)
     encoded = retriever.encode(path)
     assert windows is None or len(encoded.starts) == windows
@@ -136,9 +138,9 @@ def test_any_length(retriever, videos, tmp_path, times, windows):
             assert mmn.interval_iou(torch.tensor(a[:2]), torch.tensor(b[:2])) <= 0.5 + 1e-6
 
 
-def test_a_long_video_is_seen_as_densely_as_in_training_and_to_its_end(retriever, videos, tmp_path):
-    """Five times over: every feature lies in a window, windows overlap by half, and a feature
-    stands for as long as in training."""
+def test_a_long_video_is_sampled_as_densely_as_in_training(retriever, videos, tmp_path):
+    """And to its end. Five times the length: every feature lies in a window, windows overlap by
+    half, and the seconds per feature are those of training."""
     encoded = retriever.encode(looped(videos / "test-0003.mp4", tmp_path / "a.mp4", 5))
     covered = set()
     for start in encoded.starts:
@@ -148,15 +150,16 @@ def test_a_long_video_is_seen_as_densely_as_in_training_and_to_its_end(retriever
     assert encoded.each_sec == pytest.approx(retriever.window_sec / retriever.T, rel=0.02)
 
 
-def test_mistakes_are_one_sentence(checkpoint, videos, world, tmp_path):
+def test_mistakes_are_reported_in_one_sentence(retriever, checkpoint, videos, world, tmp_path):
+    with pytest.raises(Mistake, match="is a folder; .* see: python -m extras.index --help"):
+        retriever.encode(videos)
     good = videos / "test-0000.mp4"
-    (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "text.mp4").write_text("not a video")
     assert "cannot be opened" in command(checkpoint, tmp_path / "text.mp4", "a", status=2)
     assert "there is no video" in command(checkpoint, tmp_path / "none.mp4", "a", status=2)
     assert "a sentence is empty" in command(checkpoint, good, "a", " ", status=2)
-    assert "asks for no moment" in command(checkpoint, good, "a", "--top", 0, status=2)
-    assert "no checkpoint" in command(tmp_path / "none.pt", good, "a", status=2)
-    assert "is no index" in command("search", tmp_path, "a", status=2)
+    assert "--top must be at least 1" in command(checkpoint, good, "a", "--top", 0, status=2)
+    assert "there is no checkpoint" in command(tmp_path / "none.pt", good, "a", status=2)
     other = torch.load(world / "shapes" / "clip.pt", weights_only=True)
     torch.save({key: value + 1 for key, value in other.items()}, tmp_path / "clip.pt")
     error = command(checkpoint, good, "a", "--clip", tmp_path / "clip.pt", "--cache", "", status=2)
@@ -168,11 +171,11 @@ def test_mistakes_are_one_sentence(checkpoint, videos, world, tmp_path):
 
 def test_command_line(checkpoint, videos, tmp_path):
     good = videos / "test-0000.mp4"
-    dollars = r"pays $5 \foo and $3, " + "word " * 100          # no formula in the picture
+    dollars = r"pays $5 \foo and $3, " + "word " * 100          # not a formula in the plot
     text = command(checkpoint, good, *SENTENCES, dollars, "--top", 3, "--cache", "",
                    "--jsonl", tmp_path / "out.jsonl", "--plot", tmp_path / "out.png", "--clips",
                    tmp_path / "clips")
-    assert text.count("a rank, no probability") == 3 and "on steps of 2.15 s" in text
+    assert text.count("for ranking only; not a probability") == 3 and "on a grid of 2.15 s" in text
     assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
     answer = json.loads(command(checkpoint, good, *SENTENCES, "--top", 3, "--cache", "", "--json"))
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -187,10 +190,41 @@ def test_command_line(checkpoint, videos, tmp_path):
         assert video.probe_duration(path) == pytest.approx(length, abs=0.3)
 
 
-def test_clock_and_what_a_terminal_would_obey():
+def test_clock_and_control_characters():
     assert [retrieve.clock(s) for s in (0, 3.84, 59.96, 61.5, 3599.99, 7322.2)] == [
         "0:00.0", "0:03.8", "1:00.0", "1:01.5", "1:00:00.0", "2:02:02.2"]
-    assert retrieve.command.printable("a\x1b[31mb\u202ec") == "a\\x1b[31mb\\u202ec"
+    assert printable("a\x1b[31mb\u202ec") == "a\\x1b[31mb\\u202ec"
+
+
+def test_clips_overwrite_nothing_and_keep_the_duration(videos, tmp_path):
+    """A video that shows one frame for 20 s: a clip of it is as long as its moment, although no
+    frame begins in it; and existing files are kept."""
+    import av
+    path = tmp_path / "still: 12:30.mkv"                        # a name that is not a URL
+    with av.open(f"file:{path}", "w") as container:
+        stream = container.add_stream("ffv1", rate=1)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "bgr0"
+        for pts in (0, 20):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 99, dtype=np.uint8),
+                                               format="rgb24")
+            frame.pts = pts
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    moments = [[retrieve.Moment(2.0, 12.0, 0.5)]]
+    out, = retrieve.write_clips(tmp_path / "clips", path, moments)
+    assert video.probe_duration(out) == pytest.approx(10, abs=0.2)
+    before = out.read_bytes()
+    with pytest.raises(Mistake, match="choose another folder"):
+        retrieve.write_clips(tmp_path / "clips", path, moments)
+    assert out.read_bytes() == before
+
+
+def test_a_damaged_cache_is_made_again(retriever, videos):
+    first = retriever.encode(videos / "test-0008.mp4")
+    kept = retriever.cache / f"{retriever.key(videos / 'test-0008.mp4')}.npz"
+    for content in (b"", kept.read_bytes()[:100]):
+        kept.write_bytes(content)
+        assert torch.equal(retriever.encode(videos / "test-0008.mp4").frames, first.frames)
 
 
 # ----------------------------------------------------------------------------------------- the page
@@ -269,168 +303,3 @@ def test_a_click_plays_the_moment_and_stops_at_its_end(videos, tmp_path):
                            "b => b.getAttribute('aria-pressed'))") == ["false", "true"]
     finally:
         browser.close()
-
-
-# ---------------------------------------------------------------------------------------- the index
-
-@pytest.fixture
-def folder(videos, tmp_path):
-    """Three good videos, one that is broken."""
-    target = tmp_path / "folder"
-    target.mkdir()
-    for i in range(3):
-        shutil.copy(videos / f"test-000{i}.mp4", target / f"{i}.mp4")
-    (target / "broken.mp4").write_bytes((target / "0.mp4").read_bytes()[:3000])
-    return target
-
-
-def brute_force(retriever, folder, sentence, top_k, per_video):
-    """Every moment of every video, its vectors rounded as in the index, scored and NMS'ed video by
-    video."""
-    answers, (iou_text, contrastive_text) = [], retriever.read([sentence])
-    for path in sorted(folder.glob("[0-9]*.mp4")):
-        spans, iou, contrastive = retriever.moments(retriever.encode(path))
-        scores = mmn.fuse(torch.sigmoid(10 * iou.half().float() @ iou_text[0]),
-                          contrastive.half().float() @ contrastive_text[0])
-        answers += [(path.name, retrieve.Moment(*spans[k].tolist(), scores[k].item()))
-                    for k in retrieve.greedy_nms(spans, scores, per_video)]
-    return sorted(answers, key=lambda answer: -answer[1].score)[:top_k]
-
-
-@pytest.mark.parametrize("per_video", [1, 3])
-def test_search_is_exact(retriever, checkpoint, folder, tmp_path, per_video):
-    index = retrieve.Index(tmp_path / "index", checkpoint)
-    assert list(index.update(retriever, folder)) == ["broken.mp4"]
-    iou, contrastive = retriever.read(SENTENCES)
-    for s, sentence in enumerate(SENTENCES):
-        expected = brute_force(retriever, folder, sentence, 5, per_video)
-        for block in (7, 100, 1 << 16):
-            found = index.search(iou[s], contrastive[s], top_k=5, per_video=per_video, block=block)
-            assert [name for name, _ in found] == [name for name, _ in expected]
-            assert torch.allclose(torch.tensor([m for _, m in found]),
-                                  torch.tensor([m for _, m in expected]), atol=1e-4)
-
-
-def test_an_index_notices_what_changed_and_reads_nothing_twice(retriever, checkpoint, folder,
-                                                               videos, tmp_path, capsys):
-    index = retrieve.Index(tmp_path / "index", checkpoint)
-    index.update(retriever, folder)
-    read = []
-    encode = retriever.encode
-    retriever.encode = lambda path: read.append(path.name) or encode(path)
-    try:
-        (folder / "0.mp4").unlink()
-        shutil.copy(videos / "test-0005.mp4", folder / "1.mp4")
-        shutil.copy(videos / "test-0006.mp4", folder / "9.mp4")
-        again = retrieve.Index(tmp_path / "index", checkpoint)
-        again.update(retriever, folder)
-    finally:
-        del retriever.encode
-    assert read == ["1.mp4", "9.mp4", "broken.mp4"]
-    out = capsys.readouterr().out
-    assert "gone: 0.mp4" in out and "changed: 1.mp4" in out
-    iou, contrastive = retriever.read(SENTENCES)
-    found = again.search(iou[0], contrastive[0], top_k=6, per_video=2)
-    expected = brute_force(retriever, folder, SENTENCES[0], 6, 2)
-    assert [name for name, _ in found] == [name for name, _ in expected]
-
-
-def test_an_interrupted_addition_leaves_nothing(retriever, checkpoint, folder, tmp_path,
-                                                monkeypatch):
-    """The disk is full after the second video's vectors were written: the index is as before, and
-    the next update completes it."""
-    index = retrieve.Index(tmp_path / "index", checkpoint)
-    save, calls = retrieve.Index.save, []
-
-    def full(self):
-        calls.append(1)
-        if len(calls) == 3:                                     # at the start, 0.mp4, 1.mp4
-            raise OSError("no space left on device")
-        save(self)
-
-    monkeypatch.setattr(retrieve.Index, "save", full)
-    with pytest.raises(OSError):
-        index.update(retriever, folder)
-    monkeypatch.setattr(retrieve.Index, "save", save)
-    index = retrieve.Index(tmp_path / "index", checkpoint)
-    assert list(index.content["videos"]) == ["0.mp4"]
-    index.update(retriever, folder)
-    iou, contrastive = retriever.read(SENTENCES)
-    assert [name for name, _ in index.search(iou[0], contrastive[0])] == [
-        name for name, _ in brute_force(retriever, folder, SENTENCES[0], 10, 3)]
-
-
-def test_an_interruption_after_a_video_is_gone_leaves_the_others(retriever, checkpoint, folder,
-                                                                  videos, tmp_path, monkeypatch):
-    """The last video is gone, another is written over its rows, and the disk is full: nothing is
-    found under the name of the one that is gone."""
-    index = retrieve.Index(tmp_path / "index", checkpoint)
-    index.update(retriever, folder)
-    (folder / "2.mp4").unlink()
-    shutil.copy(videos / "test-0007.mp4", folder / "7.mp4")
-    monkeypatch.setattr(retrieve.Index, "add", lambda self, *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        index.update(retriever, folder)
-    assert list(retrieve.Index(tmp_path / "index").content["videos"]) == ["0.mp4", "1.mp4"]
-
-
-def test_an_empty_folder_does_not_empty_the_index(retriever, checkpoint, folder, tmp_path):
-    index = retrieve.Index(tmp_path / "index", checkpoint)
-    index.update(retriever, folder)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no video, and the index holds 3"):
-        index.update(retriever, tmp_path / "empty")
-    assert len(retrieve.Index(tmp_path / "index").content["videos"]) == 3
-
-
-def test_clips_overwrite_nothing_and_keep_the_time(videos, tmp_path):
-    """A video of one picture for 20 s: a clip of it is as long as its moment, though no frame
-    begins in it; and a file that is there stays."""
-    import av
-    path = tmp_path / "still: 12:30.mkv"                        # a name that is no address
-    with av.open(f"file:{path}", "w") as container:
-        stream = container.add_stream("ffv1", rate=1)
-        stream.height, stream.width, stream.pix_fmt = 32, 48, "bgr0"
-        for pts in (0, 20):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 99, dtype=np.uint8),
-                                               format="rgb24")
-            frame.pts = pts
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    moments = [[retrieve.Moment(2.0, 12.0, 0.5)]]
-    out, = retrieve.write_clips(tmp_path / "clips", path, moments)
-    assert video.probe_duration(out) == pytest.approx(10, abs=0.2)
-    before = out.read_bytes()
-    with pytest.raises(FileExistsError, match="choose another folder"):
-        retrieve.write_clips(tmp_path / "clips", path, moments)
-    assert out.read_bytes() == before
-
-
-def test_a_damaged_cache_is_made_anew(retriever, videos):
-    first = retriever.encode(videos / "test-0008.mp4")
-    kept = retriever.cache / f"{retriever.key(videos / 'test-0008.mp4')}.npz"
-    for content in (b"", kept.read_bytes()[:100]):
-        kept.write_bytes(content)
-        assert torch.equal(retriever.encode(videos / "test-0008.mp4").frames, first.frames)
-
-
-def test_index_commands(checkpoint, folder, tmp_path):
-    first = shutil.copy(checkpoint, tmp_path / "first.pt")
-    text = command("index", first, folder, "--out", tmp_path / "index")
-    assert "failed: broken.mp4" in text and "408 moments of 3 videos" in text
-    first.unlink()                                      # the run has been moved: index tells where
-    assert "gone or has changed" in command("search", tmp_path / "index", "a", status=2)
-    command("index", checkpoint, folder, "--out", tmp_path / "index")
-    text = command("search", tmp_path / "index", *SENTENCES, "--top", 4)
-    assert text.count("a rank") == 2 and ".mp4" in text
-    answer = json.loads(command("search", tmp_path / "index", SENTENCES[0], "--top", 4, "--json"))
-    assert len(answer[0]["moments"]) == 4 and answer[0]["moments"][0]["video"].endswith(".mp4")
-    (folder / answer[0]["moments"][0]["video"]).unlink()
-    done = subprocess.run([sys.executable, "retrieve.py", "search", tmp_path / "index",
-                           SENTENCES[0]], cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0 and "is gone or has changed since" in done.stderr
-    other = tmp_path / "other.pt"
-    saved = torch.load(checkpoint, weights_only=True)
-    torch.save(saved | {"epoch": 99}, other)
-    assert "made with another checkpoint" in command("index", other, folder, "--out",
-                                                     tmp_path / "index", status=2)

@@ -87,8 +87,9 @@ def test_the_same_seed_makes_the_same_world(world, tmp_path):
     files = [sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*")
                     if p.is_file())
              for name in "ab"]
-    # frames of five videos, patches of the three for training, two splits; clip, events, manifest
-    assert files[0] == files[1] and len(files[0]) == 5 + 3 + 2 + 3
+    # frames of five videos, patches of the three for training, two splits; clip, events, chunks,
+    # manifest
+    assert files[0] == files[1] and len(files[0]) == 5 + 3 + 2 + 4
     for path in files[0]:
         assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes(), path
     one, two = (shapes.pretrain(5, steps=3, count=150, rounds=1).state_dict() for _ in range(2))
@@ -109,7 +110,7 @@ def test_nothing_downstream_knows_that_it_is_a_toy(world):
 
 def test_names_and_seeds():
     assert [shapes.seed_of(name) for name in ("shapes", "shapes-1", "shapes-12")] == [0, 1, 12]
-    with pytest.raises(ValueError, match="names no shapes world"):
+    with pytest.raises(ValueError, match="is not a shapes world"):
         shapes.seed_of("shapes-x")
 
 

@@ -11,13 +11,14 @@ import evaluate
 import mmn
 import retrieve
 import shapes
-import tan
 import train
+from extras import tan
+from support import cropped
 
 
 def small(layers: int = 2, kernel: int = 3) -> tan.TAN:
     torch.manual_seed(0)
-    return tan.TAN(5, 6, 2, 2, (2, 1), kernel, layers, 4, 3)
+    return cropped.speed_up(tan.TAN(5, 6, 2, 2, (2, 1), kernel, layers, 4, 3))
 
 
 def by_loops(model: tan.TAN, frames, text, video_of):
@@ -113,8 +114,8 @@ def test_it_stands_where_mmn_stands(world, tmp_path):
     sentences = ["the red circle rises", "the green bar falls"]
     both = retriever.predict(encoded, sentences)
     assert both == [retriever.predict(encoded, sentence) for sentence in sentences]
-    done = subprocess.run([sys.executable, "retrieve.py", "index", checkpoint, tmp_path / "videos",
+    done = subprocess.run([sys.executable, "-m", "extras.index", checkpoint, tmp_path / "videos",
                            "--out", tmp_path / "index"], capture_output=True, text=True,
-                          cwd=pathlib.Path(tan.__file__).parent)
+                          cwd=pathlib.Path(tan.__file__).parents[1])
     assert done.returncode == 2 and "has another retriever" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "index").exists()

@@ -1,12 +1,12 @@
-"""Makes clip.json: what two independent implementations say for fixed weights, images and strings.
+"""Makes clip.json: what two independent implementations output for fixed weights and inputs.
 
     pip install torch==2.13.0 transformers==5.23.0 ftfy regex numpy
     pip install --no-deps open_clip_torch==3.3.0
     python tests/golden/make_clip.py
 
 Vision transformer and text tower: Hugging Face's CLIPModel. ResNet tower and tokenizer:
-open_clip's. Weights are `fill`ed by a frozen random stream, key by key, so that no weight file has
-to be kept.
+open_clip's. Weights come from a fixed random stream (`fill`), key by key, so that no weight file
+has to be stored.
 """
 import importlib.util
 import json
@@ -37,7 +37,7 @@ RESNET = dict(layers=(1, 2, 1, 1), output_dim=32, heads=8, image_size=64, width=
 
 
 def fill(state: dict) -> dict:
-    """Weights from a frozen stream: every floating-point tensor of the dict, seeded by its key."""
+    """Weights from a fixed random stream: the key of a floating-point tensor is its seed."""
     result = {}
     for key, value in state.items():
         stream = np.random.RandomState(zlib.crc32(key.encode()))
@@ -59,7 +59,7 @@ def images(count: int, size: int) -> torch.Tensor:
 
 
 def tokens(vocabulary: int) -> torch.Tensor:
-    """Five sentences of different lengths; the largest id ends each."""
+    """Five sentences of different lengths, each ended by the largest id."""
     stream, rows = np.random.RandomState(1), torch.zeros(5, 77, dtype=torch.long)
     for row, length in zip(rows, (2, 7, 20, 76, 77)):
         row[:length - 1] = torch.from_numpy(stream.randint(1, vocabulary - 1, length - 1))
@@ -87,8 +87,8 @@ def main() -> None:
         text_config=VIT | dict(vocab_size=400, max_position_embeddings=77, eos_token_id=2),
         vision_config=VIT | dict(image_size=32, patch_size=8), projection_dim=64)
     model = CLIPModel(config).eval()
-    shapes = {key: list(value.shape) for key,
-              value in model.state_dict().items() if "position_ids" not in key}
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()
+              if "position_ids" not in key}
     model.load_state_dict(fill(model.state_dict()))
     seen = model.vision_model(images(3, 32))
     patches = model.vision_model.post_layernorm(seen.last_hidden_state[:, 1:])
@@ -110,7 +110,7 @@ def main() -> None:
     result["open_clip_resnet"]["patches"] = x.tolist()
 
     tokenizer = load_open_clip("tokenizer").SimpleTokenizer()
-    # open_clip spells the two special tokens <start_of_text>, <end_of_text>; the ids are the same
+    # open_clip writes the two special tokens <start_of_text>, <end_of_text>; the ids are the same
     result["tokens"] = []
     for text in STRINGS:
         spelled = text.replace("<|startoftext|>", "<start_of_text>")

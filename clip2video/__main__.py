@@ -1,0 +1,88 @@
+"""The command line of clip2video/__init__.py."""
+import json
+
+import clip2video
+from clip2video import data, evaluate, search, train
+from clip2video.model import PRESETS, Config, configure
+from support import options, parallel
+from support.errors import Mistake, reported
+from support.text import printable
+
+
+def parse_arguments(argv: list[str] | None = None):
+    parser = options.parser(clip2video.__doc__.split("\n")[0], prog="python -m clip2video")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def start(name: str, text: str, root: str | None = None):
+        """A parser for one command; returns its `add_argument`."""
+        command = commands.add_parser(name, help=text, description=text,
+                                      formatter_class=options.Formatter)
+        command.add_argument("--device", **options.DEVICE)
+        note = "" if root else " (default: the one used in training)"
+        command.add_argument("--root", default=root, help=f"folder of datasets{note}")
+        if name == "train":
+            options.add_options(command, Config, PRESETS, without=("device", "root"))
+        return command.add_argument
+
+    add = start("train", "train, and evaluate on the test videos", "data")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add = start("prepare", "make captions and features of a published dataset", "data")
+    add("dataset", choices=data.READERS, help="its name")
+    add("--annotations", required=True, help="folder of its published files")
+    add("--videos", required=True, help="folder of its video files")
+    add("--clip", default=Config.clip, help="a published CLIP, or a file")
+    add = start("evaluate", "compute the metrics of a checkpoint")
+    add("checkpoint", help="ckpt.pt of a run")
+    add("--split", default="test", help="which videos (vatex also has test1k5)")
+    add("--allow-missing", action="store_true", help="leave out videos without features")
+    add("--json", action="store_true", help="print json")
+    add = start("ablation", "measure the effect of each block, on the shapes world", "data")
+    add("--seeds", type=int, default=3, help="number of worlds")
+    add = start("index", "index a folder of videos, or update its index")
+    add("checkpoint", help="ckpt.pt of a run")
+    add("folder", help="folder of videos")
+    add("--out", required=True, help="folder of the index (may be that of python -m extras.index)")
+    add = start("search", "rank the videos of an index, or of a folder, by a sentence")
+    add("index", help="folder of the index; with --checkpoint, of videos")
+    add("sentences", nargs="+", help="what to look for")
+    add("--checkpoint", help="ckpt.pt of a run: index the folder of videos first")
+    add("--top", type=int, default=10, help="answers per sentence")
+    return parser.parse_args(argv)
+
+
+def run(given) -> None:
+    device = parallel.pick_device(given.device)
+    if given.command == "train":
+        fields = {name: value for name, value in vars(given).items()
+                  if name not in ("command", "resume")}
+        config = configure(**fields)
+        print(options.settings(config))
+        print(evaluate.table(train.train(config, given.resume)))
+    elif given.command == "prepare":
+        data.prepare(configure(dataset=given.dataset, clip=given.clip, root=given.root,
+                               device=given.device), given.annotations, given.videos)
+    elif given.command == "evaluate":
+        results = evaluate.evaluate_checkpoint(given.checkpoint, given.root, device, given.split,
+                                               given.allow_missing)
+        print(json.dumps(results) if given.json else evaluate.table(results))
+    elif given.command == "ablation":
+        if given.seeds < 1:
+            raise Mistake("--seeds must be at least 1")
+        print(train.ablation_table(train.ablation(given.seeds, given.root, given.device)))
+    elif given.command == "index":
+        search.update_index(given.checkpoint, given.folder, given.out, device, given.root)
+    else:
+        folder = given.index
+        if given.checkpoint:
+            folder = search.cached_index(given.checkpoint, folder, device, given.root)
+        ranker = search.Ranker(folder, device, given.root)
+        for sentence, videos in zip(given.sentences, ranker.best(given.sentences, given.top)):
+            print(f"\"{printable(sentence)}\"")
+            for k, (name, score) in enumerate(videos, 1):
+                print(f"{k:3d}  {score:.3f}  {printable(name)}")
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    with reported():
+        run(arguments)

@@ -1,0 +1,274 @@
+"""Captions and frame features of whole videos. Shapes: see clip2video/__init__.py.
+
+A dataset is a folder below the root: <split>.captions.json (the captions of each video) and a store
+of features. `prepare` makes it from a published dataset, `build_shapes` from a shapes world."""
+import csv
+import itertools
+import json
+import pathlib
+import pickle
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm, trange
+
+import clip
+import data
+import shapes
+import video
+from clip2video.model import Config
+from support import files, parallel
+from support.errors import Mistake, reason
+
+
+class Split(NamedTuple):
+    """V videos with their captions and features. Frames that a video lacks are zeros."""
+    videos: list[str]
+    captions: list[list[str]]
+    frames: Tensor                                                      # [V, L, D]
+    mask: Tensor                                                        # [V, L]
+    clip_sha256: str                                                    # of the CLIP
+
+
+def dataset_folder(config: Config) -> pathlib.Path:
+    """<root>/<dataset>; the whole videos of shapes are in <root>/shapes-videos."""
+    suffix = "-videos" if config.dataset.startswith("shapes") else ""
+    return pathlib.Path(config.root) / f"{config.dataset}{suffix}"
+
+
+def read_split(config: Config, split: str) -> Split:
+    """Mistake for features of another CLIP or of other frames, and for videos without features,
+    unless config.allow_missing leaves them out."""
+    path = dataset_folder(config) / f"{split}.captions.json"
+    if not path.exists():
+        raise Mistake(f"there is no {path}; make it with: python -m clip2video prepare")
+    captions = json.loads(path.read_text())
+    store = data.FeatureStore(path.parent / "features" / "clip2video")
+    for name in ("clip", "frames", "stride"):
+        if store.manifest.get(name) != getattr(config, name):
+            raise Mistake(f"the features in {store.folder} were made with --{name} "
+                          f"{store.manifest.get(name)}; use that, or remove them")
+    if missing := [name for name in captions if name not in store]:
+        note = f"{len(missing)} of {len(captions)} videos of {split} have no features"
+        if not config.allow_missing:
+            raise Mistake(f"{note}, for instance {missing[0]}; --allow-missing (of train: "
+                          f"--allow-missing true) leaves them out, which makes the task easier")
+        print(f"{note} and are left out")
+    captions = {name: texts for name, texts in captions.items() if name in store and texts}
+    if not captions:
+        raise Mistake(f"no video in {path} has a caption and features; prepare the dataset again")
+    x = torch.stack([torch.from_numpy(store.read(name, "frames")).float() for name in captions])
+    return Split(list(captions), list(captions.values()), x, (x != 0).any(2),
+                 store.manifest["sha256"])
+
+
+def frame_times(duration_sec: float, count: int = 12, stride: int = 2,
+                rate: float = 5.0) -> np.ndarray:
+    """At most `count` instants, in seconds: every `stride`-th of `rate` frames per second, and of
+    these `count` at equal distances, with both ends [code]. Stride 0: centres of equal parts."""
+    if not stride:
+        return video.frame_centres(duration_sec, count)
+    total = max(1, int(duration_sec * rate))
+    chosen = np.linspace(0, total - 1, max(1, total // stride)).astype(int)
+    if len(chosen) > count:
+        chosen = chosen[np.linspace(0, len(chosen) - 1, count).astype(int)]
+    return chosen / rate
+
+
+def encode_file(model: clip.CLIP, path: pathlib.Path, config: Config) -> Tensor:
+    """A video file -> features [L, D] float16, padded with zeros. VideoError if it is damaged."""
+    # DEVIATION: features are made once: the image tower stays frozen, frames are not jittered
+    times_sec = frame_times(video.probe_duration(path), config.frames, config.stride)
+    pixels = torch.cat([clip.crop(frame[None], model.visual.resolution)
+                        for frame in video.frames_at(path, times_sec)])
+    x, _ = video.encode_frames(model, pixels, config.frames)
+    return F.pad(x, (0, 0, 0, config.frames - len(x)))
+
+
+def open_store(config: Config, model: clip.CLIP) -> data.FeatureStore:
+    """The dataset's store of features, created if need be."""
+    digest = clip.sha256(data.clip_file(config.clip, config.root))
+    made = video.made_by(model, config.clip, digest, config.frames) | {"stride": config.stride}
+    return data.FeatureStore(dataset_folder(config) / "features" / "clip2video", made)
+
+
+# ------------------------------------------------------------------------------- published datasets
+
+Captions = dict[str, dict[str, list[str]]]                      # split -> video -> its captions
+
+
+def read_msrvtt(folder: pathlib.Path) -> Captions:
+    """MSR-VTT, 9k / 1k-A: MSRVTT_data.json, MSRVTT_train.9k.csv, MSRVTT_JSFUSION_test.csv."""
+    captions: dict[str, list[str]] = {}
+    for row in json.loads((folder / "MSRVTT_data.json").read_text())["sentences"]:
+        captions.setdefault(row["video_id"], []).append(row["caption"])
+    with open(folder / "MSRVTT_train.9k.csv", newline="") as file:
+        train = {row["video_id"]: captions[row["video_id"]] for row in csv.DictReader(file)}
+    with open(folder / "MSRVTT_JSFUSION_test.csv", newline="") as file:
+        test = {row["video_id"]: [row["sentence"]] for row in csv.DictReader(file)}
+    return {"train": train, "test": test}
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads lists, dictionaries and strings; a pickle that would call anything is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_msvd(folder: pathlib.Path) -> Captions:
+    """MSVD: raw-captions.pkl (video -> lists of words), {train,val,test}_list.txt."""
+    with open(folder / "raw-captions.pkl", "rb") as file:
+        words = PlainUnpickler(file).load()
+    splits = {}
+    for split in ("train", "val", "test"):
+        names = (folder / f"{split}_list.txt").read_text().split()
+        splits[split] = {name: list(map(" ".join, words[name])) for name in names}
+    return splits
+
+
+def read_vatex(folder: pathlib.Path) -> Captions:
+    """VATEX: vatex_data.json (video -> {"enCap": [...]}, or the official list of {"videoID",
+    "enCap"}), {train,val,test}_list.txt (test: the HGR split), and as `test1k5` the authors' own
+    test1k5_sec_list.txt, whose videos are then removed from val."""
+    content = json.loads((folder / "vatex_data.json").read_text())
+    if isinstance(content, list):
+        content = {row["videoID"]: row for row in content}
+    splits = {}
+    for split in ("train", "val", "test", "test1k5"):
+        path = folder / ("test1k5_sec_list.txt" if split == "test1k5" else f"{split}_list.txt")
+        if path.exists():
+            splits[split] = {name: content[name]["enCap"] for name in path.read_text().split()}
+    for name in splits.get("test1k5", {}):
+        splits.get("val", {}).pop(name, None)
+    return splits
+
+
+READERS = {"msrvtt": read_msrvtt, "msvd": read_msvd, "vatex": read_vatex}
+
+
+def read_published(dataset: str, folder: str | pathlib.Path) -> Captions:
+    """All captions, always with a validation split. Mistake for missing or damaged files, and for
+    videos that are both in train and in another split."""
+    try:
+        splits = READERS[dataset](pathlib.Path(folder))
+    except Exception as error:  # of a dozen types for a missing or damaged file
+        raise Mistake(f"{folder} does not contain {dataset}: {reason(error)}") from error
+    if not splits.get("train") or not splits.get("test"):
+        raise Mistake(f"{folder} lists no training or no test videos of {dataset}")
+    train = splits["train"]
+    for split in splits.keys() - {"train"}:
+        if shared := train.keys() & splits[split].keys():
+            raise Mistake(f"{len(shared)} videos are both in train and {split}, for instance "
+                          f"{min(shared)}; remove them from one of the lists")
+    if not splits.get("val"):
+        # DEVIATION: MSR-VTT 9k has no validation split; a seeded tenth of its training videos
+        validating = data.held_out(train)
+        splits["val"] = {name: train[name] for name in train if name in validating}
+        splits["train"] = {name: train[name] for name in train if name not in validating}
+    return splits
+
+
+def prepare(config: Config, annotations: str, videos: str) -> None:
+    """Published annotations and a folder of videos -> captions and features below the root. Can be
+    interrupted: the next call continues. Mistake if a folder lacks what it should contain."""
+    splits = read_published(config.dataset, annotations)
+    paths, failed = video.find_files(videos, video.VIDEOS), {}
+    model = clip.load(data.clip_file(config.clip, config.root), parallel.pick_device(config.device))
+    store = open_store(config, model)
+    for name in tqdm(sorted(set().union(*splits.values())), desc="features", disable=None):
+        if name in store:
+            continue
+        try:
+            if name not in paths:
+                raise data.VideoError(f"there is no video file named {name}")
+            store.write(name, encode_file(model, paths[name], config), None,
+                        video.probe_duration(paths[name]))
+        except data.VideoError as error:
+            failed[name] = str(error)
+    store.save_manifest()
+    store.save_failed(failed)
+    if not store.manifest["videos"]:
+        raise Mistake(f"no video of {config.dataset} could be read: {next(iter(failed.values()))}")
+    for split, captions in splits.items():
+        # unreadable videos are dropped, except from test: leaving them out there is a decision
+        kept = {name: texts for name, texts in captions.items()
+                if name not in failed or split.startswith("test")}
+        files.save(dataset_folder(config) / f"{split}.captions.json", json.dumps(kept))
+        print(f"{split}: {len(kept)} videos, {sum(map(len, kept.values()))} captions")
+    if failed:
+        print(f"{len(failed)} videos have no features, see {store.folder / 'failed.txt'}")
+
+
+# ------------------------------------------------------------------- whole videos of a shapes world
+
+FAMILIES = {"train": 400, "val": 50, "test": 100}       # of four videos each
+OPPOSITE = {0: 1, 1: 0, 2: 3, 3: 2, 4: 5, 5: 4, 6: 6}   # of shapes.VERBS; blinking has none
+
+
+def family(rng: np.random.Generator) -> list[dict]:
+    """The scripts of four videos of one scene and the same two actors, each of which acts once: in
+    either order, and by their verbs or by the opposites. Nouns do not distinguish them."""
+    while True:
+        plan = shapes.script("train", rng)
+        actors = list({(e["colour"], e["shape"]): e for e in plan["events"]}.values())
+        verbs = [int(verb) for verb in rng.choice(6, 2, replace=False)]     # that have an opposite
+        opposites = [OPPOSITE[verb] for verb in verbs]
+        novel = [shapes.held_out(verb, actor["shape"])
+                 for verb, actor in zip(verbs + opposites, actors + actors)]
+        if opposites[0] != verbs[1] and not any(novel):
+            break
+    plans = []
+    for order, motions in itertools.product(((0, 1), (1, 0)), (verbs, opposites)):
+        events = []
+        for clock, k in zip((0, shapes.FRAMES // 2), order):            # each has half of the video
+            verb, length = motions[k], int(rng.integers(7, 13))
+            start = clock + int(rng.integers(0, shapes.FRAMES // 2 - length - 2)) + 1
+            word = shapes.VERBS[verb][rng.integers(2)]
+            events.append({**actors[k], "verb": verb, "word": word, "enter": start - 1,
+                           "start": start, "end": start + length, "leave": start + length + 1,
+                           **shapes.course(verb, rng)})
+        plans.append({**plan, "events": events, "speckle": int(rng.integers(2 ** 31))})
+    return plans
+
+
+def describe(events: list[dict]) -> str:
+    """The caption: "the red circle rises, then the blue bar falls"."""
+    return ", then ".join(f"the {e['colour']} {e['shape']} {e['word']}" for e in events)
+
+
+def altered(events: list[dict]) -> dict[str, str]:
+    """Two false captions: all verbs replaced by their opposites; the events in reverse order."""
+    opposites = []
+    for event in events:
+        synonym = shapes.VERBS[event["verb"]].index(event["word"])
+        opposites.append({**event, "word": shapes.VERBS[OPPOSITE[event["verb"]]][synonym]})
+    return {"direction": describe(opposites), "order": describe(events[::-1])}
+
+
+def build_shapes(config: Config) -> None:
+    """Builds <root>/<dataset>-videos unless it exists: captions, false captions (altered.json) and
+    features by the world's small CLIP; before that, if need be, the world itself."""
+    shapes.build(config.dataset, config.root)
+    folder, model = dataset_folder(config), clip.load(data.clip_file(config.clip, config.root))
+    store = open_store(config, model)
+    if (folder / "altered.json").exists():
+        return
+    times = frame_times(shapes.FRAMES, config.frames, config.stride)    # in frame lengths
+    false_captions = {}
+    for number, (split, count) in enumerate(FAMILIES.items()):
+        captions = {}
+        for i in trange(count, desc=f"whole videos: {split}", disable=None):
+            rng = np.random.default_rng([shapes.seed_of(config.dataset), 100 + number, i])
+            for k, plan in enumerate(family(rng)):
+                name = f"{split}-{i:03d}-{k}"
+                x, _ = video.encode_frames(model, shapes.film(plan, times))
+                store.write(name, x, None, shapes.FRAMES * plan["frame_sec"])
+                captions[name] = [describe(plan["events"])]
+                false_captions[name] = altered(plan["events"])
+        files.save(folder / f"{split}.captions.json", json.dumps(captions))
+    store.save_manifest()
+    files.save(folder / "altered.json", json.dumps(false_captions))

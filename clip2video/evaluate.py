@@ -1,0 +1,119 @@
+"""Metrics of retrieval, and checkpoints. Shapes: see clip2video/__init__.py."""
+import dataclasses
+import json
+import math
+import pathlib
+
+import torch
+from torch import Tensor
+
+import clip
+from clip2video.data import Split, dataset_folder, read_split
+from clip2video.model import VARIANTS, CLIP2Video, Config, joined
+from support import files
+from support.errors import Mistake, reason
+
+
+def ranks(similarity: Tensor, target: Tensor) -> Tensor:
+    """The rank of column target[i] in row i: 1 + the columns that score higher + half of the others
+    that score the same. [Q, C], [Q] -> [Q]. Mistake if a similarity is not finite."""
+    if not torch.isfinite(similarity).all():
+        raise Mistake("a similarity is not finite; check the features, or train with a lower --lr")
+    own = similarity.gather(1, target[:, None])                         # [Q, 1]
+    return 1 + (similarity > own).sum(1) + ((similarity == own).sum(1) - 1) / 2
+
+
+def retrieval_metrics(similarity: Tensor, video_of: Tensor | None = None) -> dict[str, float]:
+    """Text to video (t2v) and video to text (v2t): recall at 1, 5, 10 in %, median and mean rank.
+
+    similarity  [T, V]
+    video_of    [T], the video of each text (default: text i describes video i). If a video has
+                several texts, each is a query for videos, and a video ranks the videos' groups of
+                texts by the best text of each"""
+    T, V = similarity.shape
+    video_of = torch.arange(T) if video_of is None else video_of
+    if len(video_of) != T or not set(range(V)) <= set(video_of.tolist()):
+        raise ValueError(f"{len(video_of)} texts with a video, of {T}, do not cover {V} videos")
+    groups = torch.full((V, V), -math.inf).to(similarity).scatter_reduce(
+        0, video_of[:, None].expand(T, V), similarity, "amax")          # [group, video]
+    metrics = {}
+    for direction, rank in (("t2v", ranks(similarity, video_of)),
+                            ("v2t", ranks(groups.T, torch.arange(V)))):
+        rank = rank.double()
+        for k in (1, 5, 10):
+            metrics[f"{direction} R@{k}"] = 100 * (rank <= k).double().mean().item()
+        metrics[f"{direction} MedR"] = rank.quantile(0.5).item()
+        metrics[f"{direction} MnR"] = rank.mean().item()
+    return metrics
+
+
+@torch.no_grad()
+def vectors(model: CLIP2Video, split: Split, config: Config,
+            device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Joined vectors of all captions [T, 2D] and videos [V, 2D], and the video of each caption [T].
+    Leaves the model in evaluation mode."""
+    model.eval()
+    sentences, video_of, texts, videos = [], [], [], []
+    for v, captions in enumerate(split.captions):
+        sentences += captions
+        video_of += [v] * len(captions)
+    for ids in clip.tokenize(sentences, config.words, True).split(256):
+        texts.append(joined(*model.encode_text(ids.to(device)), config.weight))
+    for x, mask in zip(split.frames.split(256), split.mask.split(256)):
+        videos.append(joined(*model.encode_video(x.to(device), mask.to(device)), config.weight))
+    return torch.cat(texts).cpu(), torch.cat(videos).cpu(), torch.tensor(video_of)
+
+
+def load(path: str | pathlib.Path, root: str | None = None) -> tuple[CLIP2Video, Config, str]:
+    """Reads a ckpt.pt of `train`: the network, its settings, and the SHA-256 of the CLIP that made
+    the features. Nothing in it is executed. Mistake for any other file.
+
+    root    folder of datasets (default: the one used in training)"""
+    if not pathlib.Path(path).is_file():
+        raise Mistake(f"there is no checkpoint {path}; python -m clip2video train makes one")
+    saved = files.read_tensors(path)
+    try:
+        config = Config(**saved["config"])
+        text = {key.removeprefix("text."): value for key, value in saved["model"].items()
+                if key.startswith("text.")}
+        model = CLIP2Video(clip.build_text(text), *VARIANTS[config.variant], config.centres,
+                           config.layers)
+        model.load_state_dict(saved["model"])
+        config = dataclasses.replace(config, root=root or config.root)
+        return model.eval(), config, saved["clip_sha256"]
+    except Exception as error:  # torch raises a dozen types for what does not fit
+        raise Mistake(f"{path} is not a checkpoint of clip2video: {reason(error)}") from error
+
+
+@torch.no_grad()
+def evaluate_checkpoint(path: str | pathlib.Path, root: str | None, device: torch.device,
+                        split: str = "test", allow_missing: bool | None = None) -> dict:
+    """Metrics on the videos of a split; in a shapes world also how often a video prefers its
+    caption to one with the opposite verbs, or with the events in reverse order (chance: 50).
+
+    allow_missing    leave out videos without features (default: as in training)"""
+    model, config, clip_sha256 = load(path, root)
+    if allow_missing is not None:
+        config = dataclasses.replace(config, allow_missing=allow_missing)
+    part, folder = read_split(config, split), dataset_folder(config)
+    if part.clip_sha256 != clip_sha256:
+        raise Mistake(f"the features in {folder} come from another CLIP than this checkpoint was "
+                      f"trained with; make them with that one")
+    texts, videos, video_of = vectors(model.to(device), part, config, device)
+    results = {"videos": len(videos), "captions": len(texts),
+               **retrieval_metrics(texts @ videos.T, video_of)}
+    if (folder / "altered.json").exists():
+        false_captions = json.loads((folder / "altered.json").read_text())
+        for kind in ("direction", "order"):
+            sentences = [false_captions[name][kind] for name in part.videos]
+            ids = clip.tokenize(sentences, config.words, True).to(device)
+            others = joined(*model.encode_text(ids), config.weight).cpu()
+            ahead = (texts * videos).sum(1) - (others * videos).sum(1)  # [V]
+            preferred = (ahead > 0).double().mean() + (ahead == 0).double().mean() / 2
+            results[f"{kind} told, %"] = 100 * preferred.item()
+    return results
+
+
+def table(results: dict[str, float]) -> str:
+    """Results as text, a line for each metric."""
+    return "\n".join(f"{name:20s} {value:8.2f}" for name, value in results.items())

@@ -1,0 +1,158 @@
+"""Training, and the ablation, which trains every variant. Shapes: see clip2video/__init__.py.
+
+A run is a folder: ckpt.pt (the best epoch), results.json, and what support/progress.py writes."""
+import dataclasses
+import json
+import pathlib
+import random
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import clip
+import data
+from clip2video.data import Split, build_shapes, read_split
+from clip2video.evaluate import evaluate_checkpoint, retrieval_metrics, vectors
+from clip2video.model import MAX_SCALE, VARIANTS, CLIP2Video, Config, configure, logits, loss
+from support import files, parallel, progress
+from support.text import markdown, mean_and_deviation
+
+RESULTS = pathlib.Path(__file__).parent.parent / "results" / "clip2video"       # of the ablation
+
+
+class Batch(NamedTuple):
+    """B videos with one caption each: two captions of a video would be negatives of each other."""
+    videos: list[str]
+    captions: list[str]
+    index: Tensor                                               # [B] of the videos in their split
+
+
+def batches_of_epoch(split: Split, config: Config, epoch: int) -> list[Batch]:
+    """The shuffled batches of an epoch, which depend on the seed and the epoch only. There are as
+    many pairs as captions: in each of the epoch's passes every video occurs once."""
+    V, draw = len(split.videos), random.Random(1_000_003 * config.seed + epoch)
+    starts, indices, batches = range(0, V, config.together), [], []
+    for _ in range(max(1, round(sum(map(len, split.captions)) / V))):
+        order = []
+        for start in draw.sample(starts, len(starts)):          # neighbours stay together
+            order += range(start, min(start + config.together, V))
+        indices += torch.tensor(order).split(config.batch)
+    for index in indices:
+        captions = [draw.choice(split.captions[v]) for v in index]
+        batches.append(Batch([split.videos[v] for v in index], captions, index))
+    return batches
+
+
+def start(config: Config, device: torch.device) -> tuple[CLIP2Video, torch.optim.Optimizer]:
+    """The model before the first step, and its optimiser."""
+    torch.manual_seed(config.seed)
+    state = clip.read_state(data.clip_file(config.clip, config.root))
+    scale = min(float(state.get("logit_scale", MAX_SCALE)), MAX_SCALE)
+    model = CLIP2Video(clip.build_text(state), *VARIANTS[config.variant], config.centres,
+                       config.layers, scale).to(device)
+    groups = []
+    for in_tower, lr in ((True, config.text_lr), (False, config.lr)):
+        for is_bias, decay in ((True, 0.0), (False, config.weight_decay)):
+            groups.append({"base": lr, "weight_decay": decay, "params": [
+                p for name, p in model.named_parameters()
+                if name.startswith("text.") == in_tower and name.endswith("bias") == is_bias]})
+    # DEVIATION: AdamW corrects the bias of its moments, the BertAdam of CLIP4Clip does not
+    return model, torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
+
+
+def loop(config: Config, resume: bool, signals: progress.Signals) -> None:
+    """The training loop. It keeps the epoch with the best t2v R@1 on the validation split."""
+    device = parallel.pick_device(config.device)
+    # test is read, too: its features should not turn out to be missing after the training
+    splits = {split: read_split(config, split) for split in ("train", "val", "test")}
+    training = splits["train"]
+    steps = len(batches_of_epoch(training, config, epoch=0))
+    print(f"{len(training.videos)} training videos, {sum(map(len, training.captions))} captions, "
+          f"{steps} steps per epoch")
+    model, optimiser = start(config, device)
+    run = progress.Run(config.folder, dataclasses.asdict(config), model, optimiser, config.epochs,
+                       lambda row: row["t2v R@1"], resume=resume, signals=signals)
+
+    for epoch in run.epochs():                                          # those left
+        model.train()
+        batches = batches_of_epoch(training, config, epoch)
+        for step, batch in run.steps(batches):                  # those left, if it was interrupted
+            done = (epoch + step / len(batches)) / config.epochs
+            rate = done / 0.1 if done < 0.1 else progress.cosine(done)          # CLIP4Clip's
+            for group in optimiser.param_groups:
+                group["lr"] = group["base"] * rate
+            ids = clip.tokenize(batch.captions, config.words, True).to(device)      # [B, W]
+            texts = model.encode_text(ids)
+            videos = model.encode_video(training.frames[batch.index].to(device),
+                                        training.mask[batch.index].to(device))
+            value = loss(logits(texts, videos, model.logit_scale), config.weight)
+
+            optimiser.zero_grad()
+            run.check_finite({"loss": value})                           # else the run stops here
+            value.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for p in model.parameters():                # and each by itself, as CLIP4Clip does
+                nn.utils.clip_grad_norm_(p, 1.0)
+            if run.is_finite(norm):
+                optimiser.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=MAX_SCALE)
+            run.add({"loss": value})                                    # mean for the log
+        texts, videos, video_of = vectors(model, splits["val"], config, device)
+        if run.end_epoch(retrieval_metrics(texts @ videos.T, video_of)):        # the best so far
+            files.save_tensors(config.folder / "ckpt.pt", {
+                "config": dataclasses.asdict(config), "epoch": epoch + 1, "history": run.history,
+                "model": model.state_dict(), "versions": progress.versions(),
+                "clip_sha256": training.clip_sha256})
+
+
+def train(config: Config, resume: bool = False) -> dict:
+    """One run, in config.folder. Returns the metrics of the selected epoch on the test videos."""
+    with progress.locked(config.folder, resume):
+        if config.dataset.startswith("shapes"):
+            build_shapes(config)
+        with progress.Signals() as signals:
+            loop(config, resume, signals)
+        results = evaluate_checkpoint(config.folder / "ckpt.pt", config.root,
+                                      parallel.pick_device(config.device))
+        files.save(config.folder / "results.json", json.dumps(results, indent=1))
+        return results
+
+
+def ablation(seeds: int, root: str, device: str, only_kept: bool = False) -> dict[str, list[dict]]:
+    """Variant -> test metrics of each seed (worlds and training seeds 0, 1, ...). What has no result
+    with the same settings in results/clip2video/ is trained, or left out if `only_kept`."""
+    results = {}
+    for variant in VARIANTS:
+        for seed in range(seeds):
+            world = f"shapes-{seed}" if seed else "shapes"
+            config = configure(dataset=world, variant=variant, seed=seed, root=root, device=device)
+            settings = {name: value for name, value in dataclasses.asdict(config).items()
+                        if name not in ("root", "device", "out")}
+            path, began = RESULTS / f"{variant}-{seed}.json", time.time()
+            kept = json.loads(path.read_text()) if path.exists() else {"config": None}
+            if kept["config"] == settings:
+                results.setdefault(variant, []).append(kept["results"])
+            elif not only_kept:
+                metrics = train(config, resume=config.folder.exists())
+                results.setdefault(variant, []).append(metrics)
+                minutes = round((time.time() - began) / 60, 2)
+                files.save(path, json.dumps(
+                    {"config": settings, "results": metrics, "versions": progress.versions(),
+                     "minutes": minutes}, indent=1) + "\n")
+    return results
+
+
+def ablation_table(results: dict[str, list[dict]]) -> str:
+    """Markdown: mean and standard deviation over seeds."""
+    names = {"mean": "mean pooling", "transformer": "temporal transformer", "tdb": "+ TDB",
+             "tab": "+ TAB", "both": "+ TDB + TAB"}
+    columns = ("t2v R@1", "t2v R@5", "t2v MedR", "v2t R@1", "direction told, %", "order told, %")
+    rows = []
+    for variant, runs in results.items():
+        cells = [mean_and_deviation([run[column] for run in runs]) for column in columns]
+        rows.append([names[variant], *cells])
+    counts = sorted({len(runs) for runs in results.values()})
+    return f"{markdown(['', *columns], rows)}\n\n{' to '.join(map(str, counts))} seeds."

@@ -1,0 +1,10 @@
+"""Beside the paper: everything that neither training nor evaluation needs. `python -m extras.NAME`.
+
+    walk        the equations on a small example, what a video or an image looks like to CLIP
+    prepare     annotations and features of a dataset (the command of data.py)
+    index       an index over a folder of videos; search: by sentences
+    tan         2D-TAN, a second retriever
+    probe       what CLIP's features and Eq. 3-5 contain
+    reproduce   every table and figure (figures), ours beside the paper's; tables.json: their rows
+    bench       speed, in ratios
+"""

@@ -1,0 +1,551 @@
+"""Every table and figure of the paper and its supplement, ours beside the paper's.
+
+    python -m extras.reproduce table1                   # on the shapes world, three seeds
+    python -m extras.reproduce table3 --dataset charades --device cuda
+    python -m extras.reproduce docs                     # writes the tables into docs/ and README.md
+
+extras/tables.json holds the tables: a row is a name, a base and what it changes (fields of
+train.Config), and the paper's figures. Each row runs once per seed (shapes: world and training have
+the same seed) and is kept in results/<dataset>/<name>.json: configuration, metrics, log, and what
+each query hits. A kept row is not run again, except with --fresh. Choices are made on validation
+splits; tables show test splits.
+"""
+import argparse
+import ast
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import re
+import shutil
+import sys
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import clip
+import data
+import evaluate
+import inject
+import mmn
+import parse
+import shapes
+import train
+from clip2video import train as clip2video
+from extras import figures, probe
+from support import files, options, parallel, results
+from support.errors import Mistake, reported
+from support.text import markdown, mean_and_deviation
+
+HERE = pathlib.Path(__file__).parent.parent
+RESULTS = HERE / "results"
+NOT_A_CHOICE = ("device", "root", "out", "workers")             # of Config: where, not what
+FINAL = ("test", "novel-word", "novel-composition")             # the splits that tables show
+HITS = (0.5, 0.7)                                               # IoU thresholds
+
+
+class Row(NamedTuple):
+    """A line of a table: its name, the fields of Config that make it, the paper's figures."""
+    name: str
+    fields: dict
+    paper: tuple = ()
+
+
+class Table(NamedTuple):
+    """`columns`: "split metric"; `differences`: pairs of rows; `original`: of the original split."""
+    rows: list[Row]
+    columns: list[str]
+    differences: list = []
+    seeds: int = 3
+    original: bool = False
+
+
+def read_tables() -> dict[str, Table]:
+    content = json.loads(pathlib.Path(__file__).with_name("tables.json").read_text())
+    tables = {}
+    for name, table in content["tables"].items():
+        rows = [Row(row, content["bases"][base] | changes, *paper)
+                for row, base, changes, *paper in table.pop("rows")]
+        tables[name] = Table(rows, **table)
+    return tables
+
+
+TABLES = read_tables()
+MAIN = TABLES["table1"].rows
+
+
+# ------------------------------------------------------------------------------------------ running
+
+def world_of(dataset: str, seed: int) -> str:
+    """The dataset of a seed: every seed has a shapes world of its own, with its own small CLIP."""
+    return f"shapes-{seed}" if dataset == "shapes" and seed else dataset
+
+
+def config_of(row: Row, dataset: str, seed: int, given: argparse.Namespace,
+              what: str = "") -> train.Config:
+    """The configuration of a row of table `what`. On a real dataset most tables are about its
+    compositional splits, which have their own training split."""
+    if dataset != "shapes" and not (what and TABLES[what].original):
+        dataset += "-cg"
+    world = world_of(dataset, seed)
+    fields = {**row.fields, "dataset": world, "seed": seed, "device": given.device,
+              "root": given.root}
+    if fields.get("clip") == "resnet":                  # the published one, or the world's own
+        fields["clip"] = f"{world}-resnet" if dataset == "shapes" else "RN50"
+    if fields.get("text_clip") == "other":              # of another CLIP of the same width
+        fields["text_clip"] = (world_of(dataset, (seed + 1) % 3) if dataset == "shapes"
+                               else "ViT-B/16")
+    config = train.configure(**fields)
+    return dataclasses.replace(config, out=f"runs/reproduce/{dataset}/{name_of(config)}")
+
+
+@functools.cache
+def parser_name(dataset: str, model: str) -> str:
+    """The parser of a dataset's sentences, with its version."""
+    return parse.BY_CONSTRUCTION if dataset.startswith("shapes") and not model else \
+        parse.Parser(model or None).name
+
+
+def choices_of(config: train.Config) -> dict:
+    choices = {name: list(value) if isinstance(value, tuple) else value
+               for name, value in dataclasses.asdict(config).items() if name not in NOT_A_CHOICE}
+    return choices | {"parser": parser_name(config.dataset, config.parser)}
+
+
+def name_of(config: train.Config) -> str:
+    """The method, the seed, and a hash of everything that differs from the defaults, so that a
+    field that is added later changes no name."""
+    defaults = dataclasses.asdict(train.Config())
+    changed = {name: value for name, value in choices_of(config).items()
+               if value != (list(defaults[name]) if isinstance(defaults[name], tuple)
+                            else defaults[name])}
+    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
+    return f"{config.method}-{config.seed}-{digest[:10]}"
+
+
+def file_of(config: train.Config) -> pathlib.Path:
+    family = "shapes" if config.dataset.startswith("shapes") else config.dataset
+    return RESULTS / family / f"{name_of(config)}.json"
+
+
+def kept(config: train.Config) -> dict | None:
+    """The kept result of a configuration."""
+    return results.kept(file_of(config), choices_of(config))
+
+
+def run(config: train.Config, fresh: bool = False) -> dict:
+    """Trains and evaluates one configuration, or reads its kept result."""
+    def make() -> dict:
+        folder = config.folder
+        if fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not (folder / "results.json").exists():
+            train.train(config, resume=folder.exists())
+        metrics = json.loads((folder / "results.json").read_text())
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        splits = [split for split in FINAL if split in metrics]
+        checkpoint = evaluate.load(folder / "ckpt.pt", parallel.pick_device(config.device))
+        return {"results": metrics,
+                "hits": {query: hits(checkpoint, config, splits, query)
+                         for query in evaluate.QUERIES},
+                "log": [{name: float(f"{value:.4g}") for name, value in row.items()}
+                        for row in log],
+                "clip_sha256": checkpoint.checkpoint["clip_sha256"]}
+
+    return results.cached(file_of(config), choices_of(config), make, fresh)
+
+
+def hits(checkpoint: evaluate.Run, config: train.Config, splits: list[str],
+         query: str = "full") -> dict[str, str]:
+    """Split -> a digit per sentence: how many of the two HITS its first moment reaches."""
+    device, digits = parallel.pick_device(config.device), {}
+    for split, videos, predicted in evaluate.answers(checkpoint, splits, query, config.root, device,
+                                                     True, top_k=1):
+        iou = mmn.interval_iou(predicted[:, 0, :2], videos.moments_sec)
+        digits[split] = "".join(str(sum(v >= mu for mu in HITS)) for v in iou.tolist())
+    return digits
+
+
+def run_quietly(config: train.Config, fresh: bool, threads: int) -> str:
+    """`run` in a process of its own; its output goes to <name>.txt beside the run's folder."""
+    torch.set_num_threads(threads)
+    config.folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(config.folder.with_suffix(".txt"), "w") as file, \
+            contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        run(config, fresh)
+    return name_of(config)
+
+
+def run_all(configs: list[train.Config], given: argparse.Namespace) -> None:
+    """Runs what has not been kept, --jobs at a time: two cores do best with two of one thread."""
+    missing = {name_of(c): c for c in configs if given.fresh or kept(c) is None}
+    for config in missing.values():
+        shapes.build_for(config)
+    threads = max(1, torch.get_num_threads() // given.jobs)
+    pool = concurrent.futures.ProcessPoolExecutor(given.jobs,
+                                                  multiprocessing.get_context("spawn"))
+    started = time.time()
+    with pool:
+        runs = [pool.submit(run_quietly, c, given.fresh, threads) for c in missing.values()]
+        for i, future in enumerate(concurrent.futures.as_completed(runs), 1):
+            print(f"{i} of {len(runs)}: {future.result()}, {(time.time() - started) / 60:.1f} min",
+                  file=sys.stderr, flush=True)
+
+
+def per_seed(what: str, given: argparse.Namespace, make, more: dict | None = None) -> list[dict]:
+    """The results of `make(seed)` for each seed, kept in results/<dataset>/<what>-<seed>.json."""
+    rows = []
+    for seed in seeds_of(what, given):
+        config = {"dataset": given.dataset, "seed": seed, **(more or {})}
+        path = RESULTS / given.dataset / f"{what}-{seed}.json"
+        content = results.cached(path, config, lambda: {"results": make(seed)}, given.fresh)
+        rows.append(content["results"])
+    return rows
+
+
+# ---------------------------------------------------------------------------------- tables of runs
+
+def seeds_of(what: str, given: argparse.Namespace) -> range:
+    """The seeds of a table: --seeds, else five for `gain` and three for the others."""
+    return range(given.seeds or (TABLES[what].seeds if what in TABLES else 3))
+
+
+def seeds_kept(what: str, given: argparse.Namespace) -> int:
+    """For how many seeds, from 0 on, every row of a table is kept."""
+    seeds = seeds_of(what, given)
+    for seed in seeds:
+        for row in TABLES[what].rows:
+            if kept(config_of(row, given.dataset, seed, given, what)) is None:
+                return seed
+    return len(seeds)
+
+
+def collect(what: str, given: argparse.Namespace) -> list[list[dict]]:
+    """The kept results of a table: row -> seed -> result."""
+    return [[kept(config_of(row, given.dataset, seed, given, what))
+             for seed in seeds_of(what, given)] for row in TABLES[what].rows]
+
+
+def paired(ours: list[dict], theirs: list[dict], split: str, draws: int = 2000
+           ) -> tuple[float, float, float, list[float]]:
+    """R@1, IoU=0.5 of one row minus that of another, in points: mean over seeds, its 95% interval
+    by a bootstrap over the sentences (drawn with replacement within each seed, the same for both
+    rows), and the difference of each seed."""
+    rng, differences = np.random.default_rng(0), []
+    for a, b in zip(ours, theirs):
+        a, b = (np.array([int(digit) >= 1 for digit in run["hits"]["full"][split]])
+                for run in (a, b))
+        differences.append(100.0 * (a.astype(float) - b))
+    drawn = np.mean([d[rng.integers(len(d), size=(draws, len(d)))].mean(1) for d in differences], 0)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    means = [float(d.mean()) for d in differences]
+    return float(np.mean(means)), low, high, means
+
+
+def show(what: str, given: argparse.Namespace) -> str:
+    """A table as Markdown: mean ± deviation over seeds, the paper's, paired differences."""
+    table, runs = TABLES[what], collect(what, given)
+    if what == "curve" and given.figures:
+        figures.curve(figure_path("curve", given), runs)
+    metrics = runs[0][0]["results"]
+    columns = [column.split(" ", 1) for column in table.columns if column.split()[0] in metrics]
+    heads = [f"{split} {metric.replace(',IoU=', ' ')}" for split, metric in columns]
+    paper = what != "main" and any(row.paper for row in table.rows)
+    if paper:
+        heads.append("paper, " + ("Charades-STA" if table.original else "Charades-CG novel-word"))
+    lines = []
+    for row, seeds in zip(table.rows, runs):
+        line = [row.name, *(mean_and_deviation([run["results"][split][metric] for run in seeds])
+                            for split, metric in columns)]
+        if paper:
+            line.append(" / ".join(f"{value:.2f}" for value in row.paper))
+        lines.append(line)
+    queries = {split: np.mean([run["results"][split]["queries"] for run in runs[0]])
+               for split, _ in columns}
+    sizes = ", ".join(f"{split} {size:.0f}" for split, size in queries.items())
+    minutes = sum(run["minutes"] for seeds in runs for run in seeds)
+    text = [markdown(["", *heads], lines), "", f"{len(runs[0])} seeds; sentences per seed: {sizes}; "
+            f"{minutes:.0f} minutes of runs."]
+    for a, b in table.differences:
+        parts = []
+        for split in FINAL:
+            if split in metrics:
+                mean, low, high, seeds = paired(runs[a], runs[b], split)
+                each = ", ".join(f"{seed:+.1f}" for seed in seeds)
+                parts.append(f"{split} {mean:+.1f} [{low:+.1f}, {high:+.1f}] ({each})")
+        text.append(f"- {table.rows[a].name} minus {table.rows[b].name}: " + "; ".join(parts))
+    return "\n".join(text)
+
+
+# ------------------------------------------------------------------------------------ other results
+
+def figure_path(name: str, given: argparse.Namespace) -> pathlib.Path:
+    folder = files.ASSETS if given.dataset == "shapes" else RESULTS / given.dataset
+    return folder / f"{name}.png"
+
+
+def clip_of(seed: int, given: argparse.Namespace) -> tuple[clip.CLIP, str]:
+    """The CLIP of a seed's shapes world; on a real dataset the published one. And the dataset."""
+    world = world_of(given.dataset, seed)
+    if given.dataset == "shapes":
+        shapes.build(world, given.root)
+    name = world if given.dataset == "shapes" else train.Config.clip
+    return clip.load(data.clip_file(name, given.root), parallel.pick_device(given.device)), world
+
+
+def s_table1(given: argparse.Namespace) -> str:
+    """Supplement, Table 1: CLIP's scores by what is wrong in the wrong image."""
+    def make(seed: int) -> dict:
+        if given.svo:
+            triplets = probe.svo_triplets(given.svo, given.images)
+        else:
+            triplets = {kind: probe.shape_triplets(kind, 1000, seed) for kind in probe.KINDS}
+        model, _ = clip_of(seed, given)
+        return {kind: probe.triplet_scores(model, part) for kind, part in triplets.items() if part}
+
+    seeds = per_seed("s-table1-svo" if given.svo else "s-table1", given, make)
+    paper = {"right": ("0.82", "0.76", "0.86"), "wrong": ("0.18", "0.24", "0.14"),
+             "difference": ("0.64", "0.52", "0.72"), "right ahead": ("", "", "")}
+    rows = []
+    for name, theirs in paper.items():
+        cells = []
+        for kind in probe.KINDS:
+            values = [content[kind][name] for content in seeds if kind in content]
+            cells.append(f"{np.mean(values):.2f}" if values else "no images")
+        rows.append([name.replace("ahead", "ahead, %"), *cells, *theirs])
+    return markdown(["score", *probe.KINDS, *(f"paper, {kind}" for kind in probe.KINDS)], rows)
+
+
+def s_fig1(given: argparse.Namespace) -> str:
+    """Supplement, Fig. 1: what the end token attends to in the last layer, by part of speech."""
+    def make(seed: int) -> dict:
+        model, world = clip_of(seed, given)
+        sentences = sorted({s.sentence for s in data.read_annotations(world, "train", given.root)})
+        words_of = (probe.shapes_words if given.dataset == "shapes"
+                    else probe.spacy_words(parse.load(None)))
+        weights = probe.word_weights(model, sentences, words_of)
+        edges = np.linspace(0, 3, 31)
+        return {kind: {"mean": float(np.mean(values)), "words": len(values),
+                       "histogram": np.histogram(np.clip(values, 0, 3), edges)[0].tolist()}
+                for kind, values in weights.items() if values}
+
+    seeds, kinds = per_seed("s-fig1", given, make), ("noun", "verb", "other")
+    if given.figures:
+        figures.weights(figure_path("s-fig1", given), {
+            kind: np.sum([content[kind]["histogram"] for content in seeds], 0) for kind in kinds})
+    rows = [[str(seed), *(f"{content[kind]['mean']:.2f}" for kind in kinds)]
+            for seed, content in enumerate(seeds)]
+    return markdown(["world", *kinds], rows)
+
+
+def probes(given: argparse.Namespace) -> str:
+    """What Eq. 3-5 contain: linear probes of the verb."""
+    seeds = per_seed("probes", given, lambda seed: probe.verb_probes(
+        clip_of(seed, given)[1], given.root))
+    rows = [[name, mean_and_deviation([content[name] for content in seeds])] for name in seeds[0]]
+    return markdown(["the verb is read off", "accuracy, %"], rows + [["(chance)", "14.3"]])
+
+
+def trained_heat(seed: int, given: argparse.Namespace) -> inject.SpatialDynamic:
+    """SpatialDynamic as trained in the seed's `vdi` of Table 1."""
+    config = config_of(MAIN[2], "shapes", seed, given)
+    path = config.folder / "last.pt"
+    if not path.exists():
+        raise Mistake(f"there is no {path}; make it with: python -m extras.reproduce table1 "
+                      f"--fresh")
+    store = data.open_store(config.dataset, config.clip, given.root)
+    model, _ = train.start(config, store.manifest, torch.device("cpu"))
+    model.load_state_dict(files.read_tensors(path)["model"])
+    return model.dynamic.eval()
+
+
+@torch.no_grad()
+def heat(given: argparse.Namespace) -> str:
+    """Eq. 3 as a picture, and how much warmer objects are than their surroundings."""
+    def make(seed: int) -> dict:
+        world, trained = clip_of(seed, given)[1], trained_heat(seed, given)
+        return {"before training": probe.heat_contrast(world, given.root),
+                "after training `vdi`": probe.heat_contrast(world, given.root, trained)}
+
+    seeds = per_seed("heat", given, make)
+    if given.figures:
+        model, world = clip_of(0, given)
+        if given.video:
+            path, pictures = figure_path("heat-of-a-video", given), figures.features_of(given.video,
+                                                                                        model)
+        else:
+            path = figure_path("heat", given)
+            _, x, patches = next(probe.moments_of(world, given.root, 1))
+            pictures = shapes.film(shapes.plan_of(0, "train", 0)), x, patches
+        figures.heat(path, *pictures, trained_heat(0, given))
+    names = ("contrast", "warmest on the actor", "random patch on the actor")
+    rows = [[stage, *(mean_and_deviation([content[stage][name] for content in seeds], 2)
+                      for name in names)] for stage in seeds[0]]
+    return markdown(["FC of Eq. 3", "contrast (standard deviations)",
+                     "warmest patch on the actor, %", "random patch, %"], rows)
+
+
+def fig3(given: argparse.Namespace) -> str:
+    """Fig. 3: retrieval by the whole sentence, by its static and by its dynamic half."""
+    chosen, runs = (0, 1, 2, 4), collect("table1", given)
+    rates = {}
+    for split in ("test", "novel-word"):
+        if split not in runs[0][0]["results"]:
+            continue
+        rates[split] = {}
+        for k in chosen:
+            rates[split][MAIN[k].name] = [
+                [100 * np.mean([int(digit) >= 1 for digit in run["hits"][query][split]])
+                 for run in runs[k]] for query in evaluate.QUERIES]
+    if given.figures:
+        figures.queries(figure_path("fig3", given), rates)
+    heads = [f"{split}, {name}" for split in rates for name in ("Q", "Q^s", "Q^d")]
+    rows = [[MAIN[k].name, *(mean_and_deviation(values) for split in rates
+                             for values in rates[split][MAIN[k].name])] for k in chosen]
+    return markdown(["", *heads], rows)
+
+
+def collapse(given: argparse.Namespace) -> str:
+    """What becomes of both sides of Eq. 2 and Eq. 5, and of the verbs, in training."""
+    runs = collect("table1", given)
+    logs = {method: [[row for row in run["log"] if "epoch" in row] for run in runs[k]]
+            for k, method in ((0, "mmn"), (2, "vdi"), (4, "vdi-staged"))}
+    stage_1 = [[row for row in run["log"] if "stage" in row] for run in runs[4]]
+    names = ("var FC(x^qd), Eq. 2", "var x~^qs", "var FC(x^qd), Eq. 5", "var m~")
+    if given.figures:
+        figures.collapse(figure_path("collapse", given), names, logs)
+    rows = []
+    for title, seeds, shown in (("`vdi`", logs["vdi"], (*names, "L_vc", "L_sd", "cos x^qd")),
+                                ("`vdi-staged`, stage 1", stage_1, ("var x^qd", "cos x^qd")),
+                                ("`vdi-staged`, stage 2", logs["vdi-staged"], ("cos x^qd",))):
+        rows += [[f"{title}: {name}", *(f"{np.mean([log[k][name] for log in seeds]):.4f}"
+                                        for k in (0, -1))] for name in shown]
+    return markdown(["", "first", "last"], rows)
+
+
+def fig2(given: argparse.Namespace) -> str:
+    """Fig. 2: the method."""
+    _, world = clip_of(0, given)
+    figures.method(figure_path("fig2", given), world, given.root)
+    return "drawn: assets/fig2.png"
+
+
+def blocks(given: argparse.Namespace) -> str:
+    """CLIP2Video: what each of its blocks contributes."""
+    return clip2video.ablation_table(clip2video.ablation(
+        len(seeds_of("clip2video", given)), given.root, given.device,
+        only_kept=not given.figures))
+
+
+OTHERS = {"fig2": fig2, "fig3": fig3, "s-table1": s_table1, "s-fig1": s_fig1, "collapse": collapse,
+          "probes": probes, "heat": heat, "clip2video": blocks}
+FIGURES = ("fig3", "s-fig1", "collapse", "heat", "curve")       # assets/<name>.png
+NEEDS = {"fig3": "table1", "collapse": "table1", "heat": "table1"}      # whose runs they show
+
+
+# ------------------------------------------------------------------------------------ into the docs
+
+TEMPLATE = RESULTS / "text.md"                  # docs/results.md without its tables
+MARKS = ("<!-- results: python -m extras.reproduce docs -->", "<!-- end of the results -->")
+
+
+def filled(text: str, given: argparse.Namespace) -> str:
+    """Each line "{{name}}" replaced by that table, over the seeds that were run."""
+    def table(name: str) -> str:
+        if name in TABLES:
+            seeds = seeds_kept(name, given)
+            if not seeds:
+                return f"Not run yet: `python -m extras.reproduce {name}`"
+            text = show(name, argparse.Namespace(**vars(given) | {"seeds": seeds}))
+        else:
+            text = OTHERS[name](given)
+        figure = f"![{name}](../assets/{name}.png)\n\n" if name in FIGURES else ""
+        return f"{figure}{text}\n\n`python -m extras.reproduce {name}`"
+
+    return re.sub(r"^{{(.*)}}$", lambda match: table(match[1]), text, flags=re.M)
+
+
+def linked(text: str, up: str = "") -> str:
+    """Every [`file.name`](file.py) points to the line of that function or class. `up` leads from
+    the document to the top folder."""
+    def link(match: re.Match) -> str:
+        path, names = match[2], match[1].split(".")[1:]
+        node = ast.parse((HERE / path).read_text())
+        for name in names:
+            node = next((part for part in node.body if getattr(part, "name", "") == name), None)
+            if node is None:
+                raise ValueError(f"a document links to {match[1]}, which does not exist in {path}")
+        return f"[`{match[1]}`]({up}{path}#L{node.lineno})"
+
+    return re.sub(r"\[`([\w.]+)`\]\((?:\.\./)?([\w/]+\.py)(?:#L\d+)?\)", link, text)
+
+
+def documents(given: argparse.Namespace) -> dict[pathlib.Path, str]:
+    """README.md and docs/*.md with the kept results and links to current lines."""
+    result = {HERE / "docs" / "results.md": filled(TEMPLATE.read_text(), given)}
+    readme = (HERE / "README.md").read_text()
+    before, rest = readme.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    table = filled("{{main}}", given)
+    result[HERE / "README.md"] = f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{after}"
+    for path in sorted((HERE / "docs").glob("*.md")):
+        result.setdefault(path, path.read_text())
+    return {path: linked(text, "" if path.parent == HERE else "../")
+            for path, text in result.items()}
+
+
+def main() -> None:
+    arguments = options.parser("the paper's tables and figures, ours beside the paper's",
+                               prog="python -m extras.reproduce")
+    add = arguments.add_argument
+    add("what", nargs="+", choices=[*TABLES, *OTHERS, "docs"], metavar="what",
+        help=f"{', '.join((*TABLES, *OTHERS))}; or docs: write the kept results into docs/ and "
+             f"README.md")
+    add("--dataset", default="shapes", choices=("shapes", "charades", "activitynet"), help="which")
+    add("--seeds", type=int, help="seeds of each row (default: three; of gain five)")
+    add("--device", **options.DEVICE)
+    add("--root", default="data", help="folder of datasets")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; use 1 on one GPU")
+    add("--fresh", action="store_true", help="run again what was kept (but not clip2video)")
+    add("--svo", help="s-table1 on SVO-Probes: its svo_probes.csv, with --images")
+    add("--images", help="folder of its images, named by their ids")
+    add("--video", help="heat: draw it for this video instead of the shapes world")
+    given = arguments.parse_args()
+    given.figures = "docs" not in given.what
+    with reported():
+        if min(given.jobs, given.seeds if given.seeds is not None else 1) < 1:
+            raise Mistake("--jobs and --seeds must be at least 1")
+        if "docs" in given.what:
+            if len(given.what) > 1:
+                raise Mistake("docs cannot be combined with tables; run it alone")
+            for path, text in documents(given).items():
+                files.save(path, text)
+                print(f"wrote {path.relative_to(HERE)}")
+            return
+        reproduce(given)
+
+
+def reproduce(given: argparse.Namespace) -> None:
+    if bool(given.svo) != bool(given.images):
+        raise Mistake("--svo and --images must be given together: the table, and its images")
+    shapes_only = {"fig2", "probes", "heat", "clip2video"} & set(given.what)
+    if given.dataset != "shapes" and shapes_only:
+        raise Mistake(f"{', '.join(sorted(shapes_only))}: available for the shapes world only")
+    tables = [name for name in (NEEDS.get(what, what) for what in given.what) if name in TABLES]
+    configs = [config_of(row, given.dataset, seed, given, what) for what in tables
+               for seed in seeds_of(what, given) for row in TABLES[what].rows]
+    run_all(list(dict.fromkeys(configs)), given)
+    for what in given.what:
+        text = show(what, given) if what in TABLES else OTHERS[what](given)
+        print(f"\n{what}, {given.dataset}\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+"""What every command needs and no reader of the paper does.
+
+    text        printing: safe text, tables
+    errors      `Mistake`, and how a command ends
+    options     a Config as command-line options
+    files       files that are either complete or absent; downloads; weights read safely
+    parallel    devices, and many processes that train as one
+    progress    a run in a folder: resume, signals, log, progress bar
+    results     kept results of long computations
+    cropped     the convolutions of mmn.py, faster
+
+Nothing here imports anything from outside this folder.
+"""

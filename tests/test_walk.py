@@ -1,0 +1,95 @@
+"""extras/walk.py and parse.py: what they print, without a download and without a dataset."""
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import parse
+import shapes
+
+HERE = pathlib.Path(__file__).parent.parent
+
+
+def python(*arguments, folder: pathlib.Path, status: int = 0) -> str:
+    """What `python ...` prints in a folder without a dataset; with status 2 its error."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, capture_output=True,
+                          text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(HERE)})
+    assert done.returncode == status, done.stdout + done.stderr
+    assert status == 0 or done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    return done.stdout if status == 0 else done.stderr
+
+
+def walk(*arguments, **more) -> str:
+    return python("-m", "extras.walk", *arguments, **more)
+
+
+def test_parse_underlines_the_chunks(tmp_path):
+    name = parse.Parser().name
+    lines = python(HERE / "parse.py", "the person opens the door.", folder=tmp_path).splitlines()
+    assert lines[:5] == [f"parser: {name}", "Q    the person opens the door.",
+                         "     ^^^^^^^^^^       ^^^^^^^^", "Q^s  the person the door",
+                         "Q^d  opens ."]
+    printed = python(HERE / "parse.py", "a person opens the door", folder=tmp_path)
+    documented = textwrap.dedent(parse.__doc__.split('door"\n\n')[1].split("\n\n")[0])
+    assert printed == f"parser: {name}\n{re.sub(' *the noun chunks', '', documented)}\n"
+
+
+def test_clip_compares_an_image_and_texts(world, tmp_path):
+    """A text compared with itself gives 1, and the shares of the image add up to 1. Without weights
+    one sentence says where to get them."""
+    shapes.export(tmp_path, 1, seed=0)
+    image, texts = tmp_path / "test-0000.mp4", ("the red circle rises", "a blue square")
+    printed = walk("clip", image, *texts, "--weights", world / "shapes" / "clip.pt",
+                   folder=tmp_path)
+    rows = [line.split() for line in printed.splitlines()[2:]]
+    assert [row[2 + i] for i, row in enumerate(rows)] == ["1.000"] * 2
+    assert rows[0][3] == rows[1][2] and rows[0][4:] == texts[0].split()
+    assert sum(float(row[1]) for row in rows) == pytest.approx(1, abs=2e-3)
+    assert "data/shapes/clip.pt" in walk("clip", image, *texts, folder=tmp_path, status=2)
+
+
+def test_inject_walks_from_frames_to_both_losses(tmp_path):
+    """The shapes of Eq. 1-5 in order, for 8 sentences of 2 videos, and two rows of pictures."""
+    printed = walk("inject", folder=tmp_path)
+    assert re.findall(r"Eq. (\d) .*?(\[.*?\])", printed) == [
+        ("1", "[8, 64]"), ("2", "[8]"), ("3", "[2, 32, 4, 4]"), ("4", "[2, 64]"), ("5", "[8]")]
+    frames, heat = printed.split("frames of the first video")[1].split("Eq. 3, FC = identity\n")
+    heat, rest = heat.split("\n\n")
+    assert "@" in frames and "@" in heat and len(heat.splitlines()) == 8
+    assert "not a map of objects" in rest
+
+
+def test_mmn_shows_how_the_map_is_decoded(tmp_path):
+    """16 candidates of 6 clips: 6 + 5 + 4 on three diagonals, and one further out; the best cell is
+    the one whose row and column are printed."""
+    printed = walk("mmn", folder=tmp_path)
+    scores = printed.split("Eq. 10, Y~")[1].split("cmax")[0]
+    cells = re.findall(r"first clip (\d) (.*)", scores)
+    values = [[float(v) if v != "." else -1 for v in row.split()] for _, row in cells]
+    assert sum(v >= 0 for row in values for v in row) == 6 + 5 + 4 + 1
+    start, end = map(int, re.search(r"t~s = (\d).*t~e = (\d)", printed).groups())
+    assert values[start][end] == max(map(max, values))
+    assert f"{10 * start:4d} to {10 * (end + 1)} s, score {values[start][end]:.2f}" in printed
+
+
+def test_evaluate_explains_by_hand(tmp_path):
+    """IoU 6 / 20, 8 / 20, 8 / 11; the second answer is dropped by NMS, the third is the hit."""
+    printed = walk("evaluate", folder=tmp_path)
+    assert [m for m in re.findall(r"= (\d.\d\d), (\w+) hit at 0.5", printed)] == [
+        ("0.30", "no"), ("0.40", "no"), ("0.73", "a")]
+    assert "R@1,IoU=0.5 0.00   R@1,IoU=0.7 0.00   R@5,IoU=0.5 100.00" in printed
+
+
+def test_video_prints_what_would_be_sampled(tmp_path):
+    """The exported video has 32 parts; four of them are sampled at 1/8, 3/8, 5/8, 7/8 of it."""
+    shapes.export(tmp_path, 1, seed=0)
+    printed = walk("video", tmp_path / "test-0000.mp4", "--frames", 4, folder=tmp_path)
+    duration_sec = float(re.search(r"([\d.]+) s$", printed.splitlines()[0])[1])
+    times = [float(t) for t in re.findall(r"([\d.]+) s #", printed)]
+    assert times == pytest.approx([duration_sec * (2 * k + 1) / 8 for k in range(4)], abs=0.01)
+    assert "256 x 256" in printed and "100% of the picture" in printed
+    assert "cannot be opened" in walk("video", HERE / "README.md", folder=tmp_path, status=2)
