@@ -9,16 +9,14 @@ motions each, in some order: nouns alone match every second event, and so do ver
     python shapes.py --show world.png                   # videos and stills on one sheet
     python shapes.py --pretrain assets/small-clip.pt    # world 0's small CLIP, from its stills
 
-It is an experiment, not a mock: the small CLIP is pre-trained as CLIP was, on images with captions
-in which a verb says nothing (a still cannot show it), so that its text tower ignores verbs, which
-is the premise of the paper (Sec. 1). Three colours and three shapes occur in stills only; videos
-with them are the novel-word split. Two in seven pairs of a verb and a shape are in no training
-video: they are the novel-composition split. Nothing downstream knows that this is a toy: `build`
-writes annotations, features and CLIP weights in the form in which a real dataset has them.
+The small CLIP is pre-trained as CLIP was, on images with captions in which a verb says nothing (a
+still cannot show it), so that its text tower ignores verbs, which is the premise of the paper (Sec.
+1). Three colours and three shapes occur in stills only; videos with them are the novel-word split.
+Two in seven pairs of a verb and a shape are in no training video: they are the novel-composition
+split. Annotations, features and CLIP weights are written in the form of a real dataset's.
 
 Rounding differs between machines, and pre-training amplifies it. So that everybody starts from the
-same weights, the small CLIP of world 0 is shipped (assets/small-clip.pt); other worlds pre-train
-theirs. Their sentences need no parser: everything before the verb is the noun chunk.
+same weights, the small CLIP of world 0 is shipped (assets/small-clip.pt).
 
 Lengths are in pixels of a 32 x 32 frame with y downwards. Times in a script are in frame lengths,
 of which a video has 32; those that end in `_sec`, and those of `seconds`, are in seconds.
@@ -63,7 +61,6 @@ SPLITS = {"train": 800, "val": 150, "test": 150, "novel-word": 150, "novel-compo
           "val-novel-word": 150}  # choices are made on the two val splits only
 SHIPPED = files.ASSETS / "small-clip.pt"                # the small CLIP of world 0
 SHIPPED_SHA256 = "6cb068bec2c625764e0e0de4d6dfbef280c2083fcdd0cc05548c17a68424f705"
-OTHER_WORDS = "something , then"                        # of sentences, but of no caption
 
 
 # ------------------------------------------------------------------------------------------ drawing
@@ -88,9 +85,8 @@ def draw(frames: np.ndarray, colour: str, shape: str, x, y, r, visible=True) -> 
     """Paints an object into float frames [n, 32, 32, 3]; x, y, r, visible: [n], or one for all."""
     x, y, r, visible = (np.broadcast_to(v, len(frames))[:, None, None] for v in (x, y, r, visible))
     centre = np.arange(SIZE) + 0.5
-    inside = np.clip(0.5 - distance(shape, centre[None, None, :] - x, centre[None, :, None] - y, r),
-                     0, 1)
-    inside = (inside * visible)[..., None]                              # [n, 32, 32, 1]
+    away = distance(shape, centre[None, None, :] - x, centre[None, :, None] - y, r)
+    inside = (np.clip(0.5 - away, 0, 1) * visible)[..., None]           # [n, 32, 32, 1]
     frames += inside * (np.array(COLOURS[colour], dtype=np.float32) - frames)
 
 
@@ -109,7 +105,6 @@ def to_uint8(frames: np.ndarray) -> np.ndarray:
 def still(rng: np.random.Generator,
           objects: int | None = None) -> tuple[np.ndarray, str, list[dict]]:
     """One image [32, 32, 3], its caption, and the objects in it (colour, shape, x, y, r).
-
     As on the web a caption tells only some of what there is, and its verb, if any, is a guess."""
     scene = rng.choice(list(SCENES))
     image, phrases, things = ground(scene, 1, rng), [], []
@@ -144,11 +139,10 @@ def still(rng: np.random.Generator,
 
 def small_clip(seed: int, resnet: bool = False) -> clip.CLIP:
     """A ViT of width 64 behind a convolutional stem, or a ResNet of width 16 that sees the 32 x 32
-    frames at 64 x 64; and a causal text tower of width 64; joint width 64.
-
-    Larger position and token embeddings than OpenAI's start, or shape and place are not learned."""
+    frames at 64 x 64; and a causal text tower of width 64; joint width 64."""
     torch.manual_seed(seed)
     width, heads, layers = 64, 4, 2
+    # initial embeddings are larger than OpenAI's, or shape and place would not be learned
     if resnet:
         visual = clip.ModifiedResNet(2 * SIZE, (1, 1, 1, 1), 16, 8, width)
         drawn = [(visual.attnpool.positional_embedding, 0.1)]
@@ -169,16 +163,15 @@ def small_clip(seed: int, resnet: bool = False) -> clip.CLIP:
 def pretrain(seed: int, steps: int = 3000, count: int = 24_000, batch: int = 128,
              rounds: int = 3, resnet: bool = False) -> clip.CLIP:
     """Trains the small CLIP on `count` stills (two minutes): AdamW 2e-3, warm-up 50 steps, cosine.
-
     If the result misses its gates (rare), it is trained for another round; `rounds` at most."""
     rng = np.random.default_rng([seed, 0])
-    made = [still(rng)[:2] for _ in trange(count, desc="stills", disable=None)]
-    images = torch.from_numpy(np.stack([image for image, _ in made])).permute(0, 3, 1, 2)
-    tokens = clip.tokenize([caption for _, caption in made])
+    images, captions, _ = zip(*[still(rng) for _ in trange(count, desc="stills", disable=None)])
+    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    tokens = clip.tokenize(list(captions))
     # Of 49,408 tokens some 60 occur: they are trained as a table of their own, in the same order,
     # so that the end token still has the largest id.
     used, tokens = tokens.unique(return_inverse=True)
-    model = small_clip(seed, resnet).train()
+    model = small_clip(seed, resnet)
     whole = model.token_embedding.weight.data
     generator = torch.Generator().manual_seed(seed)
     for _ in range(rounds):
@@ -214,44 +207,37 @@ GATES = {"colour": 0.9, "shape": 0.6, "left or right": 0.95}
 
 @torch.no_grad()
 def zero_shot(model: clip.CLIP, seed: int, count: int = 1000) -> dict[str, float]:
-    """Zero-shot accuracy of the small CLIP on new stills of one object.
-
-    colour: out of fifteen "a <colour> <shape>" with the true shape; shape: out of eleven with the
-    true colour; left or right: out of two places. "verb cosine" is the mean cosine between verbs in
-    "a red circle <verb>": near 1, the text tower ignores them."""
+    """Zero-shot accuracy of the small CLIP on new stills of one object: which of fifteen colours,
+    eleven shapes and two sides, the rest of the caption being true; and the mean cosine between
+    verbs in "a red circle <verb>", which is near 1 if the text tower ignores them."""
     rng = np.random.default_rng([seed, 99])
-    images, things = [], []
-    for _ in range(count):
-        image, _, (thing,) = still(rng, 1)
-        images.append(image)
-        things.append(thing)
-    pixels = clip.preprocess(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),
-                             model.visual.resolution)
-    x = F.normalize(model.encode_image(pixels)[0], dim=1)               # [count, D]
+    stills = [still(rng, 1) for _ in range(count)]
+    things = [thing for _, _, (thing,) in stills]
+    images = torch.from_numpy(np.stack([image for image, _, _ in stills])).permute(0, 3, 1, 2)
+    x, _ = model.encode_image(clip.preprocess(images, model.visual.resolution))
+    x = F.normalize(x, dim=1)                                           # [count, D]
 
-    def accuracy(phrase: str, words, answer) -> float:
-        phrases = torch.stack([read(model, [phrase.format(word, **thing) for thing in things])
-                               for word in words], 1)
-        chosen = torch.einsum("cd,cod->co", x, phrases).argmax(1)       # [count]
-        return (chosen == torch.tensor([answer(t) for t in things])).float().mean().item()
+    def read(sentences: list[str]) -> Tensor:
+        return F.normalize(model.encode_text(clip.tokenize(sentences)), dim=1)
 
-    verbs = read(model, [f"a red circle {first}" for first, _ in VERBS])        # [7, D]
+    def accuracy(phrase: str, words: list[str], answers: list[str]) -> float:
+        q = [read([phrase.format(word, **thing) for thing in things]) for word in words]
+        chosen = torch.einsum("cd,cod->co", x, torch.stack(q, 1)).argmax(1)     # [count]
+        correct = torch.tensor([words.index(answer) for answer in answers])
+        return (chosen == correct).float().mean().item()
+
+    verbs = read([f"a red circle {first}" for first, _ in VERBS])       # [7, D]
     apart = ~torch.eye(len(VERBS), dtype=torch.bool)
-    asked = {"colour": ("a {0} {shape}", list(COLOURS), lambda t: list(COLOURS).index(t["colour"])),
-             "shape": ("a {colour} {0}", SHAPES, lambda t: SHAPES.index(t["shape"])),
-             "left or right": ("a {colour} {shape} on the {0}", ("left", "right"),
-                               lambda t: int(t["x"] >= SIZE / 2))}
-    return {**{name: accuracy(*question) for name, question in asked.items()},
+    sides = ["left" if thing["x"] < SIZE / 2 else "right" for thing in things]
+    return {"colour": accuracy("a {0} {shape}", list(COLOURS), [t["colour"] for t in things]),
+            "shape": accuracy("a {colour} {0}", list(SHAPES), [t["shape"] for t in things]),
+            "left or right": accuracy("a {colour} {shape} on the {0}", ["left", "right"], sides),
             "verb cosine": (verbs @ verbs.T)[apart].mean().item()}
 
 
 def missed_gates(knows: dict[str, float]) -> list[str]:
     return [f"{name} {knows[name]:.3f} < {gate}" for name, gate in GATES.items()
             if knows[name] < gate]
-
-
-def read(model: clip.CLIP, sentences: list[str]) -> Tensor:
-    return F.normalize(model.encode_text(clip.tokenize(sentences)), dim=1)
 
 
 # ------------------------------------------------------------------------------------------- videos
@@ -263,9 +249,7 @@ def held_out(verb: int, shape: str) -> bool:
 
 def script(split: str, rng: np.random.Generator) -> dict:
     """One video, before it is drawn: two actors, two verbs, four events in random order. Between
-    them a bystander is visible, which does nothing.
-
-    Places in pixels. Times are in frame lengths, of which there are 32, each "frame_sec" long."""
+    them a bystander is visible, which does nothing. A frame length is "frame_sec" seconds."""
     old_colours = [c for c in COLOURS if c not in NOVEL_COLOURS]
     old_shapes = [s for s in SHAPES if s not in NOVEL_SHAPES]
     novel = split.endswith("novel-word")
@@ -280,12 +264,11 @@ def script(split: str, rng: np.random.Generator) -> dict:
               if c not in colours and s not in shapes]
     bystander = dict(zip(("colour", "shape"), others[rng.integers(len(others))]),
                      x=rng.uniform(6, SIZE - 6), y=rng.uniform(6, SIZE - 6), r=rng.uniform(3.5, 5))
-    while True:
+    spare = -1
+    while spare < 0:
         action = rng.integers(4, 9, 4)                                  # frames each event takes
         linger = rng.integers(0, 3, (4, 2))                             # before and after it
         spare = FRAMES - action.sum() - linger.sum()
-        if spare >= 0:
-            break
     gaps = np.diff([0, *np.sort(rng.integers(0, spare + 1, 4)), spare])
     events, clock = [], 0
     for k, which in enumerate(rng.permutation(4)):
@@ -346,23 +329,21 @@ def film(plan: dict, times: np.ndarray = np.arange(FRAMES) + 0.5) -> Tensor:
 
 def samples_of(name: str, split: str, plan: dict) -> list[data.Sample]:
     """The sentences of a video: its four events; of novel compositions those that are novel."""
-    duration_sec = round(FRAMES * plan["frame_sec"], 3)
-    return [data.Sample(name, f"the {e['colour']} {e['shape']} {e['word']}", *seconds(e, plan),
-                        duration_sec) for e in plan["events"]
+    return [data.Sample(name, f"the {e['colour']} {e['shape']} {e['word']}",
+                        seconds(e["start"], plan), seconds(e["end"], plan), seconds(FRAMES, plan))
+            for e in plan["events"]
             if split != "novel-composition" or held_out(e["verb"], e["shape"])]
 
 
-def seconds(event: dict, plan: dict) -> tuple[float, float]:
-    return round(event["start"] * plan["frame_sec"], 3), round(event["end"] * plan["frame_sec"], 3)
+def seconds(frame_lengths: int, plan: dict) -> float:
+    return round(frame_lengths * plan["frame_sec"], 3)
 
 
 # -------------------------------------------------------------------------------------- the dataset
 
 def build(dataset: str = "shapes", root: str | os.PathLike = "data") -> None:
-    """Writes <root>/<dataset> unless it exists (one minute, and two more to pre-train a CLIP).
-
-    The number at the end of the name is the seed: "shapes" is seed 0, "shapes-1" seed 1. The folder
-    gets its name when it is complete, so an interrupted build is simply repeated."""
+    """Writes <root>/<dataset> unless it exists (one minute, and two more to pre-train a CLIP). The
+    folder gets its name when it is complete, so an interrupted build is simply repeated."""
     target, seed = pathlib.Path(root) / dataset, seed_of(dataset)
     if (target / "chunks.json").exists():
         return
@@ -374,12 +355,19 @@ def build(dataset: str = "shapes", root: str | os.PathLike = "data") -> None:
 
 
 def build_for(config) -> None:
-    """Builds the shapes worlds that a train.Config needs."""
+    """Builds the shapes worlds that a train.Config needs; and if it asks for "<dataset>-resnet", a
+    second CLIP of that world, with a ResNet image tower (supplement, Table 6), and its features."""
     for name in (config.dataset, config.text_clip):
         if name.startswith("shapes"):
             build(name, config.root)
-    if config.clip == f"{config.dataset}-resnet":
-        build_resnet(config.dataset, config.root)
+    name = f"{config.dataset}-resnet"
+    if config.clip == name:
+        seed, file = seed_of(config.dataset), pathlib.Path(config.root) / name / "clip.pt"
+        if not file.exists():
+            print(f"building {file}: pre-training a small CLIP with a ResNet on stills")
+            files.save_tensors(file, pretrained(seed, resnet=True).state_dict())
+        folder = data.store_folder(config.dataset, name, config.root)
+        encode(folder, file, name, seed, SPLITS)
 
 
 def pretrained(seed: int, resnet: bool = False) -> clip.CLIP:
@@ -395,16 +383,12 @@ def pretrained(seed: int, resnet: bool = False) -> clip.CLIP:
     return model
 
 
-def words_used() -> Tensor:
-    """The tokens of the world's captions and sentences, in ascending order."""
-    rng = np.random.default_rng([0, 0])
-    captions = [still(rng)[1] for _ in range(2000)]
-    return clip.tokenize([*captions, OTHER_WORDS]).unique()
-
-
 def ship(path: str, model: clip.CLIP) -> None:
     """Writes a small CLIP without the embeddings of words that never occur (1 MB instead of 14)."""
-    state, used = model.state_dict(), words_used()
+    rng, state = np.random.default_rng([0, 0]), model.state_dict()
+    captions = [still(rng)[1] for _ in range(2000)]
+    # sentences, unlike captions, have "something", commas and "then"
+    used = clip.tokenize([*captions, "something , then"]).unique()
     state["token_embedding.weight"] = state["token_embedding.weight"][used]
     files.save_tensors(path, {"used": used, "state": state})
 
@@ -415,64 +399,51 @@ def shipped() -> clip.CLIP:
         raise Mistake(f"{SHIPPED} is damaged: its SHA-256 is not {SHIPPED_SHA256}; restore it with "
                       f"git checkout")
     content = files.read_tensors(SHIPPED)
-    state, rows = content["state"], content["state"]["token_embedding.weight"]
+    rows = content["state"]["token_embedding.weight"]
     whole = torch.zeros(len(clip.vocabulary()[0]), rows.shape[1])
     whole[content["used"]] = rows
-    return clip.build(state | {"token_embedding.weight": whole})
+    return clip.build(content["state"] | {"token_embedding.weight": whole})
 
 
-def build_resnet(dataset: str, root: str | os.PathLike = "data") -> None:
-    """A second CLIP of a world, with a ResNet image tower (supplement, Table 6), unless it exists:
-    <root>/<dataset>-resnet/clip.pt, and its features of the same videos."""
-    build(dataset, root)
-    name, seed = f"{dataset}-resnet", seed_of(dataset)
-    file = pathlib.Path(root) / name / "clip.pt"
-    if not file.exists():
-        print(f"building {file}: pre-training a small CLIP with a ResNet on stills")
-        model = pretrained(seed, resnet=True)
-        files.save_tensors(file, model.state_dict())
+def encode(folder: pathlib.Path, file: pathlib.Path, name: str, seed: int,
+           counts: dict[str, int]) -> None:
+    """Draws the videos of a world and stores their features by the CLIP in `file`, named `name`."""
     model = clip.load(file)
-    store = data.FeatureStore(data.store_folder(dataset, name, root), video.made_by(
-        model, name, clip.sha256(file), FRAMES, FRAMES))
-    for split, count in SPLITS.items():
+    store = data.FeatureStore(folder, video.made_by(model, name, clip.sha256(file), FRAMES, FRAMES))
+    for split, count in counts.items():
         for i in trange(count, desc=f"videos: {split}", disable=None):
-            if f"{split}-{i:04d}" not in store:
-                encode(store, model, split, i, plan_of(seed, split, i))
+            if f"{split}-{i:04d}" in store:             # by a build that was interrupted
+                continue
+            plan = plan_of(seed, split, i)
+            pixels = clip.crop(film(plan), model.visual.resolution)
+            frames, patches = video.encode_frames(model, pixels)
+            store.write(f"{split}-{i:04d}", frames, patches if split == "train" else None,
+                        seconds(FRAMES, plan))
     store.save_manifest()
-
-
-def encode(store: data.FeatureStore, model: clip.CLIP, split: str, i: int, plan: dict) -> None:
-    """Draws video i of a split and stores its features."""
-    frames, patches = video.encode_frames(model, clip.crop(film(plan), model.visual.resolution))
-    store.write(f"{split}-{i:04d}", frames, patches if split == "train" else None,
-                round(FRAMES * plan["frame_sec"], 3))
 
 
 def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, int]) -> None:
     """The dataset of a small CLIP: clip.pt, <split>.jsonl, events.json, chunks.json, features.
-
-    counts    videos per split"""
+    counts: videos per split."""
     folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     folder.mkdir(parents=True)
     try:
         torch.save(model.state_dict(), folder / "clip.pt")
-        store = data.FeatureStore(folder / "features" / target.name, video.made_by(
-            model, target.name, clip.sha256(folder / "clip.pt"), FRAMES, FRAMES))
+        encode(folder / "features" / target.name, folder / "clip.pt", target.name, seed, counts)
         events, chunks = {}, {}
         for split, count in counts.items():
             samples = []
-            for i in trange(count, desc=f"videos: {split}", disable=None):
+            for i in range(count):
                 name, plan = f"{split}-{i:04d}", plan_of(seed, split, i)
-                encode(store, model, split, i, plan)
                 samples += samples_of(name, split, plan)
-                events[name] = [(*seconds(e, plan), f"{e['colour']} {e['shape']}",
-                                 VERBS[e["verb"]][0]) for e in plan["events"]]
+                events[name] = [(seconds(e["start"], plan), seconds(e["end"], plan),
+                                 f"{e['colour']} {e['shape']}", VERBS[e["verb"]][0])
+                                for e in plan["events"]]
             data.write_jsonl(folder / f"{split}.jsonl", samples)
             # the noun chunk is everything before the verb
             chunks |= {s.sentence: [(0, s.sentence.rindex(" "))] for s in samples}
         (folder / "events.json").write_text(json.dumps(events))
         (folder / "chunks.json").write_text(json.dumps(chunks))
-        store.save_manifest()
         os.replace(folder, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -486,8 +457,7 @@ def export(folder: str | os.PathLike, count: int, seed: int, split: str = "test"
     folder.mkdir(parents=True, exist_ok=True)
     samples = []
     for i in trange(count, desc="export", disable=None):
-        name = f"{split}-{i:04d}"
-        plan = plan_of(seed, split, i)
+        name, plan = f"{split}-{i:04d}", plan_of(seed, split, i)
         frames = F.interpolate(film(plan), side).repeat_interleave(rate, 0)
         pace = fractions.Fraction(plan["frame_sec"]).limit_denominator(10_000) / rate
         video.write_video(folder / f"{name}.mp4", frames, 1 / pace, quality=12)
@@ -507,8 +477,7 @@ def show(path: str, seed: int) -> None:
     """A contact sheet: a video of three splits, every second frame, and eight captioned stills."""
     plt = files.pyplot()
     figure = plt.figure(figsize=(16, 8))
-    splits = ("train", "novel-word", "novel-composition")
-    for row, split in enumerate(splits):
+    for row, split in enumerate(("train", "novel-word", "novel-composition")):
         plan = plan_of(seed, split, 0)
         axes = figure.add_axes((0.01, 0.78 - 0.22 * row, 0.98, 0.16))
         frames = render(plan, np.arange(0, FRAMES, 2) + 0.5)
@@ -516,11 +485,11 @@ def show(path: str, seed: int) -> None:
         axes.imshow(np.concatenate(frames, 1), extent=(0, FRAMES, 0, 2), interpolation="nearest")
         axes.set_title(f"{split}, every second of {FRAMES} frames", fontsize=11, loc="left", pad=14)
         axes.axis("off")
-        for k, e in enumerate(sorted(plan["events"], key=lambda e: e["start"])):
+        sentences = [sample.sentence for sample in samples_of("", "train", plan)]
+        for k, (e, sentence) in enumerate(zip(plan["events"], sentences)):
             axes.plot([e["start"], e["end"]], [2.08, 2.08], linewidth=4, color=f"C{k}",
                       solid_capstyle="butt", clip_on=False)
-            axes.text(e["start"], 2.2, f"the {e['colour']} {e['shape']} {e['word']}", fontsize=9,
-                      color=f"C{k}")
+            axes.text(e["start"], 2.2, sentence, fontsize=9, color=f"C{k}")
     rng = np.random.default_rng([seed, 0])
     for i in range(8):
         image, caption, _ = still(rng)

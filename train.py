@@ -87,7 +87,7 @@ class Config:
     bf16: bool = option(False, "bfloat16 autocast in both towers; weights and losses stay float32")
     # vdi-staged
     stage_steps: int = option(800, "steps of stage 1", least=1, only=STAGED)
-    stage_target: str = option("change", "target of stage 1", staged.TARGETS, only=STAGED)
+    stage_target: str = option("change", "target (staged.py)", staged.TARGETS, only=STAGED)
 
     def __post_init__(self):
         options.check_options(self)
@@ -159,9 +159,9 @@ class Model(nn.Module):
         self.sizes = dict(width=width, num_clips=config.num_clips, pool_kernel=pool,
                           pool_stride=pool, pool_counts=config.pool_counts, kernel=config.kernel,
                           layers=config.layers, hidden=config.hidden, joint=config.joint)
-        self.text = text                                                # f^q
-        self.retriever = cropped.speed_up(mmn.retriever_class(config.retriever)(**self.sizes))
-        self.context = self.dynamic = None                              # ^ f^g
+        retriever = mmn.retriever_class(config.retriever)(**self.sizes)
+        self.text, self.retriever = text, cropped.speed_up(retriever)   # f^q, f^g
+        self.context = self.dynamic = None
         if config.method == "vdi":
             # UNSPECIFIED: the number of heads; 64 wide as in CLIP, but at least 4
             heads = max(4, width // 64)

@@ -8,8 +8,6 @@ Shapes: T frames, D width of CLIP's joint space, D' channels of the patch featur
 grid, R resolution, L features of a video made elsewhere.
 """
 import collections
-import concurrent.futures
-import concurrent.futures.process
 import contextlib
 import math
 import multiprocessing
@@ -19,6 +17,7 @@ import signal
 import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +30,6 @@ import clip
 from data import FeatureStore, VideoError, patch_frames
 from support import files
 from support.errors import Mistake, reason
-
 
 # -------------------------------------------------------------------------------- folders of videos
 
@@ -51,10 +49,10 @@ def find_files(folder: str | os.PathLike, endings: set[str]) -> dict[str, pathli
     result: dict[str, pathlib.Path] = {}
     for path in sorted(pathlib.Path(folder).rglob("*")):
         if path.suffix.lower() in endings and path.is_file():
-            if path.stem in result:
-                raise Mistake(f"{result[path.stem]} and {path} have the same name, {path.stem}; "
-                              f"remove one of them from {folder}")
-            result[path.stem] = path
+            other = result.setdefault(path.stem, path)
+            if other != path:
+                raise Mistake(f"{other} and {path} have the same name, {path.stem}; remove one of "
+                              f"them from {folder}")
     return result
 
 
@@ -95,11 +93,10 @@ def decoded(container) -> Iterator[tuple[float, object]]:
     """(seconds since the first frame, frame) of all frames, in order. av.FFmpegError if damaged."""
     stream = container.streams.video[0]
     rate = float(stream.average_rate or stream.guessed_rate or 25)
-    first, count = None, 0
-    for frame in container.decode(stream):
-        time_sec = frame.time if frame.time is not None else count / rate
+    first = None
+    for i, frame in enumerate(container.decode(stream)):
+        time_sec = frame.time if frame.time is not None else i / rate
         first = time_sec if first is None else first
-        count += 1
         yield time_sec - first, frame
 
 
@@ -124,11 +121,9 @@ TOLERATED = 0.9     # share of a video that must decode; its last frame stands i
 
 
 def frames_at(path: str | os.PathLike, times_sec: np.ndarray) -> Iterator[Tensor]:
-    """For each instant (ascending) the frame on screen: the last that begins no later. uint8
-    [3, h, w], RGB.
-
-    Decodes in one pass. VideoError if the frames end before `TOLERATED` of the last instant: the
-    file is damaged, or shorter than its header claims."""
+    """For each instant (ascending) the frame on screen, the last that begins no later: uint8
+    [3, h, w], RGB. Decodes in one pass. VideoError if the frames end before `TOLERATED` of the last
+    instant: the file is damaged, or shorter than its header claims."""
     av = pyav()
     wanted, last, end_sec, damage = 0, None, 0.0, "the file ends there"
     with open_video(path) as container:
@@ -239,16 +234,15 @@ def start_worker() -> None:
 def decode_in_pool(paths: dict[str, pathlib.Path], count: int, resolution: int,
                    workers: int) -> Iterator[tuple[str, Decoded]]:
     """Videos in order, 2 * workers of them in flight. BrokenProcessPool if a process dies."""
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"),
-                                                  start_worker)
-    jobs, flying = iter(list(paths.items())), collections.deque()
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
+    flying = collections.deque()
     try:
-        while True:
-            while len(flying) < 2 * workers and (job := next(jobs, None)):
-                flying.append((job[0], pool.submit(attempt, job[1], count, resolution)))
-            if not flying:
-                return
-            name, future = flying.popleft()
+        for name, path in list(paths.items()):
+            flying.append((name, pool.submit(attempt, path, count, resolution)))
+            if len(flying) == 2 * workers:
+                first, future = flying.popleft()
+                yield first, future.result()
+        for name, future in flying:
             yield name, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
@@ -268,39 +262,35 @@ def decode_all(paths: dict[str, pathlib.Path], count: int, resolution: int,
             for name, result in decode_in_pool(left, count, resolution, workers):
                 del left[name]
                 yield name, result
-        except concurrent.futures.process.BrokenProcessPool:
+        except BrokenProcessPool:
             for name in list(left)[:2 * workers]:
                 alone = {name: left.pop(name)}
                 try:
                     yield from decode_in_pool(alone, count, resolution, 1)
-                except concurrent.futures.process.BrokenProcessPool:
+                except BrokenProcessPool:
                     yield name, Decoded(None, math.nan,
                                         f"{alone[name]} crashes the process that decodes it")
-
-
-def is_stored(store: FeatureStore, name: str, patches: bool, size: int | None) -> bool:
-    """Does a store have all files of a video, made from a video file of `size` bytes?"""
-    kinds = ("frames", "patches") if patches else ("frames",)
-    return (name in store and all(store.path(name, kind).exists() for kind in kinds)
-            and (size is None or store.manifest["videos"][name].get("bytes", size) == size))
 
 
 def extract(store: FeatureStore, model: clip.CLIP, videos: dict[str, pathlib.Path],
             names: list[str], training: set[str], workers: int = 0, batch: int = 32,
             precision: torch.dtype = torch.float32) -> dict[str, str]:
     """Makes the missing features of the videos `names`, with patches for those in `training`.
-
     Encodes batches of `batch` frames across videos. Returns video -> reason for those that failed,
     and writes it to failed.txt. Can be interrupted at any point: the next call continues."""
     pyav()
     T, R = store.manifest["frames"], model.visual.resolution
     kept = patch_frames(T, store.manifest["patch_frames"])
-    sizes = {name: os.path.getsize(str(videos[name])) for name in names if name in videos}
-    missing = [name for name in names
-               if not is_stored(store, name, name in training, sizes.get(name))]
-    failed = {name: f"there is no video file named {name}" for name in missing
-              if name not in videos}
-    paths = {name: videos[name] for name in missing if name in videos}
+    paths, sizes, failed = {}, {}, {}
+    for name in names:
+        kinds = ("frames", "patches") if name in training else ("frames",)
+        stored = name in store and all(store.path(name, kind).exists() for kind in kinds)
+        if name in videos:
+            size = os.path.getsize(videos[name])
+            if not stored or store.manifest["videos"][name].get("bytes", size) != size:
+                paths[name], sizes[name] = videos[name], size
+        elif not stored:
+            failed[name] = f"there is no video file named {name}"
     group, waited_sec, started = [], 0.0, time.monotonic()
     decoding = decode_all(paths, T, R, workers)
     bar = tqdm(total=len(paths), desc="features", unit="video", disable=None)

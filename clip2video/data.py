@@ -40,17 +40,17 @@ def dataset_folder(config: Config) -> pathlib.Path:
 
 
 def read_split(config: Config, split: str) -> Split:
-    """Mistake for features of another CLIP or of other frames, and for videos without features,
-    unless config.allow_missing leaves them out."""
+    """A split from its folder. Mistake for features of another CLIP or of other frames, and for
+    videos without features, unless config.allow_missing leaves them out."""
     path = dataset_folder(config) / f"{split}.captions.json"
     if not path.exists():
-        raise Mistake(f"there is no {path}; make it with: python -m clip2video prepare")
+        raise Mistake(f"there is no {path}; python -m clip2video prepare makes it (shapes: train)")
     captions = json.loads(path.read_text())
     store = data.FeatureStore(path.parent / "features" / "clip2video")
     for name in ("clip", "frames", "stride"):
         if store.manifest.get(name) != getattr(config, name):
             raise Mistake(f"the features in {store.folder} were made with --{name} "
-                          f"{store.manifest.get(name)}; use that, or remove them")
+                          f"{store.manifest.get(name)}; use that, or remove the folder")
     if missing := [name for name in captions if name not in store]:
         note = f"{len(missing)} of {len(captions)} videos of {split} have no features"
         if not config.allow_missing:
@@ -61,21 +61,20 @@ def read_split(config: Config, split: str) -> Split:
     if not captions:
         raise Mistake(f"no video in {path} has a caption and features; prepare the dataset again")
     x = torch.stack([torch.from_numpy(store.read(name, "frames")).float() for name in captions])
-    return Split(list(captions), list(captions.values()), x, (x != 0).any(2),
-                 store.manifest["sha256"])
+    digest = store.manifest["sha256"]
+    return Split(list(captions), list(captions.values()), x, (x != 0).any(2), digest)
 
 
-def frame_times(duration_sec: float, count: int = 12, stride: int = 2,
-                rate: float = 5.0) -> np.ndarray:
-    """At most `count` instants, in seconds: every `stride`-th of `rate` frames per second, and of
-    these `count` at equal distances, with both ends [code]. Stride 0: centres of equal parts."""
+def frame_times(duration_sec: float, count: int = 12, stride: int = 2) -> np.ndarray:
+    """At most `count` instants, in seconds: every `stride`-th of 5 frames per second, and of these
+    `count` at equal distances, with both ends [code]. Stride 0: the centres of equal parts."""
     if not stride:
         return video.frame_centres(duration_sec, count)
-    total = max(1, int(duration_sec * rate))
+    total = max(1, int(duration_sec * 5.0))
     chosen = np.linspace(0, total - 1, max(1, total // stride)).astype(int)
     if len(chosen) > count:
         chosen = chosen[np.linspace(0, len(chosen) - 1, count).astype(int)]
-    return chosen / rate
+    return chosen / 5.0
 
 
 def encode_file(model: clip.CLIP, path: pathlib.Path, config: Config) -> Tensor:
@@ -156,7 +155,8 @@ def read_published(dataset: str, folder: str | pathlib.Path) -> Captions:
     try:
         splits = READERS[dataset](pathlib.Path(folder))
     except Exception as error:  # of a dozen types for a missing or damaged file
-        raise Mistake(f"{folder} does not contain {dataset}: {reason(error)}") from error
+        raise Mistake(f"{folder} does not contain the files of {dataset}: "
+                      f"{reason(error)}") from error
     if not splits.get("train") or not splits.get("test"):
         raise Mistake(f"{folder} lists no training or no test videos of {dataset}")
     train = splits["train"]
@@ -194,7 +194,7 @@ def prepare(config: Config, annotations: str, videos: str) -> None:
     if not store.manifest["videos"]:
         raise Mistake(f"no video of {config.dataset} could be read: {next(iter(failed.values()))}")
     for split, captions in splits.items():
-        # unreadable videos are dropped, except from test: leaving them out there is a decision
+        # unreadable videos are dropped, but from test only with --allow-missing
         kept = {name: texts for name, texts in captions.items()
                 if name not in failed or split.startswith("test")}
         files.save(dataset_folder(config) / f"{split}.captions.json", json.dumps(kept))

@@ -65,10 +65,8 @@ def vectors(model: CLIP2Video, split: Split, config: Config,
 
 
 def load(path: str | pathlib.Path, root: str | None = None) -> tuple[CLIP2Video, Config, str]:
-    """Reads a ckpt.pt of `train`: the network, its settings, and the SHA-256 of the CLIP that made
-    the features. Nothing in it is executed. Mistake for any other file.
-
-    root    folder of datasets (default: the one used in training)"""
+    """A ckpt.pt of `train`: the network, its settings (with another `root`, if given), the SHA-256
+    of the CLIP that made the features. Executes nothing in it. Mistake for any other file."""
     if not pathlib.Path(path).is_file():
         raise Mistake(f"there is no checkpoint {path}; python -m clip2video train makes one")
     saved = files.read_tensors(path)

@@ -63,7 +63,7 @@ PRESETS = {
 
 
 def configure(**given) -> Config:
-    """The given fields; else the preset of the dataset; else the defaults."""
+    """The given fields; else the dataset's preset (Mistake if it is unknown); else the defaults."""
     dataset = given.get("dataset", "shapes")
     family = "shapes" if dataset.startswith("shapes") else dataset
     if family not in PRESETS:

@@ -30,6 +30,8 @@ def update_index(checkpoint: str, folder: str, out: str | pathlib.Path, device: 
     read. Mistake if none can be, or if the index was made with another checkpoint."""
     model, config, clip_sha256 = load(checkpoint, root)
     paths, entries = video.video_files(folder), {}
+    if not paths:
+        raise Mistake(f"{folder} contains no video")
     if (pathlib.Path(out) / FILE).exists():
         entries, other, digest = read_vectors(out)
         if digest != files.sha256(checkpoint):
@@ -38,8 +40,7 @@ def update_index(checkpoint: str, folder: str, out: str | pathlib.Path, device: 
     clip_path = data.clip_file(config.clip, config.root)
     images, model = clip.load(clip_path, device), model.to(device)
     if clip.sha256(clip_path) != clip_sha256:
-        raise Mistake(f"{clip_path} is not the CLIP that this checkpoint was trained with; choose "
-                      f"another --root")
+        raise Mistake(f"{clip_path} is not the CLIP of the training; name its folder by --root")
     failed, saved = {}, time.monotonic()
     for name, path in tqdm(paths.items(), desc="index", unit="video", disable=None):
         state = list(video.state_of(path).values())
@@ -54,11 +55,11 @@ def update_index(checkpoint: str, folder: str, out: str | pathlib.Path, device: 
             entries.pop(name, None)
             failed[name] = str(error)
             tqdm.write(printable(f"failed: {name}: {error}"))
-        if time.monotonic() - saved > 60:
+        if entries and time.monotonic() - saved > 60:
             save_vectors(out, checkpoint, entries)
             saved = time.monotonic()
     if not entries:
-        raise Mistake(f"{folder} contains no readable video {next(iter(failed.values()), '')}")
+        raise Mistake(f"no video in {folder} could be read: {next(iter(failed.values()))}")
     save_vectors(out, checkpoint, entries)
     return failed
 
@@ -76,7 +77,7 @@ def read_vectors(folder: str | pathlib.Path) -> tuple[Entries, str, str]:
     """What `save_vectors` wrote: the entries, the checkpoint's path and its SHA-256."""
     path = pathlib.Path(folder) / FILE
     if not path.exists():
-        raise Mistake(f"{folder} has no vectors of whole videos; make them: {COMMAND} {folder}")
+        raise Mistake(f"{folder} has no vectors of whole videos; use: {COMMAND} {folder}")
     try:
         with np.load(path, allow_pickle=False) as file:
             rows = zip(torch.from_numpy(file["vectors"]), file["about"].tolist(), strict=True)

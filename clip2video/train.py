@@ -5,7 +5,6 @@ import dataclasses
 import json
 import pathlib
 import random
-import time
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ import data
 from clip2video.data import Split, build_shapes, read_split
 from clip2video.evaluate import evaluate_checkpoint, retrieval_metrics, vectors
 from clip2video.model import MAX_SCALE, VARIANTS, CLIP2Video, Config, configure, logits, loss
-from support import files, parallel, progress
+from support import files, parallel, progress, results
 from support.text import markdown, mean_and_deviation
 
 RESULTS = pathlib.Path(__file__).parent.parent / "results" / "clip2video"       # of the ablation
@@ -38,10 +37,10 @@ def batches_of_epoch(split: Split, config: Config, epoch: int) -> list[Batch]:
         order = []
         for start in draw.sample(starts, len(starts)):          # neighbours stay together
             order += range(start, min(start + config.together, V))
-        indices += torch.tensor(order).split(config.batch)
+        indices += [order[i:i + config.batch] for i in range(0, V, config.batch)]
     for index in indices:
         captions = [draw.choice(split.captions[v]) for v in index]
-        batches.append(Batch([split.videos[v] for v in index], captions, index))
+        batches.append(Batch([split.videos[v] for v in index], captions, torch.tensor(index)))
     return batches
 
 
@@ -80,7 +79,8 @@ def loop(config: Config, resume: bool, signals: progress.Signals) -> None:
         batches = batches_of_epoch(training, config, epoch)
         for step, batch in run.steps(batches):                  # those left, if it was interrupted
             done = (epoch + step / len(batches)) / config.epochs
-            rate = done / 0.1 if done < 0.1 else progress.cosine(done)          # CLIP4Clip's
+            # CLIP4Clip's schedule: a linear warm-up, then a cosine to 0
+            rate = done / 0.1 if done < 0.1 else progress.cosine(done)
             for group in optimiser.param_groups:
                 group["lr"] = group["base"] * rate
             ids = clip.tokenize(batch.captions, config.words, True).to(device)      # [B, W]
@@ -115,44 +115,39 @@ def train(config: Config, resume: bool = False) -> dict:
             build_shapes(config)
         with progress.Signals() as signals:
             loop(config, resume, signals)
-        results = evaluate_checkpoint(config.folder / "ckpt.pt", config.root,
+        metrics = evaluate_checkpoint(config.folder / "ckpt.pt", config.root,
                                       parallel.pick_device(config.device))
-        files.save(config.folder / "results.json", json.dumps(results, indent=1))
-        return results
+        files.save(config.folder / "results.json", json.dumps(metrics, indent=1))
+        return metrics
 
 
 def ablation(seeds: int, root: str, device: str, only_kept: bool = False) -> dict[str, list[dict]]:
-    """Variant -> test metrics of each seed (worlds and training seeds 0, 1, ...). What has no result
-    with the same settings in results/clip2video/ is trained, or left out if `only_kept`."""
-    results = {}
+    """Variant -> test metrics of each seed (worlds and training seeds 0, 1, ...). What has no
+    result with these settings in results/clip2video/ is trained, or left out if `only_kept`."""
+    runs: dict[str, list[dict]] = {}
     for variant in VARIANTS:
         for seed in range(seeds):
             world = f"shapes-{seed}" if seed else "shapes"
             config = configure(dataset=world, variant=variant, seed=seed, root=root, device=device)
             settings = {name: value for name, value in dataclasses.asdict(config).items()
                         if name not in ("root", "device", "out")}
-            path, began = RESULTS / f"{variant}-{seed}.json", time.time()
-            kept = json.loads(path.read_text()) if path.exists() else {"config": None}
-            if kept["config"] == settings:
-                results.setdefault(variant, []).append(kept["results"])
-            elif not only_kept:
-                metrics = train(config, resume=config.folder.exists())
-                results.setdefault(variant, []).append(metrics)
-                minutes = round((time.time() - began) / 60, 2)
-                files.save(path, json.dumps(
-                    {"config": settings, "results": metrics, "versions": progress.versions(),
-                     "minutes": minutes}, indent=1) + "\n")
-    return results
+            path = RESULTS / f"{variant}-{seed}.json"
+            if only_kept and results.kept(path, settings) is None:
+                continue
+            content = results.cached(path, settings, lambda: {
+                "results": train(config, resume=config.folder.exists())})
+            runs.setdefault(variant, []).append(content["results"])
+    return runs
 
 
-def ablation_table(results: dict[str, list[dict]]) -> str:
+def ablation_table(ablated: dict[str, list[dict]]) -> str:
     """Markdown: mean and standard deviation over seeds."""
     names = {"mean": "mean pooling", "transformer": "temporal transformer", "tdb": "+ TDB",
              "tab": "+ TAB", "both": "+ TDB + TAB"}
     columns = ("t2v R@1", "t2v R@5", "t2v MedR", "v2t R@1", "direction told, %", "order told, %")
     rows = []
-    for variant, runs in results.items():
+    for variant, runs in ablated.items():
         cells = [mean_and_deviation([run[column] for run in runs]) for column in columns]
         rows.append([names[variant], *cells])
-    counts = sorted({len(runs) for runs in results.values()})
+    counts = sorted({len(runs) for runs in ablated.values()})
     return f"{markdown(['', *columns], rows)}\n\n{' to '.join(map(str, counts))} seeds."

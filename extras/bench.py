@@ -4,9 +4,8 @@
     python -m extras.bench step search                  # some of it
     python -m extras.bench video --videos DIR           # extraction, from real videos
 
-Each row is compared with something else: the plain way of doing the same, or what the machine can
-do. If both compute something, the results are compared before any time is taken, and a different
-result is an error. Weights are random (speed does not depend on them).
+Each row is compared with the plain way of doing the same, or with what the machine can do. A
+different result is an error. Weights are random, because speed does not depend on them.
 """
 import argparse
 import json
@@ -48,7 +47,7 @@ def seconds_of(work, device: torch.device = torch.device("cpu"), at_least: float
 
 def row(what: str, value: float, unit: str, ratio: float | None = None, to: str = "") -> dict:
     """A line of the table; `ratio` compares it with the line named `to`, above 1 is better."""
-    return {"what": what, "value": value, "unit": unit, "ratio": ratio, "to": to}
+    return dict(what=what, value=value, unit=unit, ratio=ratio, to=to)
 
 
 def same(ours: Tensor, theirs: Tensor, what: str, tolerance: float = 1e-5) -> None:
@@ -74,8 +73,7 @@ def bench_text(given: argparse.Namespace) -> list[dict]:
     model = random_vit_b32(device)
 
     def all_positions(tokens: Tensor) -> Tensor:
-        x = model.token_embedding(tokens) + model.positional_embedding
-        x = model.transformer(x, causal=True)[torch.arange(len(x)), tokens.argmax(1)]
+        x = model.states(tokens)[torch.arange(len(tokens)), tokens.argmax(1)]
         return model.ln_final(x) @ model.text_projection
 
     rows = []
@@ -130,11 +128,10 @@ def one_step(published: bool, config: train.Config) -> tuple[Tensor, float, floa
 def bench_step(given: argparse.Namespace) -> list[dict]:
     """A training step of the retriever at the setting of Charades-STA: support/cropped.py against
     the published convolution of mmn.py, each in a process, and so with a memory, of its own."""
-    config, results = train.Config(dataset="charades"), []
-    for published in (True, False):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            results.append(pool.apply(one_step, (published, config)))
-    (theirs, *published), (ours, *mine) = results
+    config = train.Config(dataset="charades")
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        (theirs, *published), (ours, *mine) = pool.starmap(
+            one_step, [(True, config), (False, config)], chunksize=1)
     same(ours, theirs, "losses of a step")
     rows = []
     for k, (what, unit) in enumerate((("forward", "s"), ("backward", "s"), ("memory", "GiB"))):
@@ -197,8 +194,7 @@ def bench_search(given: argparse.Namespace) -> list[dict]:
                                   b.float() @ q[1]).max())
                    for a, b in zip(iou.split(1 << 16), contrastive.split(1 << 16)))
         same(torch.tensor(index.search(*q)[0][1].score), torch.tensor(best), "best moment", 1e-6)
-        raw = [np.memmap(index.folder / name, np.int16, "r") for name in ("iou.f16",
-                                                                         "contrastive.f16")]
+        raw = [x.view(torch.int16).numpy() for x in (iou, contrastive)]
         reading = seconds_of(lambda: [part.max() for x in raw for part in np.array_split(x, 32)])
         searching = seconds_of(lambda: index.search(*q))
     return [row("search: reading the index once", 1000 * reading, "ms"),

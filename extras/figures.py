@@ -1,8 +1,4 @@
-"""The figures of the paper and of docs/results.md, drawn from kept results.
-
-Each function draws one file into assets/ (for other datasets than the shapes world into
-results/<dataset>/).
-"""
+"""The figures of the paper and of docs/results.md: each function draws one into a file."""
 import json
 
 import numpy as np
@@ -73,34 +69,30 @@ def collapse(path, names: tuple[str, ...], logs: dict[str, list[list[dict]]]) ->
     """Left: both sides of Eq. 2 and Eq. 5 in `vdi`; right: the cosine between verbs. logs: method
     -> seeds -> epochs."""
     figure, (left, right) = files.pyplot().subplots(1, 2, figsize=(13, 3.4))
-    for name in names:
-        draw_means(left, logs["vdi"], name, name)
-    for method, seeds in logs.items():
-        draw_means(right, seeds, "cos x^qd", method)
+    lines = [(left, logs["vdi"], name, name) for name in names]
+    lines += [(right, seeds, "cos x^qd", method) for method, seeds in logs.items()]
+    for axes, seeds, name, label in lines:
+        # as many epochs as the shortest run has
+        means = [np.mean([row[name] for row in epoch]) for epoch in zip(*seeds)]
+        axes.plot(range(1, len(means) + 1), means, label=label)
+        axes.legend(fontsize=8)
     left.set(xlabel="epoch", yscale="log",
              title="vdi: variance over a batch, share of the squared norm")
     right.set(xlabel="epoch (vdi-staged: after stage 1)", title="mean cosine between verbs, x^qd")
     save(figure, path)
 
 
-def draw_means(axes, seeds: list[list[dict]], name: str, label: str) -> None:
-    means = [np.mean([row[name] for row in epoch]) for epoch in zip(*seeds)]    # the shortest run
-    axes.plot(range(1, len(means) + 1), means, label=label)
-    axes.legend(fontsize=8)
-
-
 def heat(path, pixels, x, patches, trained) -> None:
     """Eq. 3 on the frames of a video. pixels [32, 3, R, R], features x, patches; trained: a module
     inject.SpatialDynamic."""
-    maps = {"frame": None, "Eq. 3, FC = identity": probe.plain_heat(x, patches),
+    maps = {"frame": pixels.permute(0, 2, 3, 1),
+            "Eq. 3, FC = identity": probe.plain_heat(x, patches),
             "Eq. 3, after `vdi`": trained.heatmap(x[None], patches[None])[0]}
     figure, axes = files.pyplot().subplots(3, 16, figsize=(16, 3.4))
-    for (name, heatmap), line in zip(maps.items(), axes):
+    for (name, pictures), line in zip(maps.items(), axes):
+        low, high = pictures.min(), pictures.max()      # imshow ignores them for colour images
         for t, cell in zip(range(0, 32, 2), line):
-            if heatmap is None:
-                cell.imshow(pixels[t].permute(1, 2, 0))
-            else:
-                cell.imshow(heatmap[t], vmin=heatmap.min(), vmax=heatmap.max(), cmap="inferno")
+            cell.imshow(pictures[t], vmin=low, vmax=high, cmap="inferno")
             cell.axis("off")
         line[0].set_title(name, loc="left", fontsize=11)
     save(figure, path)

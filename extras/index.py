@@ -182,15 +182,15 @@ class Index:
         `among`."""
         iou, _, contrastive = self.map_files()
         a, b = iou_text.half(), contrastive_text.half()
-        allowed = torch.zeros(len(iou), dtype=torch.bool)
+        allowed, stretches = torch.zeros(len(iou), dtype=torch.bool), []
         for name, about in self.content["videos"].items():
             if among is None or name in among:
-                allowed[about["first"]:about["first"] + about["rows"]] = True
+                stretches.append((about["first"], about["first"] + about["rows"]))
+                allowed[slice(*stretches[-1])] = True
+        if among is None:                       # all rows in large blocks, removed videos too
+            stretches = [(i, min(i + block, len(iou))) for i in range(0, len(iou), block)]
         bounds = torch.full((len(iou),), -math.inf)
-        for start in range(0, len(iou), block):
-            rows = slice(start, start + block)
-            if not allowed[rows].any():
-                continue
+        for rows in (slice(*stretch) for stretch in stretches):
             overlap = torch.sigmoid(mmn.SCORE_SCALE * (torch.mv(iou[rows], a).float() + ROUNDING))
             bounds[rows] = mmn.fuse(overlap, torch.mv(contrastive[rows], b).float() + ROUNDING)
         return bounds.masked_fill_(~allowed, -math.inf)

@@ -32,11 +32,9 @@ KINDS = ("subject", "verb", "object")
 
 
 def shape_triplets(kind: str, count: int, seed: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """(sentence, right image, wrong image), images uint8 [32, 32, 3]: an object in the middle of a
-    motion, on a ground. The wrong image has another object (subject), the same object in another
-    motion (verb), or another ground (object)."""
+    """(sentence, right image, wrong image), images uint8 [32, 32, 3]. The wrong image has another
+    object (subject), the same object in another motion (verb), or another ground (object)."""
     rng = np.random.default_rng([seed, KINDS.index(kind), 7])
-    colours, scenes = list(shapes.COLOURS), list(shapes.SCENES)
 
     def image(colour, shape, verb, scene) -> np.ndarray:
         way, progress = shapes.course(verb, rng), rng.uniform(0.2, 0.8)
@@ -45,12 +43,15 @@ def shape_triplets(kind: str, count: int, seed: int) -> list[tuple[str, np.ndarr
         shapes.draw(frame, colour, shape, x, y, r)
         return shapes.to_uint8(frame)[0]
 
+    def two_of(options) -> list:
+        return rng.choice(options, 2, replace=False).tolist()
+
     result = []
     for _ in range(count):
-        (colour, other_colour), (shape, other_shape), (scene, other_scene) = (
-            [str(v) for v in rng.choice(options, 2, replace=False)]
-            for options in (colours, shapes.SHAPES, scenes))
-        verb, other_verb = (int(v) for v in rng.choice(len(shapes.VERBS), 2, replace=False))
+        colour, other_colour = two_of(list(shapes.COLOURS))
+        shape, other_shape = two_of(shapes.SHAPES)
+        scene, other_scene = two_of(list(shapes.SCENES))
+        verb, other_verb = two_of(len(shapes.VERBS))
         right = image(colour, shape, verb, scene)
         wrong = image(*{"subject": (other_colour, other_shape, verb, scene),
                         "verb": (colour, shape, other_verb, scene),
@@ -82,25 +83,28 @@ def svo_triplets(table: str, images: str) -> dict[str, list[tuple[str, str, str]
 @torch.no_grad()
 def triplet_scores(model: clip.CLIP, triplets: list, batch: int = 256) -> dict[str, float]:
     """Mean softmax score of the right and the wrong image; how often the right one wins, %."""
-    device, R = model.logit_scale.device, model.visual.resolution
+    device = model.logit_scale.device
 
     def pixels(image) -> Tensor:
         if isinstance(image, str):              # PyAV reads an image as a video of one frame
             frame = next(video.frames_at(image, np.zeros(1)))
         else:
             frame = torch.from_numpy(image).permute(2, 0, 1)
-        return clip.crop(frame[None], R)
+        return clip.crop(frame[None], model.visual.resolution)
 
     right = []
     for i in range(0, len(triplets), batch):
-        part = triplets[i:i + batch]
-        q = model.encode_text(clip.tokenize([s for s, _, _ in part], truncate=True).to(device))
-        scores = [F.cosine_similarity(q, model.encode_image(clip.normalise(torch.cat(
-            [pixels(images[k]) for images in part]).to(device)))[0]) for k in (1, 2)]
+        sentences, *pair = zip(*triplets[i:i + batch])
+        q = model.encode_text(clip.tokenize(list(sentences), truncate=True).to(device))
+        scores = []
+        for images in pair:                     # the right ones, the wrong ones
+            frames = torch.cat([pixels(image) for image in images]).to(device)
+            x, _ = model.encode_image(clip.normalise(frames))
+            scores.append(F.cosine_similarity(q, x))
         right.append((model.logit_scale.exp() * torch.stack(scores, 1)).softmax(1)[:, 0].cpu())
     right = torch.cat(right)
-    return {"right": right.mean().item(), "wrong": 1 - right.mean().item(),
-            "difference": 2 * right.mean().item() - 1,
+    mean = right.mean().item()
+    return {"right": mean, "wrong": 1 - mean, "difference": 2 * mean - 1,
             "right ahead": 100 * (right > 0.5).double().mean().item(), "triplets": len(right)}
 
 
@@ -126,23 +130,21 @@ def end_token_attention(text: clip.TextTower, tokens: Tensor) -> Tensor:
 
 
 def shapes_words(sentence: str) -> list[tuple[str, str]]:
-    """The words of a sentence of the shapes world with their part of speech: the last is the verb,
-    the one before it the noun."""
+    """The words with their part of speech: the last is the verb, the one before it the noun."""
     words = sentence.split()
     return list(zip(words, ["other"] * (len(words) - 2) + ["noun", "verb"]))
 
 
 def spacy_words(pipeline):
-    """The same for any sentence, by a spaCy pipeline."""
+    """The same for any sentence."""
     kinds = {"NOUN": "noun", "PROPN": "noun", "PRON": "noun", "VERB": "verb", "AUX": "verb"}
     return lambda sentence: [(token.text, kinds.get(token.pos_, "other"))
                              for token in pipeline(sentence) if not token.is_space]
 
 
 def word_weights(text: clip.TextTower, sentences: list[str], words_of) -> dict[str, list[float]]:
-    """Part of speech (noun, verb, other) -> the weights of all such words: the share of the end
-    token's attention that a word's tokens get, times the number of words, so that 1 is an even
-    share. words_of: sentence -> [(word, part of speech)], as above."""
+    """Part of speech -> the weights of all such words: the share of the end token's attention that
+    a word's tokens get, times the number of words, so that 1 is an even share."""
     device, weights = text.text_projection.device, {"noun": [], "verb": [], "other": []}
     for start in range(0, len(sentences), 512):
         part = sentences[start:start + 512]
@@ -210,13 +212,11 @@ def _sequence(heat: Tensor, lstm: bool, seed: int) -> Tensor:
 
 
 def verb_probes(world: str, root: str, count: int = 800, frames: int = 8) -> dict[str, float]:
-    """How well a linear probe reads the verb (chance 14%) off the heatmaps of Eq. 3, and off Eq. 4
-    with untrained modules; for the moment (8 of its frames) and for the whole video. Accuracy in
-    percent on the second half of the videos."""
+    """Accuracy, %, with which a linear probe reads the verb (chance 14) off the heatmaps of Eq. 3,
+    and off Eq. 4 with untrained modules; for the moment (8 frames of it) and the whole video."""
     heat, mask, whole, verbs = [], [], [], []
     for event, x, patches in moments_of(world, root, count):
-        times = event["start"] + (np.arange(frames) + 0.5) / frames * (event["end"]
-                                                                       - event["start"])
+        times = event["start"] + video.frame_centres(event["end"] - event["start"], frames)
         index = torch.from_numpy(np.clip(times.astype(int), 0, len(x) - 1))
         all_heat = plain_heat(x, patches)
         heat.append(all_heat[index])
@@ -237,8 +237,8 @@ def verb_probes(world: str, root: str, count: int = 800, frames: int = 8) -> dic
 def heat_contrast(world: str, root: str, trained: inject.SpatialDynamic | None = None,
                   count: int = 200) -> dict[str, float]:
     """Eq. 3 on frames that show an actor: mean heat on its patches minus mean heat elsewhere, in
-    standard deviations of the heat; and how often the warmest patch, and a random one, shows part
-    of the actor (percent). Without `trained`, both FC are the identity."""
+    standard deviations; and how often (%) the warmest patch, and a random one, shows part of the
+    actor. Without `trained`, both FC are the identity."""
     contrasts, on_object, by_chance = [], [], []
     for event, x, patches in moments_of(world, root, count):
         heat = (plain_heat(x, patches) if trained is None

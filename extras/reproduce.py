@@ -4,11 +4,11 @@
     python -m extras.reproduce table3 --dataset charades --device cuda
     python -m extras.reproduce docs                     # writes the tables into docs/ and README.md
 
-extras/tables.json holds the tables: a row is a name, a base and what it changes (fields of
-train.Config), and the paper's figures. Each row runs once per seed (shapes: world and training have
-the same seed) and is kept in results/<dataset>/<name>.json: configuration, metrics, log, and what
-each query hits. A kept row is not run again, except with --fresh. Choices are made on validation
-splits; tables show test splits.
+A row of extras/tables.json is a name, a base and what it changes (fields of train.Config), and the
+paper's figures. It runs once per seed (shapes: world and training have the same seed) and is kept
+in results/<dataset>/<name>.json: configuration, metrics, log, and what each query hits. A kept row
+is not run again, except with --fresh. Choices are made on validation splits; tables show test
+splits.
 """
 import argparse
 import ast
@@ -59,7 +59,7 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """`columns`: "split metric"; `differences`: pairs of rows; `original`: of the original split."""
+    """columns: "split metric"; differences: pairs of rows; original: of the original split."""
     rows: list[Row]
     columns: list[str]
     differences: list = []
@@ -95,13 +95,12 @@ def config_of(row: Row, dataset: str, seed: int, given: argparse.Namespace,
     if dataset != "shapes" and not (what and TABLES[what].original):
         dataset += "-cg"
     world = world_of(dataset, seed)
-    fields = {**row.fields, "dataset": world, "seed": seed, "device": given.device,
-              "root": given.root}
+    fields = dict(row.fields, dataset=world, seed=seed, device=given.device, root=given.root)
     if fields.get("clip") == "resnet":                  # the published one, or the world's own
         fields["clip"] = f"{world}-resnet" if dataset == "shapes" else "RN50"
     if fields.get("text_clip") == "other":              # of another CLIP of the same width
-        fields["text_clip"] = (world_of(dataset, (seed + 1) % 3) if dataset == "shapes"
-                               else "ViT-B/16")
+        other = world_of("shapes", (seed + 1) % 3)
+        fields["text_clip"] = other if dataset == "shapes" else "ViT-B/16"
     config = train.configure(**fields)
     return dataclasses.replace(config, out=f"runs/reproduce/{dataset}/{name_of(config)}")
 
@@ -109,23 +108,22 @@ def config_of(row: Row, dataset: str, seed: int, given: argparse.Namespace,
 @functools.cache
 def parser_name(dataset: str, model: str) -> str:
     """The parser of a dataset's sentences, with its version."""
-    return parse.BY_CONSTRUCTION if dataset.startswith("shapes") and not model else \
-        parse.Parser(model or None).name
+    if dataset.startswith("shapes") and not model:
+        return parse.BY_CONSTRUCTION
+    return parse.Parser(model or None).name
 
 
 def choices_of(config: train.Config) -> dict:
-    choices = {name: list(value) if isinstance(value, tuple) else value
-               for name, value in dataclasses.asdict(config).items() if name not in NOT_A_CHOICE}
-    return choices | {"parser": parser_name(config.dataset, config.parser)}
+    fields = json.loads(json.dumps(dataclasses.asdict(config)))         # with lists for tuples
+    fields["parser"] = parser_name(config.dataset, config.parser)
+    return {name: value for name, value in fields.items() if name not in NOT_A_CHOICE}
 
 
 def name_of(config: train.Config) -> str:
     """The method, the seed, and a hash of everything that differs from the defaults, so that a
     field that is added later changes no name."""
-    defaults = dataclasses.asdict(train.Config())
-    changed = {name: value for name, value in choices_of(config).items()
-               if value != (list(defaults[name]) if isinstance(defaults[name], tuple)
-                            else defaults[name])}
+    defaults = json.loads(json.dumps(dataclasses.asdict(train.Config())))
+    changed = {name: value for name, value in choices_of(config).items() if value != defaults[name]}
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
     return f"{config.method}-{config.seed}-{digest[:10]}"
 
@@ -136,7 +134,6 @@ def file_of(config: train.Config) -> pathlib.Path:
 
 
 def kept(config: train.Config) -> dict | None:
-    """The kept result of a configuration."""
     return results.kept(file_of(config), choices_of(config))
 
 
@@ -188,23 +185,21 @@ def run_all(configs: list[train.Config], given: argparse.Namespace) -> None:
     missing = {name_of(c): c for c in configs if given.fresh or kept(c) is None}
     for config in missing.values():
         shapes.build_for(config)
-    threads = max(1, torch.get_num_threads() // given.jobs)
-    pool = concurrent.futures.ProcessPoolExecutor(given.jobs,
-                                                  multiprocessing.get_context("spawn"))
-    started = time.time()
-    with pool:
+    threads, started = max(1, torch.get_num_threads() // given.jobs), time.time()
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(given.jobs, spawn) as pool:
         runs = [pool.submit(run_quietly, c, given.fresh, threads) for c in missing.values()]
         for i, future in enumerate(concurrent.futures.as_completed(runs), 1):
             print(f"{i} of {len(runs)}: {future.result()}, {(time.time() - started) / 60:.1f} min",
                   file=sys.stderr, flush=True)
 
 
-def per_seed(what: str, given: argparse.Namespace, make, more: dict | None = None) -> list[dict]:
+def per_seed(what: str, given: argparse.Namespace, make) -> list[dict]:
     """The results of `make(seed)` for each seed, kept in results/<dataset>/<what>-<seed>.json."""
     rows = []
     for seed in seeds_of(what, given):
-        config = {"dataset": given.dataset, "seed": seed, **(more or {})}
         path = RESULTS / given.dataset / f"{what}-{seed}.json"
+        config = {"dataset": given.dataset, "seed": seed}
         content = results.cached(path, config, lambda: {"results": make(seed)}, given.fresh)
         rows.append(content["results"])
     return rows
@@ -217,20 +212,28 @@ def seeds_of(what: str, given: argparse.Namespace) -> range:
     return range(given.seeds or (TABLES[what].seeds if what in TABLES else 3))
 
 
+def configs_of(what: str, seed: int, given: argparse.Namespace) -> list[train.Config]:
+    """The configurations of the rows of a table."""
+    return [config_of(row, given.dataset, seed, given, what) for row in TABLES[what].rows]
+
+
 def seeds_kept(what: str, given: argparse.Namespace) -> int:
     """For how many seeds, from 0 on, every row of a table is kept."""
-    seeds = seeds_of(what, given)
-    for seed in seeds:
-        for row in TABLES[what].rows:
-            if kept(config_of(row, given.dataset, seed, given, what)) is None:
-                return seed
-    return len(seeds)
+    for seed in seeds_of(what, given):
+        if any(kept(config) is None for config in configs_of(what, seed, given)):
+            return seed
+    return len(seeds_of(what, given))
 
 
 def collect(what: str, given: argparse.Namespace) -> list[list[dict]]:
     """The kept results of a table: row -> seed -> result."""
-    return [[kept(config_of(row, given.dataset, seed, given, what))
-             for seed in seeds_of(what, given)] for row in TABLES[what].rows]
+    seeds = [map(kept, configs_of(what, seed, given)) for seed in seeds_of(what, given)]
+    return [list(row) for row in zip(*seeds)]
+
+
+def found(run: dict, split: str, query: str = "full") -> np.ndarray:
+    """Has the first moment of each sentence IoU >= 0.5 with the true one? 1.0 or 0.0, [S]."""
+    return np.array([float(int(digit) >= 1) for digit in run["hits"][query][split]])
 
 
 def paired(ours: list[dict], theirs: list[dict], split: str, draws: int = 2000
@@ -238,11 +241,8 @@ def paired(ours: list[dict], theirs: list[dict], split: str, draws: int = 2000
     """R@1, IoU=0.5 of one row minus that of another, in points: mean over seeds, its 95% interval
     by a bootstrap over the sentences (drawn with replacement within each seed, the same for both
     rows), and the difference of each seed."""
-    rng, differences = np.random.default_rng(0), []
-    for a, b in zip(ours, theirs):
-        a, b = (np.array([int(digit) >= 1 for digit in run["hits"]["full"][split]])
-                for run in (a, b))
-        differences.append(100.0 * (a.astype(float) - b))
+    rng = np.random.default_rng(0)
+    differences = [100 * (found(a, split) - found(b, split)) for a, b in zip(ours, theirs)]
     drawn = np.mean([d[rng.integers(len(d), size=(draws, len(d)))].mean(1) for d in differences], 0)
     low, high = np.percentile(drawn, (2.5, 97.5))
     means = [float(d.mean()) for d in differences]
@@ -262,24 +262,24 @@ def show(what: str, given: argparse.Namespace) -> str:
         heads.append("paper, " + ("Charades-STA" if table.original else "Charades-CG novel-word"))
     lines = []
     for row, seeds in zip(table.rows, runs):
-        line = [row.name, *(mean_and_deviation([run["results"][split][metric] for run in seeds])
-                            for split, metric in columns)]
+        line = [row.name]
+        for split, metric in columns:
+            line.append(mean_and_deviation([run["results"][split][metric] for run in seeds]))
         if paper:
             line.append(" / ".join(f"{value:.2f}" for value in row.paper))
         lines.append(line)
-    queries = {split: np.mean([run["results"][split]["queries"] for run in runs[0]])
-               for split, _ in columns}
-    sizes = ", ".join(f"{split} {size:.0f}" for split, size in queries.items())
+    sizes = {split: np.mean([run["results"][split]["queries"] for run in runs[0]])
+             for split, _ in columns}
+    sizes = ", ".join(f"{split} {size:.0f}" for split, size in sizes.items())
     minutes = sum(run["minutes"] for seeds in runs for run in seeds)
-    text = [markdown(["", *heads], lines), "", f"{len(runs[0])} seeds; sentences per seed: {sizes}; "
-            f"{minutes:.0f} minutes of runs."]
+    text = [markdown(["", *heads], lines), "",
+            f"{len(runs[0])} seeds; sentences per seed: {sizes}; {minutes:.0f} minutes of runs."]
     for a, b in table.differences:
         parts = []
-        for split in FINAL:
-            if split in metrics:
-                mean, low, high, seeds = paired(runs[a], runs[b], split)
-                each = ", ".join(f"{seed:+.1f}" for seed in seeds)
-                parts.append(f"{split} {mean:+.1f} [{low:+.1f}, {high:+.1f}] ({each})")
+        for split in filter(metrics.get, FINAL):
+            mean, low, high, seeds = paired(runs[a], runs[b], split)
+            each = ", ".join(f"{seed:+.1f}" for seed in seeds)
+            parts.append(f"{split} {mean:+.1f} [{low:+.1f}, {high:+.1f}] ({each})")
         text.append(f"- {table.rows[a].name} minus {table.rows[b].name}: " + "; ".join(parts))
     return "\n".join(text)
 
@@ -293,10 +293,10 @@ def figure_path(name: str, given: argparse.Namespace) -> pathlib.Path:
 
 def clip_of(seed: int, given: argparse.Namespace) -> tuple[clip.CLIP, str]:
     """The CLIP of a seed's shapes world; on a real dataset the published one. And the dataset."""
-    world = world_of(given.dataset, seed)
+    world, name = world_of(given.dataset, seed), train.Config.clip
     if given.dataset == "shapes":
         shapes.build(world, given.root)
-    name = world if given.dataset == "shapes" else train.Config.clip
+        name = world
     return clip.load(data.clip_file(name, given.root), parallel.pick_device(given.device)), world
 
 
@@ -315,11 +315,11 @@ def s_table1(given: argparse.Namespace) -> str:
              "difference": ("0.64", "0.52", "0.72"), "right ahead": ("", "", "")}
     rows = []
     for name, theirs in paper.items():
-        cells = []
+        row = [name.replace("ahead", "ahead, %")]
         for kind in probe.KINDS:
             values = [content[kind][name] for content in seeds if kind in content]
-            cells.append(f"{np.mean(values):.2f}" if values else "no images")
-        rows.append([name.replace("ahead", "ahead, %"), *cells, *theirs])
+            row.append(f"{np.mean(values):.2f}" if values else "no images")
+        rows.append([*row, *theirs])
     return markdown(["score", *probe.KINDS, *(f"paper, {kind}" for kind in probe.KINDS)], rows)
 
 
@@ -331,9 +331,8 @@ def s_fig1(given: argparse.Namespace) -> str:
         words_of = (probe.shapes_words if given.dataset == "shapes"
                     else probe.spacy_words(parse.load(None)))
         weights = probe.word_weights(model, sentences, words_of)
-        edges = np.linspace(0, 3, 31)
         return {kind: {"mean": float(np.mean(values)), "words": len(values),
-                       "histogram": np.histogram(np.clip(values, 0, 3), edges)[0].tolist()}
+                       "histogram": np.histogram(np.clip(values, 0, 3), 30, (0, 3))[0].tolist()}
                 for kind, values in weights.items() if values}
 
     seeds, kinds = per_seed("s-fig1", given, make), ("noun", "verb", "other")
@@ -378,16 +377,16 @@ def heat(given: argparse.Namespace) -> str:
     if given.figures:
         model, world = clip_of(0, given)
         if given.video:
-            path, pictures = figure_path("heat-of-a-video", given), figures.features_of(given.video,
-                                                                                        model)
+            name, pictures = "heat-of-a-video", figures.features_of(given.video, model)
         else:
-            path = figure_path("heat", given)
             _, x, patches = next(probe.moments_of(world, given.root, 1))
-            pictures = shapes.film(shapes.plan_of(0, "train", 0)), x, patches
-        figures.heat(path, *pictures, trained_heat(0, given))
+            name, pictures = "heat", (shapes.film(shapes.plan_of(0, "train", 0)), x, patches)
+        figures.heat(figure_path(name, given), *pictures, trained_heat(0, given))
     names = ("contrast", "warmest on the actor", "random patch on the actor")
-    rows = [[stage, *(mean_and_deviation([content[stage][name] for content in seeds], 2)
-                      for name in names)] for stage in seeds[0]]
+    rows = []
+    for stage in seeds[0]:
+        cells = [[content[stage][name] for content in seeds] for name in names]
+        rows.append([stage, *(mean_and_deviation(values, 2) for values in cells)])
     return markdown(["FC of Eq. 3", "contrast (standard deviations)",
                      "warmest patch on the actor, %", "random patch, %"], rows)
 
@@ -395,38 +394,39 @@ def heat(given: argparse.Namespace) -> str:
 def fig3(given: argparse.Namespace) -> str:
     """Fig. 3: retrieval by the whole sentence, by its static and by its dynamic half."""
     chosen, runs = (0, 1, 2, 4), collect("table1", given)
-    rates = {}
-    for split in ("test", "novel-word"):
-        if split not in runs[0][0]["results"]:
-            continue
-        rates[split] = {}
-        for k in chosen:
-            rates[split][MAIN[k].name] = [
-                [100 * np.mean([int(digit) >= 1 for digit in run["hits"][query][split]])
-                 for run in runs[k]] for query in evaluate.QUERIES]
+    rates = {split: {} for split in ("test", "novel-word") if split in runs[0][0]["results"]}
+    rows = []
+    for k in chosen:
+        rows.append([MAIN[k].name])
+        for split, methods in rates.items():
+            methods[MAIN[k].name] = [[100 * found(run, split, query).mean() for run in runs[k]]
+                                     for query in evaluate.QUERIES]
+            rows[-1] += map(mean_and_deviation, methods[MAIN[k].name])
     if given.figures:
         figures.queries(figure_path("fig3", given), rates)
     heads = [f"{split}, {name}" for split in rates for name in ("Q", "Q^s", "Q^d")]
-    rows = [[MAIN[k].name, *(mean_and_deviation(values) for split in rates
-                             for values in rates[split][MAIN[k].name])] for k in chosen]
     return markdown(["", *heads], rows)
 
 
 def collapse(given: argparse.Namespace) -> str:
     """What becomes of both sides of Eq. 2 and Eq. 5, and of the verbs, in training."""
     runs = collect("table1", given)
-    logs = {method: [[row for row in run["log"] if "epoch" in row] for run in runs[k]]
-            for k, method in ((0, "mmn"), (2, "vdi"), (4, "vdi-staged"))}
-    stage_1 = [[row for row in run["log"] if "stage" in row] for run in runs[4]]
+
+    def log_of(k: int, kind: str) -> list[list[dict]]:
+        return [[line for line in run["log"] if kind in line] for run in runs[k]]
+
+    logs = {"mmn": log_of(0, "epoch"), "vdi": log_of(2, "epoch"), "vdi-staged": log_of(4, "epoch")}
     names = ("var FC(x^qd), Eq. 2", "var x~^qs", "var FC(x^qd), Eq. 5", "var m~")
     if given.figures:
         figures.collapse(figure_path("collapse", given), names, logs)
+    parts = {"`vdi`": (logs["vdi"], (*names, "L_vc", "L_sd", "cos x^qd")),
+             "`vdi-staged`, stage 1": (log_of(4, "stage"), ("var x^qd", "cos x^qd")),
+             "`vdi-staged`, stage 2": (logs["vdi-staged"], ("cos x^qd",))}
     rows = []
-    for title, seeds, shown in (("`vdi`", logs["vdi"], (*names, "L_vc", "L_sd", "cos x^qd")),
-                                ("`vdi-staged`, stage 1", stage_1, ("var x^qd", "cos x^qd")),
-                                ("`vdi-staged`, stage 2", logs["vdi-staged"], ("cos x^qd",))):
-        rows += [[f"{title}: {name}", *(f"{np.mean([log[k][name] for log in seeds]):.4f}"
-                                        for k in (0, -1))] for name in shown]
+    for title, (seeds, shown) in parts.items():
+        for name in shown:
+            first, last = (np.mean([log[k][name] for log in seeds]) for k in (0, -1))
+            rows.append([f"{title}: {name}", f"{first:.4f}", f"{last:.4f}"])
     return markdown(["", "first", "last"], rows)
 
 
@@ -450,6 +450,10 @@ FIGURES = ("fig3", "s-fig1", "collapse", "heat", "curve")       # assets/<name>.
 NEEDS = {"fig3": "table1", "collapse": "table1", "heat": "table1"}      # whose runs they show
 
 
+def result_of(what: str, given: argparse.Namespace) -> str:
+    return show(what, given) if what in TABLES else OTHERS[what](given)
+
+
 # ------------------------------------------------------------------------------------ into the docs
 
 TEMPLATE = RESULTS / "text.md"                  # docs/results.md without its tables
@@ -458,22 +462,22 @@ MARKS = ("<!-- results: python -m extras.reproduce docs -->", "<!-- end of the r
 
 def filled(text: str, given: argparse.Namespace) -> str:
     """Each line "{{name}}" replaced by that table, over the seeds that were run."""
-    def table(name: str) -> str:
+    def table(match: re.Match) -> str:
+        name, seeds = match[1], given.seeds
+        command = f"`python -m extras.reproduce {name}`"
         if name in TABLES:
             seeds = seeds_kept(name, given)
             if not seeds:
-                return f"Not run yet: `python -m extras.reproduce {name}`"
-            text = show(name, argparse.Namespace(**vars(given) | {"seeds": seeds}))
-        else:
-            text = OTHERS[name](given)
+                return f"Not run yet: {command}"
         figure = f"![{name}](../assets/{name}.png)\n\n" if name in FIGURES else ""
-        return f"{figure}{text}\n\n`python -m extras.reproduce {name}`"
+        text = result_of(name, argparse.Namespace(**vars(given) | {"seeds": seeds}))
+        return f"{figure}{text}\n\n{command}"
 
-    return re.sub(r"^{{(.*)}}$", lambda match: table(match[1]), text, flags=re.M)
+    return re.sub(r"^{{(.*)}}$", table, text, flags=re.M)
 
 
 def linked(text: str, up: str = "") -> str:
-    """Every [`file.name`](file.py) points to the line of that function or class. `up` leads from
+    """Points every [`file.name`](file.py) to the line of that function or class. up: the way from
     the document to the top folder."""
     def link(match: re.Match) -> str:
         path, names = match[2], match[1].split(".")[1:]
@@ -489,16 +493,15 @@ def linked(text: str, up: str = "") -> str:
 
 def documents(given: argparse.Namespace) -> dict[pathlib.Path, str]:
     """README.md and docs/*.md with the kept results and links to current lines."""
-    result = {HERE / "docs" / "results.md": filled(TEMPLATE.read_text(), given)}
-    readme = (HERE / "README.md").read_text()
-    before, rest = readme.split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
+    before, rest = (HERE / "README.md").read_text().split(MARKS[0])
+    _, after = rest.split(MARKS[1])
     table = filled("{{main}}", given)
-    result[HERE / "README.md"] = f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{after}"
+    texts = {HERE / "docs" / "results.md": filled(TEMPLATE.read_text(), given),
+             HERE / "README.md": f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{after}"}
     for path in sorted((HERE / "docs").glob("*.md")):
-        result.setdefault(path, path.read_text())
+        texts.setdefault(path, path.read_text())
     return {path: linked(text, "" if path.parent == HERE else "../")
-            for path, text in result.items()}
+            for path, text in texts.items()}
 
 
 def main() -> None:
@@ -539,12 +542,11 @@ def reproduce(given: argparse.Namespace) -> None:
     if given.dataset != "shapes" and shapes_only:
         raise Mistake(f"{', '.join(sorted(shapes_only))}: available for the shapes world only")
     tables = [name for name in (NEEDS.get(what, what) for what in given.what) if name in TABLES]
-    configs = [config_of(row, given.dataset, seed, given, what) for what in tables
-               for seed in seeds_of(what, given) for row in TABLES[what].rows]
+    configs = [config for what in tables for seed in seeds_of(what, given)
+               for config in configs_of(what, seed, given)]
     run_all(list(dict.fromkeys(configs)), given)
     for what in given.what:
-        text = show(what, given) if what in TABLES else OTHERS[what](given)
-        print(f"\n{what}, {given.dataset}\n\n{text}")
+        print(f"\n{what}, {given.dataset}\n\n{result_of(what, given)}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ SHARED = pathlib.Path(os.environ.get("VDI_SHARED",
 def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=300, metavar="N",
                      help="examples of each kind in tests/robustness/test_fuzz.py (default 300; "
-                          "videos: a twentieth)")
+                          "videos: a twentieth, at least 15)")
 
 
 def decode(ids) -> str:

@@ -18,7 +18,7 @@ import torch
 
 import clip
 from conftest import decode
-from support import files
+from support import files, hugging_face
 from support.errors import Mistake
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "clip.json").read_text())
@@ -36,7 +36,7 @@ def hugging_face_state() -> dict:
 
 @pytest.fixture(scope="module")
 def state():
-    return clip.from_hugging_face(hugging_face_state())
+    return hugging_face.renamed(hugging_face_state())
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_positions_after_the_longest_sentence_do_not_matter(model):
 def test_quick_gelu_is_not_gelu(model):
     """x sigmoid(1.702 x) at 1: 1 / (1 + e^-1.702) = 0.845796; GELU would give 0.841345."""
     assert clip.QuickGELU()(torch.tensor(1.0)).item() == pytest.approx(0.845796, abs=1e-6)
-    gelu = clip.build(clip.from_hugging_face(hugging_face_state()), torch.nn.GELU)
+    gelu = clip.build(hugging_face.renamed(hugging_face_state()), torch.nn.GELU)
     with torch.no_grad():
         a, b = (tower.encode_text(make_clip.tokens(400)) for tower in (gelu, model))
     assert (a - b).abs().max() > 1e-3

@@ -534,7 +534,7 @@ def test_prepare(tmp_path, world, published):
     (tmp_path / "test_list.txt").write_text("a\n")
     assert "both in train and test" in run(*arguments, status=2)
     (tmp_path / "raw-captions.pkl").write_bytes(b"no pickle")
-    assert "does not contain msvd" in run(*arguments, status=2)
+    assert "does not contain the files of msvd" in run(*arguments, status=2)
 
 
 def test_a_checkpoint_of_another_kind(trained, world):

@@ -450,6 +450,8 @@ class Crasher:
             os._exit(1)
         return str(self.path)
 
+    __fspath__ = __str__
+
 
 def test_a_video_that_crashes_its_decoder_is_found(tmp_path, world):
     model = clip.load(world / "shapes" / "clip.pt")
@@ -558,10 +560,11 @@ def test_check_lists_every_problem(tmp_path, capsys):
     assert not prepare.check(None, root)
     out = capsys.readouterr().out
     for problem in ("a.frames.npy is float16 (5, 64), not float16 (4, 64)", "b.patches.npy is not",
-                  "c.frames.npy is missing", "d.frames.npy is damaged", "e is 9.0 s long, but its",
-                  "e: its file is 9.00 s long, but its annotations say 8.00 s",
-                  "f.frames.npy is in no manifest", "train: 1 of 7 videos have no features",
-                  "train: 1 videos have no patches, for instance g"):
+                    "c.frames.npy is missing", "d.frames.npy is damaged",
+                    "e is 9.0 s long, but its",
+                    "e: its file is 9.00 s long, but its annotations say 8.00 s",
+                    "f.frames.npy is in no manifest", "train: 1 of 7 videos have no features",
+                    "train: 1 videos have no patches, for instance g"):
         assert problem in out, (problem, out)
     assert "g" not in [line.split()[0].split(".")[0].strip(":") for line in out.splitlines()[1:]]
     with pytest.raises(Mistake, match="no features in"):
@@ -616,18 +619,28 @@ def test_spawned_workers_read_the_same(videos):
     assert torch.equal(ours.frames, theirs.frames) and torch.equal(ours.patches, theirs.patches)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_file_is_reported_by_name(world, tmp_path, workers):
-    """Also from a worker process, and by a process of torchrun that has no share of a batch."""
+@pytest.fixture
+def damaged(world, tmp_path):
+    """A split whose first video has a damaged file of features."""
     shutil.copytree(world / "shapes" / "features" / "shapes", tmp_path / "f")
-    store = data.FeatureStore(tmp_path / "f")
-    videos = data.Videos(data.read_annotations("shapes", "train", world), store, 16,
-                         data.parser_of("shapes", world))
-    store.path(videos.videos[0], "frames").write_bytes(b"damaged")
-    reason = f"{videos.videos[0]}.frames.npy is damaged .*remove it and run data.py again"
+    videos = data.Videos(data.read_annotations("shapes", "train", world),
+                         data.FeatureStore(tmp_path / "f"), 16, data.parser_of("shapes", world))
+    videos.store.path(videos.videos[0], "frames").write_bytes(b"damaged")
+    return videos
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_file_is_reported_by_name(damaged, workers):
+    """Also if a worker process reads it."""
+    reason = f"{damaged.videos[0]}.frames.npy is damaged .*remove it and run data.py again"
     with pytest.raises(data.VideoError, match=reason):
-        list(videos.batches(4, workers=workers))
-    assert isinstance(videos.collate([]), data.VideoError)
+        list(damaged.batches(4, workers=workers))
+
+
+def test_a_process_without_a_share_reports_a_damaged_file(damaged):
+    """Under torchrun a process may get no video of a small batch; it then reads the first one, for
+    the shapes of its empty tensors."""
+    assert isinstance(damaged.collate([]), data.VideoError)
 
 
 def test_shuffling_is_seeded_and_complete(videos):

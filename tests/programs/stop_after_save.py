@@ -1,4 +1,4 @@
-"""Runs train.py and exits with status 1 once last.pt holds so many epochs: FILE EPOCHS [options]."""
+"""Runs train.py and exits with status 1 once last.pt holds N epochs: FILE N [options]."""
 import sys
 
 from support import files

@@ -11,7 +11,7 @@ import torch
 import train
 
 torch.set_num_threads(1)
-torch.empty(1, device="meta").normal_()                 # imports torch._dynamo here, not in each child
+torch.empty(1, device="meta").normal_()     # imports torch._dynamo once instead of in each child
 signal_number, times, steps_at_most, *options = sys.argv[1:]
 draw, statuses = random.Random(0), []
 

@@ -90,7 +90,8 @@ def test_annotations(tmp_path, name, source, count, fault):
             else:
                 assert store.path(s.video, "frames").parent == tmp_path
     assert 0 < read < count
-    fault(f"annotation file {name[1:]}", "random edits (fuzzing): read, or one sentence", count)
+    fault(f"a damaged annotation file ({name[1:]})", "random edits: it is read, or reported in one "
+          "sentence", count)
 
 
 def test_tokenizer(count, fault):
@@ -101,7 +102,7 @@ def test_tokenizer(count, fault):
         assert all(0 <= i < 49408 for i in ids)
         assert clip.tokenize(text, truncate=True).shape == (1, 77)
         assert isinstance(decode(ids[:20]), str) or not ids
-    fault("any string, to the tokenizer", "random edits (fuzzing)", count)
+    fault("an arbitrary string in the tokenizer", "random edits of sentences: it is encoded", count)
 
 
 def test_parser(count, fault):
@@ -114,7 +115,7 @@ def test_parser(count, fault):
         assert query.full == text == half.full
         assert all(isinstance(part, str) for part in (*query, *half))
     assert slowest < 30         # nothing takes forever; a sentence takes a millisecond
-    fault("any string, to the parser", "random edits (fuzzing)", count)
+    fault("an arbitrary string in the parser", "random edits of sentences: it is split", count)
 
 
 @pytest.fixture
@@ -159,20 +160,20 @@ def test_checkpoints(tiny_checkpoint, tmp_path, count, fault):
         except Mistake as error:
             assert "is not a checkpoint of train.py" in str(error)
             continue
-        read += 1                               # what is still read is what was written
+        read += 1                               # what can be read is what was written
         for module, before in ((run.text, original.text), (run.retriever, original.retriever)):
             for key, value in module.state_dict().items():
                 assert torch.equal(value, before.state_dict()[key])
     assert read < count / 2
-    fault("checkpoint", "random bytes changed (fuzzing): one sentence, or the change is in what is "
-          "not read", count)
+    fault("a damaged checkpoint", "random bytes changed: it is reported in one sentence, or the "
+          "weights are unaffected", count)
 
 
 def test_videos(published, tmp_path, count, fault):
-    """Mutations of real files, decoded by two processes that a crash would not take along."""
+    """Mutations of real files, decoded in two processes, so that a crash would not end the test."""
     sources = [(published / "videos" / name).read_bytes()
                for name in ("test.avi", "arm_wrestling.mp4", "flipping_a_pancake.mkv")]
-    draw, count, read, failed = random.Random(4), max(1, count // 20), 0, 0
+    draw, count, read, failed = random.Random(4), max(15, count // 20), 0, 0
     for first in range(0, count, 50):
         paths = {}
         for k in range(first, min(first + 50, count)):
@@ -194,5 +195,5 @@ def test_videos(published, tmp_path, count, fault):
                 assert decoded.frames.shape == (4, 3, 32, 32) and 0 < decoded.duration_sec < 1e7
             paths[name].unlink()
     assert read and failed and read + failed == count
-    fault("video file", f"random bytes changed (fuzzing): {read} read, {failed} end in failed.txt",
-          count)
+    fault("a damaged video file", f"random bytes changed: {read} are decoded, {failed} are "
+          "reported in failed.txt", count)

@@ -1,11 +1,13 @@
 """Files made to do harm, in every place where a file of others is read: nothing in them is
-executed, no memory is allocated for what they only claim, and the user gets one sentence."""
+executed, no memory is allocated for what they only claim, and the user gets one sentence. And
+files of a dataset that are damaged."""
 import io
 import json
 import os
 import pathlib
 import pickle
 import runpy
+import shutil
 import sys
 import zipfile
 
@@ -117,7 +119,7 @@ def hostile(tmp_path: pathlib.Path) -> dict[str, bytes]:
     def packed(compress: int, content: bytes = pickle.dumps(Explosion(), 2)) -> bytes:
         """A pickle in the form of torch.save, with 4 GB of zeros if compressed."""
         out = io.BytesIO()
-        with zipfile.ZipFile(out, "w", compress) as file:
+        with zipfile.ZipFile(out, "w", compress, compresslevel=1) as file:
             file.writestr("archive/data.pkl", content)
             file.writestr("archive/version", "3\n")
             if compress:
@@ -167,12 +169,12 @@ def test_hostile_files(world, tmp_path, monkeypatch, capsys, fault):
         yield "retrieve", (path, "video.mp4", "a door")
         yield "clip2video", ("evaluate", path)
         yield "data", ("mine", "--annotations", "good.jsonl", "--features", features, "--clip",
-                        path)
+                       path)
         for ending in (".jsonl", ".json", ".txt"):
             annotations = tmp_path / f"annotations{ending}"
             annotations.write_bytes(path.read_bytes())
             yield "data", ("other", "--annotations", annotations, "--features", features, "--clip",
-                            world / "shapes" / "clip.pt")
+                           world / "shapes" / "clip.pt")
         for ending in (".npy", ".npz", ".pt"):
             for old in features.iterdir():
                 old.unlink()
@@ -200,14 +202,14 @@ def test_hostile_files(world, tmp_path, monkeypatch, capsys, fault):
             assert status == 2 and len(lines) == 1, (name, module, arguments, shown)
             assert "Traceback" not in shown and len(lines[0]) < 1000, shown
             read = ("hostile.", "annotations.", "features/v.", "videos.json", "clip2video.npz",
-                    "the predictions do not match")
+                    "the predictions do not match", "not the weights of a CLIP")
             assert any(part in printed + shown for part in read), shown     # it was this file
             assert not list(tmp_path.rglob("exploded")), (name, arguments)
             tried += 1
             assert peak_gib() - before < 1, (name, module, arguments)
     fault("a hostile file: pickle, zip bomb, huge header, huge sizes, truncated, flipped",
-          "in every place where a file of others is read: nothing is executed, less than 1 GB",
-          tried)
+          "in every place where a file of others is read: one sentence, nothing is executed, less "
+          "than 1 GB is allocated", tried)
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
@@ -230,3 +232,18 @@ def test_names_that_leave_the_folder(world, tmp_path, monkeypatch, capsys, name,
     new = {path for path in set(tmp_path.parent.rglob("*")) - before if path.is_file()}
     assert all((tmp_path / "data") in path.parents for path in new)
     fault("a video name that leads out of its folder", "`../../x`, absolute, NUL, hidden", 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("name", ["train.jsonl", "events.json", "chunks.json", "manifest.json"])
+def test_damaged_files_of_a_dataset(world, tmp_path, capsys, name, fault):
+    """The sentence names the file."""
+    shutil.copytree(world / "shapes", tmp_path / "data" / "shapes")
+    path = next((tmp_path / "data" / "shapes").rglob(name))
+    path.write_text(path.read_text()[:-2])
+    assert leave("train", "--root", tmp_path / "data", "--method", "mmn", "--epochs", 1, "--hidden",
+                 16, "--joint", 16, "--device", "cpu", "--out", tmp_path / "run") == 2
+    shown = capsys.readouterr().err
+    assert shown.count("error: ") == 1 and name in shown
+    fault("a damaged file of a dataset", "annotations, events, noun chunks or manifest, truncated: "
+          "one sentence that names the file", 1)

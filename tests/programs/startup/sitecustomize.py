@@ -1,11 +1,11 @@
-"""Prints "running" to stderr when Python begins to run the main program: put this folder on
-PYTHONPATH. What happens before that is Python's own start."""
+"""Prints a line to stderr when the main program begins to import torch. Python runs this file at
+its start if the folder is on PYTHONPATH."""
 import sys
 
 
-def announce(event, _):
-    if event in ("cpython.run_file", "cpython.run_module"):
-        print("running", file=sys.stderr, flush=True)
+def announce(event, arguments):
+    if event == "import" and arguments[0] == "torch":
+        print("importing torch", file=sys.stderr, flush=True)
 
 
 sys.addaudithook(announce)
