@@ -9,6 +9,7 @@ videos with all their sentences, flattened: sentence s belongs to `video_of[s]`.
 Shapes: B videos, S sentences in the batch, T frames, N clips, D width of CLIP's joint space, D'
 channels of the patch features, H x W patch grid.
 """
+import support  # first, for a Ctrl-C while torch is imported
 import csv
 import json
 import math
@@ -31,6 +32,7 @@ import mmn
 import parse
 from support import files, parallel
 from support.errors import Mistake
+from support.generated import Event, read_dict, read_events       # noqa: F401
 
 
 class Sample(NamedTuple):
@@ -112,8 +114,7 @@ def held_out(videos) -> set[str]:
 
 def training_samples(dataset: str, select_on: str, limit: int,
                      root: str | os.PathLike) -> dict[str, list[Sample]]:
-    """`train` and, if there is one, the split that selects the epoch, whose videos are not trained
-    on. limit: number of videos (0: all)."""
+    """`train` and the split that selects the epoch, if any, whose videos are not trained on."""
     available = splits(dataset, root)
     if dataset in FILES and "val" not in available:
         available.append("val")
@@ -253,30 +254,13 @@ def write_jsonl(path: pathlib.Path, samples: list[Sample]) -> None:
     files.save(path, "".join(lines))
 
 
-class Event(NamedTuple):
-    """What happens in a video of the shapes world: who does what, when."""
-    start_sec: float
-    end_sec: float
-    noun: str
-    verb: str
-
-
-def read_events(dataset: str, root: str | os.PathLike) -> dict[str, list[Event]] | None:
-    """All events of each video, if the dataset knows them (events.json), else None."""
-    path = pathlib.Path(root) / dataset / "events.json"
-    if not path.exists():
-        return None
-    return {name: [Event(*event) for event in events]
-            for name, events in json.loads(path.read_text()).items()}
-
-
 def parser_of(dataset: str, root: str | os.PathLike, model: str = "",
               mask: str = "") -> parse.Parser:
-    """The parser of a dataset's sentences: their chunks.json if the dataset has one (the shapes
-    world) and no other `model` is named; else spaCy, whose chunks are cached beside it."""
+    """The parser of a dataset's sentences: its chunks.json (the shapes world has one), unless a
+    `model` is named; else spaCy, whose chunks are cached there."""
     folder = pathlib.Path(root) / dataset
     if not model and (folder / "chunks.json").exists():
-        return parse.Parser(mask=mask, known=json.loads((folder / "chunks.json").read_text()))
+        return parse.Parser(mask=mask, known=read_dict(folder / "chunks.json"))
     return parse.Parser(model or None, mask, cache=folder)
 
 
@@ -295,8 +279,10 @@ def store_folder(dataset: str, clip_name: str, root: str | os.PathLike) -> pathl
     return pathlib.Path(root) / dataset.removesuffix("-cg") / "features" / name
 
 
-def open_store(dataset: str, clip_name: str, root: str | os.PathLike) -> "FeatureStore":
-    """The features of a dataset. Mistake, with the command that makes them, if there are none."""
+def open_store(dataset: str, clip_name: str, root: str | os.PathLike,
+               frames: int | None = None) -> "FeatureStore":
+    """The features of a dataset. Mistake, with the command that makes them, if there are none, or
+    not `frames` per video."""
     folder = store_folder(dataset, clip_name, root)
     if not list(folder.glob("manifest*.json")):
         others = ", ".join(path.name for path in sorted(folder.parent.glob("*")))
@@ -305,7 +291,11 @@ def open_store(dataset: str, clip_name: str, root: str | os.PathLike) -> "Featur
         how = "shapes.py" if dataset.startswith("shapes") else (
             f"data.py {dataset.removesuffix('-cg')} --videos DIR --clip {clip_name}{own}")
         raise Mistake(f"there are no features in {folder}{others}; make them with: python {how}")
-    return FeatureStore(folder)
+    store = FeatureStore(folder)
+    if frames and store.manifest["frames"] != frames:
+        raise Mistake(f"{folder} has {store.manifest['frames']} features per video, not {frames}; "
+                      f"change --frames")
+    return store
 
 
 def patch_frames(frames: int, count: int) -> np.ndarray:
@@ -472,10 +462,10 @@ class Videos(Dataset):
             return error
 
     def collate(self, items: list) -> Batch | VideoError:
-        for item in items:
+        some = items or [self[0]]       # a process may have no share of a small batch
+        for item in some:
             if isinstance(item, VideoError):
                 return item
-        some = items or [self[0]]       # a process may have no share of a small batch
         sentences = [range(self.first[i], self.first[i + 1]) for i, _, _ in items]
         index = torch.tensor([s for own in sentences for s in own], dtype=torch.long)
         video_of = torch.tensor([b for b, own in enumerate(sentences) for _ in own],
@@ -518,13 +508,19 @@ def training_videos(config, store: FeatureStore) -> tuple[dict[str, Videos], str
 
 
 class Loader(DataLoader):
-    """A DataLoader that raises the VideoError of a batch that could not be read."""
+    """A DataLoader that raises the VideoError of a batch, and a Mistake for a dead worker."""
 
     def __iter__(self):
-        for batch in super().__iter__():
-            if isinstance(batch, VideoError):
-                raise batch
-            yield batch
+        try:
+            for batch in super().__iter__():
+                if isinstance(batch, VideoError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if not self.num_workers:
+                raise
+            raise Mistake("a process that reads features has died, perhaps because memory ran out; "
+                          "lower --workers or --batch") from error
 
 
 class Shares(BatchSampler):

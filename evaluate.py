@@ -17,6 +17,7 @@ A hit is IoU >= mu. R@1 uses the best cell, R@5 the five best after greedy NMS (
 IoU > 0.5 are dropped). Shapes: S sentences, K retrieved moments, N clips, P candidate moments.
 Moments are [start, end) in seconds.
 """
+import support  # first, for a Ctrl-C while torch is imported
 import dataclasses
 import json
 import math
@@ -253,7 +254,7 @@ def answers(run: Run, splits: list[str] | None = None, query: str = "full",
     dataset, root = config["dataset"], root or config["root"]
     if splits is None:
         splits = [split for split in data.splits(dataset, root) if split != "train"] or ["train"]
-    store = data.open_store(dataset, config["clip"], root)
+    store = data.open_store(dataset, config["clip"], root, config["frames"])
     if store.manifest["sha256"] != run.checkpoint["clip_sha256"]:
         raise Mistake(f"the features in {store.folder} come from another CLIP (SHA-256 "
                       f"{store.manifest['sha256'][:12]}) than this checkpoint was trained with "

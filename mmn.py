@@ -228,7 +228,7 @@ def overlap_scores(moments: Tensor, text: Tensor, video_of: Tensor) -> Tensor:
 
         Y~iou = cos(FC(x^q), Conv1D(X^m)),  then sigmoid(10 Y~iou)
 
-    moments [B, J, P] and text [S, J] unit vectors, video_of [S]; returns [S, P] in (0, 1)"""
+    Arguments as of `cosine_scores`; returns [S, P] in (0, 1)"""
     # UNSPECIFIED: the BCE of Eq. (7) cannot take a cosine; scaled and squashed as in MMN's code
     return torch.sigmoid(SCORE_SCALE * cosine_scores(moments, text, video_of))
 
@@ -240,8 +240,7 @@ def iou_loss(scores: Tensor, iou: Tensor, floor: float = 0.5) -> Tensor:
 
     scores   [S, P] in (0, 1), candidates only
     iou      [S, P] in [0, 1]
-    returns  [S] nats, mean over the candidates
-    """
+    returns  [S] nats, mean over the candidates"""
     # UNSPECIFIED: the overlap is scaled as in MMN's code: (iou - 0.5) / (1 - 0.5), at least 0
     target = ((iou - floor) / (1 - floor)).clamp(min=0)
     # subtle: BCE aborts on NaN (on a GPU for good); returned, it stops the run with its name

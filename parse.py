@@ -16,6 +16,7 @@ Q^h (supplement, Table 5) is the control: a random half of the words in place of
 As in the paper, spaCy's English pipeline finds the chunks. The shapes world supplies those of its
 own sentences (`Parser(known=...)`): spaCy takes "the beige bar shrinks" for one noun chunk.
 """
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -61,8 +62,8 @@ class Parser:
         self.name = "{lang}_{name} {version}".format(**self.pipeline.meta)
         if cache:
             self.cache = cache / f"chunks-{self.name.replace(' ', '-').replace('/', '-')}.json"
-            if self.cache.exists():
-                self.known = json.loads(self.cache.read_text())
+            with contextlib.suppress(OSError, ValueError):      # missing or damaged: made again
+                self.known = dict(json.loads(self.cache.read_text()))
 
     def chunks(self, sentence: str) -> list[tuple[int, int]]:
         """Noun chunks of any string, as (start, end) characters without surrounding white space:
@@ -83,7 +84,8 @@ class Parser:
             self.known[sentence] = [_stripped(sentence, chunk.start_char, chunk.end_char)
                                     for chunk in doc.noun_chunks if chunk.text.strip()]
         if unknown and self.cache and self.cache.parent.exists():
-            files.save(self.cache, json.dumps(self.known))
+            with contextlib.suppress(OSError):          # a folder that cannot be written
+                files.save(self.cache, json.dumps(self.known))
         return [[(start, end) for start, end in self.known[s]] for s in sentences]
 
     def split(self, sentence: str) -> Query:
@@ -126,7 +128,7 @@ class Parser:
 
 def load(model):
     """A spaCy pipeline by name or path. Mistake if it is not installed."""
-    import spacy            # takes seconds, and the shapes world does not need it
+    spacy = files.need("spacy", "parsing")      # takes seconds; the shapes world needs none
     if model is None:
         model = next(filter(spacy.util.is_package, PIPELINES), PIPELINES[0])
     if not isinstance(model, str):

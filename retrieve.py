@@ -16,6 +16,7 @@ was trained on is covered by windows of their length that overlap by half.
 Shapes: F features of a video, W windows of T of them, P candidate moments of a window, S sentences,
 J width of MMN's joint space.
 """
+import support  # first, for a Ctrl-C while torch is imported
 import base64
 import hashlib
 import html
@@ -304,8 +305,7 @@ def plot(path: str, retriever: Retriever, encoded: Encoded, sentences: list[str]
         if windows > 1:
             picture.set_title(f"window {window + 1} of {windows}", fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    files.save_figure(figure, path)
 
 
 PAGE = files.ASSETS / "page.html"

@@ -21,6 +21,7 @@ same weights, the small CLIP of world 0 is shipped (assets/small-clip.pt).
 Lengths are in pixels of a 32 x 32 frame with y downwards. Times in a script are in frame lengths,
 of which a video has 32; those that end in `_sec`, and those of `seconds`, are in seconds.
 """
+import support  # first, for a Ctrl-C while torch is imported
 import fractions
 import json
 import math
@@ -428,7 +429,7 @@ def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, i
     folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     folder.mkdir(parents=True)
     try:
-        torch.save(model.state_dict(), folder / "clip.pt")
+        files.save_tensors(folder / "clip.pt", model.state_dict())
         encode(folder / "features" / target.name, folder / "clip.pt", target.name, seed, counts)
         events, chunks = {}, {}
         for split, count in counts.items():
@@ -497,8 +498,7 @@ def show(path: str, seed: int) -> None:
         axes.imshow(image, interpolation="nearest")
         axes.axis("off")
         axes.set_title(textwrap.fill(caption, 24), fontsize=8, y=-0.08, va="top")
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    files.save_figure(figure, path)
 
 
 def main() -> None:

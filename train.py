@@ -12,6 +12,7 @@ Methods: `mmn` is the retriever alone; `vdi` adds Eq. 1-5 as printed, all in one
 A run is a folder: ckpt.pt (the best epoch on the validation split, all that evaluate.py needs),
 last.pt (for --resume), log.jsonl, results.json. support/progress.py resumes, logs and saves.
 """
+import support  # first, for a Ctrl-C while torch is imported
 import contextlib
 import dataclasses
 import json
@@ -85,7 +86,6 @@ class Config:
     milestones: tuple[int, ...] = option((8, 13), "epochs that cut lr to a tenth; none: cosine")
     patience: int = option(5, "epochs without a better validation result before the run stops")
     bf16: bool = option(False, "bfloat16 autocast in both towers; weights and losses stay float32")
-    # vdi-staged
     stage_steps: int = option(800, "steps of stage 1", least=1, only=STAGED)
     stage_target: str = option("change", "target (staged.py)", staged.TARGETS, only=STAGED)
 
@@ -286,7 +286,7 @@ def validate(model: Model, videos: dict[str, data.Videos], config: Config,
 def algorithm_1(config: Config, resume: bool, signals: progress.Signals) -> None:
     """Algorithm 1: stage 1 of vdi-staged, then the loop."""
     device = parallel.pick_device(config.device)
-    store = data.open_store(config.dataset, config.clip, config.root)
+    store = data.open_store(config.dataset, config.clip, config.root, config.frames)
     videos, parser = data.training_videos(config, store)
     model, optimiser = start(config, store.manifest, device)
     run = progress.Run(config.folder, dataclasses.asdict(config), model, optimiser, config.epochs,
@@ -346,9 +346,9 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
         run = evaluate.load(config.folder / "ckpt.pt", device)
         results = evaluate.evaluate(run, device=device, allow_missing=True)
         files.save(config.folder / "results.json", json.dumps(results, indent=1))
-        validated = quality(run.checkpoint["metrics"]) is not None
-        how = f"selected on {config.select_on}" if validated else "the last: no validation split"
-        print(f"epoch {run.checkpoint['epoch']}, {how}\n{evaluate.table(results)}")
+        saved = run.checkpoint
+        how = "the last" if quality(saved["metrics"]) is None else f"best on {config.select_on}"
+        print(f"epoch {saved['epoch']}, {how}\n{evaluate.table(results)}")
         return results
 
 

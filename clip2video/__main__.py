@@ -1,4 +1,5 @@
 """The command line of clip2video/__init__.py."""
+import support  # first, for a Ctrl-C while torch is imported
 import json
 
 import clip2video

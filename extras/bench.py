@@ -7,6 +7,7 @@
 Each row is compared with the plain way of doing the same, or with what the machine can do. A
 different result is an error. Weights are random, because speed does not depend on them.
 """
+import support  # first, for a Ctrl-C while torch is imported
 import argparse
 import json
 import multiprocessing

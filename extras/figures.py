@@ -18,8 +18,7 @@ ASSETS = files.ASSETS
 def save(figure, path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
-    figure.savefig(path, dpi=80, metadata={"Software": None})
-    files.pyplot().close(figure)
+    files.save_figure(figure, path, metadata={"Software": None})
 
 
 def curve(path, runs: list[list[dict]]) -> None:

@@ -8,6 +8,7 @@ those of all moments of all videos, and a search is a product with two vectors.
 
 Shapes: R moments of an index (rows), J width of MMN's joint space.
 """
+import support  # first, for a Ctrl-C while torch is imported
 import bisect
 import json
 import math

@@ -8,6 +8,7 @@
 Published annotations must have the published counts. Features are made once; the command can be
 interrupted and continues where it stopped.
 """
+import support  # first, for a Ctrl-C while torch is imported
 import argparse
 import contextlib
 import math
@@ -24,7 +25,7 @@ import data
 import video
 from data import Sample
 from support import files, options, parallel
-from support.errors import Mistake, reported
+from support.errors import Missing, Mistake, reported
 from support.text import aligned, printable
 
 FOLDERS = {"charades": ("Charades-STA", "Charades_STA"), "charades-cg": ("Charades-CG",),
@@ -65,12 +66,12 @@ def install(dataset: str, root: str | os.PathLike, folder: str | os.PathLike | N
     places = [source / name for name in (dataset, *FOLDERS[dataset])]
     place = next((place for place in places if place.is_dir()), source if direct else None)
     if place is None:
-        raise Mistake(f"{folder} contains no folder {dataset}")
+        raise Missing(f"{folder} contains no folder {dataset}")
     existing = {split: next((place / name for name in names if (place / name).exists()), None)
                 for split, names in data.FILES[dataset].items()}
     if not any(existing.values()):
         names = [name for names in data.FILES[dataset].values() for name in names]
-        raise Mistake(f"{folder} contains no annotations of {dataset}: none of {', '.join(names)}")
+        raise Missing(f"{folder} contains no annotations of {dataset}: none of {', '.join(names)}")
     for split, path in existing.items():
         if path:
             check_counts(dataset, split, data.clean(data.read_file(path))[0], path)
@@ -85,8 +86,8 @@ def check_counts(dataset: str, split: str, samples: list[Sample], path: pathlib.
     if counts != COUNTS[dataset][split]:
         raise Mistake(f"{path} is not {dataset}'s {split} as published: it has {counts[1]} "
                       f"sentences of {counts[0]} videos after cleaning, expected "
-                      f"{COUNTS[dataset][split][1]} of {COUNTS[dataset][split][0]}; remove it to "
-                      f"download it again")
+                      f"{COUNTS[dataset][split][1]} of {COUNTS[dataset][split][0]}; replace it by "
+                      f"the published file")
 
 
 def describe(dataset: str, root: str | os.PathLike) -> str:
@@ -150,7 +151,9 @@ def prepare(dataset: str, given: argparse.Namespace) -> dict[str, list[Sample]]:
     for name in family:
         try:
             install(name, given.root, given.annotations, name == dataset)
-        except Mistake as error:
+        except Missing as error:
+            if name == dataset and given.annotations:
+                raise
             if name == dataset:
                 raise Mistake(f"{error}; or name a folder that has the annotations with "
                               f"--annotations") from error
@@ -329,6 +332,8 @@ def run(given: argparse.Namespace) -> None:
         raise Mistake(f"unexpected argument {given.which!r}; only check takes a second name")
     if any(number is not None and number < 1 for number in (given.frames, given.batch)):
         raise Mistake("--frames and --batch must be at least 1")
+    if given.workers is not None and given.workers < 0:
+        raise Mistake("--workers must be at least 0")
     plain = all(c.isalnum() or c in "-_." for c in dataset)
     if not dataset or not plain or dataset.startswith((".", "shapes")):
         raise Mistake(f"{dataset!r} cannot be the name of your dataset; use letters, digits, - and "

@@ -10,6 +10,7 @@ in results/<dataset>/<name>.json: configuration, metrics, log, and what each que
 is not run again, except with --fresh. Choices are made on validation splits; tables show test
 splits.
 """
+import support  # first, for a Ctrl-C while torch is imported
 import argparse
 import ast
 import concurrent.futures

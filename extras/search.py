@@ -6,6 +6,7 @@
 With --videos, only the videos that CLIP2Video ranks first are searched (`python -m clip2video
 index` adds its vectors to the same folder): less to read, but approximate.
 """
+import support  # first, for a Ctrl-C while torch is imported
 import json
 import pathlib
 import sys

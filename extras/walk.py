@@ -6,6 +6,7 @@
     python -m extras.walk video FILE                            # which frames would be sampled
     python -m extras.walk clip IMAGE "a text" "another text"    # what CLIP finds similar
 """
+import support  # first, for a Ctrl-C while torch is imported
 import os
 import pathlib
 

@@ -6,8 +6,10 @@
     files       files that are either complete or absent; downloads; weights read safely
     parallel    devices, and many processes that train as one
     progress    a run in a folder: resume, signals, log, progress bar
+    generated   events.json and chunks.json of a generated dataset
     results     kept results of long computations
     cropped     the convolutions of mmn.py, faster
 
 Nothing here imports anything from outside this folder.
 """
+from support import errors                      # first of all: see errors.report_interrupts

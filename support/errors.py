@@ -15,6 +15,10 @@ class Mistake(ValueError):
     """Something the user can fix. The message is one sentence that says what to do."""
 
 
+class Missing(Mistake):
+    """A file that another source may have: it is not in a folder, or could not be downloaded."""
+
+
 class Stopped(SystemExit):
     """Stopped by a signal, whose number determines the exit status."""
 
@@ -69,12 +73,13 @@ def _leave(sentence: str, status: int) -> None:
     sys.exit(status)
 
 
-def _interrupted(kind, error, trace) -> None:
+def report_interrupts(kind, error, trace) -> None:
+    """A Ctrl-C before `reported` is entered, such as while torch is imported, is one line, too;
+    Python then ends with status 130. Commands import `support` before torch for this."""
     if issubclass(kind, KeyboardInterrupt):
         print("stopped", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
 
-# for a Ctrl-C before `reported` is entered; Python itself then ends with status 130
-sys.excepthook = _interrupted
+sys.excepthook = report_interrupts

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from support.errors import Mistake, reason
+from support.errors import Missing, Mistake, reason
 
 ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 
@@ -31,6 +31,15 @@ def pyplot():
     """matplotlib.pyplot, set up to draw into files."""
     need("matplotlib", "drawing").use("Agg")
     return importlib.import_module("matplotlib.pyplot")
+
+
+def save_figure(figure, path: str | os.PathLike, **more) -> None:
+    """Draws a figure into a file and closes it. Mistake for an unknown suffix."""
+    try:
+        figure.savefig(path, dpi=80, **more)
+    except ValueError as error:
+        raise Mistake(f"{path} cannot be drawn: {error}") from error
+    pyplot().close(figure)
 
 
 def save(path: str | os.PathLike, content) -> None:
@@ -103,14 +112,14 @@ def fetch(address: str, digest: str, path: pathlib.Path) -> pathlib.Path:
     except urllib.error.HTTPError as error:
         if error.code == 416:           # nothing left to send, and yet the SHA-256 was wrong
             part.unlink(missing_ok=True)
-        raise Mistake(f"{address} could not be downloaded ({error}); download it by hand to "
+        raise Missing(f"{address} could not be downloaded ({error}); download it by hand to "
                       f"{path}") from error
     except (OSError, http.client.HTTPException) as error:
-        raise Mistake(f"{address} could not be downloaded ({error}); run the command again to "
+        raise Missing(f"{address} could not be downloaded ({error}); run the command again to "
                       f"continue, or download it by hand to {path}") from error
     if sha256(part) != digest:
         part.unlink()
-        raise Mistake(f"the download of {address} was damaged and has been removed; run the "
+        raise Missing(f"the download of {address} was damaged and has been removed; run the "
                       f"command again")
     os.replace(part, path)
     return path

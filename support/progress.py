@@ -214,7 +214,7 @@ class Run:
         """All batches, or those up to a signal that also ended the workers that read them."""
         try:
             yield from batches
-        except RuntimeError:
+        except (RuntimeError, Mistake):
             if not self.signals.received:
                 raise
 
