@@ -476,8 +476,7 @@ def seed_of(dataset: str) -> int:
 
 def show(path: str, seed: int) -> None:
     """A contact sheet: a video of three splits, every second frame, and eight captioned stills."""
-    plt = files.pyplot()
-    figure = plt.figure(figsize=(16, 8))
+    figure = files.pyplot().figure(figsize=(16, 8))
     for row, split in enumerate(("train", "novel-word", "novel-composition")):
         plan = plan_of(seed, split, 0)
         axes = figure.add_axes((0.01, 0.78 - 0.22 * row, 0.98, 0.16))

@@ -192,8 +192,7 @@ def encode_frames(model: clip.CLIP, pixels: Tensor, batch: int = 32,
         part = F.pad(part, (0, 0) * 3 + (0, batch - len(part))).to(device)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             done.append([y.half().cpu() for y in model.encode_image(clip.normalise(part))])
-    x, patches = (torch.cat(y)[:len(pixels)] for y in zip(*done))
-    return x, patches
+    return tuple(torch.cat(y)[:len(pixels)] for y in zip(*done))
 
 
 def made_by(model: clip.CLIP, name: str, digest: str, frames: int, patch_frames: int = 0,

@@ -74,6 +74,11 @@ def load(path: str | pathlib.Path, root: str | None = None) -> tuple[CLIP2Video,
         config = Config(**saved["config"])
         text = {key.removeprefix("text."): value for key, value in saved["model"].items()
                 if key.startswith("text.")}
+        aligned = VARIANTS[config.variant][1]
+        centres = len(saved["model"].get("centres", ()))        # checked before they are allocated
+        if config.layers > len(saved["model"]) or aligned and centres != config.centres:
+            raise ValueError(f"its weights do not have {config.layers} layers and "
+                             f"{config.centres} centres")
         model = CLIP2Video(clip.build_text(text), *VARIANTS[config.variant], config.centres,
                            config.layers)
         model.load_state_dict(saved["model"])

@@ -12,8 +12,6 @@ import video
 from extras import probe
 from support import files
 
-ASSETS = files.ASSETS
-
 
 def save(figure, path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +104,7 @@ def features_of(path: str, model) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 def method(path, world: str, root: str) -> None:
     """Fig. 2: the method, with a video of the shapes world, laid out by assets/fig2.json."""
-    boxes, arrows = json.loads((ASSETS / "fig2.json").read_text()).values()
+    boxes, arrows = json.loads((files.ASSETS / "fig2.json").read_text()).values()
     plan = shapes.plan_of(0, "train", 0)
     row = shapes.samples_of("", "train", plan)[2]
     query = parse.Parser(known={row.sentence: [(0, row.sentence.rindex(" "))]}).split(row.sentence)
@@ -143,5 +141,3 @@ def method(path, world: str, root: str) -> None:
     axes.set(xlim=(0, 112), ylim=(68, 6), aspect="auto")
     axes.axis("off")
     save(figure, path)
-
-
