@@ -115,7 +115,7 @@ PRESETS = {
     # python train.py --dataset activitynet --device cuda
     "activitynet": dict(num_clips=64, frames=256, pool_counts=(15, 8, 8), kernel=9, layers=4,
                         lambda_cl=0.1, margin=0.3, lr=8e-4, milestones=(7, 15), cl_decay_epoch=6),
-    # python train.py     two CPU cores, two minutes with the building of the world
+    # python train.py     two CPU cores, 80 seconds with the building of the world
     "shapes": dict(method="vdi-staged", kernel=3, layers=2, hidden=192, joint=128, lambda_cl=0.5,
                    lr=3e-3, text_lr=0.3, text_from_epoch=0, batch=16, epochs=30, milestones=(),
                    cl_decay_epoch=1000, patience=1000, limit_videos=400),

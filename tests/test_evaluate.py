@@ -107,7 +107,7 @@ def test_average_precision_by_hand():
 
 def test_predictions_of_other_sentences_are_refused():
     one = [{"qid": 1, "pred_relevant_windows": [[0, 1, 0.5]]}]
-    with pytest.raises(ValueError, match="1 of its 1 sentences .* have no prediction, and 1 predictions"):
+    with pytest.raises(ValueError, match="1 of its 1 .* have no prediction, and 1 predictions"):
         evaluate.score_predictions(one, [{"qid": 2, "relevant_windows": [[0, 1]]}])
     with pytest.raises(ValueError, match="no predicted moment, for instance qid 1"):
         evaluate.score_predictions([{"qid": 1, "pred_relevant_windows": []}],

@@ -1,5 +1,5 @@
-"""parse.py: spaCy's noun chunks on real sentences, any string, masking, the shapes world's own chunks,
-and what the cache keeps."""
+"""parse.py: spaCy's noun chunks on real sentences, any string, masking, and the shapes world's own
+chunks."""
 import itertools
 import pathlib
 import re

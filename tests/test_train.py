@@ -122,7 +122,7 @@ def test_forms_of_both_losses(step):
 
 
 def test_choices_are_checked():
-    with pytest.raises(ValueError, match="--context-query must be one of static, full, half, none, not"):
+    with pytest.raises(ValueError, match="--context-query must be one of static, full, half, none"):
         train.Config(context_query="some")
 
 
