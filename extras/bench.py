@@ -129,10 +129,11 @@ def one_step(published: bool, config: train.Config) -> tuple[Tensor, float, floa
 def bench_step(given: argparse.Namespace) -> list[dict]:
     """A training step of the retriever at the setting of Charades-STA: support/cropped.py against
     the published convolution of mmn.py, each in a process, and so with a memory, of its own."""
-    config = train.Config(dataset="charades")
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        (theirs, *published), (ours, *mine) = pool.starmap(
-            one_step, [(True, config), (False, config)], chunksize=1)
+    config, results = train.Config(dataset="charades"), []
+    for published in (True, False):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            results.append(pool.apply(one_step, (published, config)))
+    (theirs, *published), (ours, *mine) = results
     same(ours, theirs, "losses of a step")
     rows = []
     for k, (what, unit) in enumerate((("forward", "s"), ("backward", "s"), ("memory", "GiB"))):
