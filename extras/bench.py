@@ -1,6 +1,6 @@
 """How fast is it? Ratios measured in one run on one machine.
 
-    python -m extras.bench                              # four minutes on two cores
+    python -m extras.bench                              # seven minutes on two cores
     python -m extras.bench step search                  # some of it
     python -m extras.bench video --videos DIR           # extraction, from real videos
 

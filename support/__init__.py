@@ -12,4 +12,4 @@
 
 Nothing here imports anything from outside this folder.
 """
-from support import errors                      # first of all: see errors.report_interrupts
+from support import errors                      # first of all: see errors.leave_quietly

@@ -5,6 +5,7 @@ This file does not import torch, so a Ctrl-C while torch is still being imported
 """
 import contextlib
 import os
+import pathlib
 import signal
 import sys
 
@@ -35,6 +36,8 @@ def reported():
             stream.reconfigure(errors="backslashreplace")
     try:
         before = signal.signal(signal.SIGTERM, _raise_stopped)
+        if signal.getsignal(signal.SIGINT) is leave_quietly:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     except ValueError:                          # only the main thread can handle signals
         before = None
     try:
@@ -73,13 +76,15 @@ def _leave(sentence: str, status: int) -> None:
     sys.exit(status)
 
 
-def report_interrupts(kind, error, trace) -> None:
-    """A Ctrl-C before `reported` is entered, such as while torch is imported, is one line, too;
-    Python then ends with status 130. Commands import `support` before torch for this."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("stopped", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
+def leave_quietly(number: int, frame) -> None:
+    """A Ctrl-C while a command imports torch, which may swallow or wrap a KeyboardInterrupt."""
+    os.write(2, b"stopped\n")
+    os._exit(130)
 
 
-sys.excepthook = report_interrupts
+# Commands import `support` before torch for this; `reported` brings Python's own handler back. A
+# program of yours that imports these files keeps its handler.
+_program = pathlib.Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+_home = pathlib.Path(__file__).parent.parent
+if _program.resolve().parent in (_home, _home / "extras", _home / "clip2video"):
+    signal.signal(signal.SIGINT, leave_quietly)

@@ -324,7 +324,7 @@ def test_out_of_memory_names_what_to_lower(capsys, error, fault):
     with pytest.raises(SystemExit) as left, errors.reported():
         raise error
     assert left.value.code == 2 and "lower --batch" in capsys.readouterr().err
-    fault("out of memory", "of Python or a GPU: the message names `--batch`", 1,
+    fault("out of memory", "simulated, of Python or a GPU: the message names `--batch`", 1,
           "the steps since the last epoch")
 
 
