@@ -40,7 +40,7 @@ import parse
 import shapes
 import train
 from clip2video import train as clip2video
-from extras import figures, probe
+from extras import figures, probe, readings
 from support import files, options, parallel, results
 from support.errors import Mistake, reported
 from support.text import markdown, mean_and_deviation
@@ -102,7 +102,10 @@ def config_of(row: Row, dataset: str, seed: int, given: argparse.Namespace,
     if fields.get("text_clip") == "other":              # of another CLIP of the same width
         other = world_of("shapes", (seed + 1) % 3)
         fields["text_clip"] = other if dataset == "shapes" else "ViT-B/16"
+    reading = tuple(fields.pop("reading", ()))
     config = train.configure(**fields)
+    if reading:
+        config = readings.Config(**vars(config), reading=reading)
     return dataclasses.replace(config, out=f"runs/reproduce/{dataset}/{name_of(config)}")
 
 
@@ -124,7 +127,8 @@ def name_of(config: train.Config) -> str:
     """The method, the seed, and a hash of everything that differs from the defaults, so that a
     field that is added later changes no name."""
     defaults = json.loads(json.dumps(dataclasses.asdict(train.Config())))
-    changed = {name: value for name, value in choices_of(config).items() if value != defaults[name]}
+    changed = {name: value for name, value in choices_of(config).items()
+               if value != defaults.get(name)}
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
     return f"{config.method}-{config.seed}-{digest[:10]}"
 
@@ -145,7 +149,8 @@ def run(config: train.Config, fresh: bool = False) -> dict:
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)
         if not (folder / "results.json").exists():
-            train.train(config, resume=folder.exists())
+            with readings.applied(config):
+                train.train(config, resume=folder.exists())
         metrics = json.loads((folder / "results.json").read_text())
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         splits = [split for split in FINAL if split in metrics]
