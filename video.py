@@ -9,6 +9,8 @@ grid, R resolution, L features of a video made elsewhere.
 """
 import collections
 import contextlib
+import hashlib
+import json
 import math
 import multiprocessing
 import os
@@ -16,7 +18,7 @@ import pathlib
 import signal
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from typing import NamedTuple
 
@@ -329,14 +331,46 @@ def extract(store: FeatureStore, model: clip.CLIP, videos: dict[str, pathlib.Pat
 
 # ------------------------------------------------------------------------- features made elsewhere
 
+FEATURES = {".npy", ".npz", ".pt"}
 LARGEST = 1 << 30   # bytes of a packed file of features, when unpacked
 
 
-def read_features(path: str | os.PathLike) -> np.ndarray:
-    """Features made elsewhere, [L, D]: .npy, .npz (its array `features`) or .pt."""
-    path = pathlib.Path(path)
+class Entry(NamedTuple):
+    """The features of one video in an open hdf5 file: a dataset [L, D], as 2D-TAN and MMN publish
+    Charades-STA's, or a group with the dataset c3d_features, as they publish ActivityNet's."""
+    file: Mapping
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.file.filename}"
+
+    def read(self) -> np.ndarray:
+        x = self.file[self.name]
+        if isinstance(x, Mapping):
+            x = x["c3d_features"]
+        if x.nbytes > LARGEST:
+            raise ValueError(f"it unpacks to more than {LARGEST >> 20} MiB")
+        return np.asarray(x[()])
+
+
+def find_features(path: str | os.PathLike) -> dict[str, pathlib.Path | Entry]:
+    """Video -> its features: the files of a folder, or the entries of an hdf5 file."""
+    if pathlib.Path(path).suffix.lower() not in (".hdf5", ".h5"):
+        return find_files(path, FEATURES)
+    h5py = files.need("h5py", "reading hdf5")
     try:
-        if path.suffix.lower() == ".pt":
+        file = h5py.File(path, "r")
+        return {name: Entry(file, name) for name in file}
+    except Exception as error:  # several types for a damaged or hostile file
+        raise Mistake(f"{path} cannot be read as hdf5: {reason(error)}") from error
+
+
+def read_features(path: pathlib.Path | Entry) -> np.ndarray:
+    """Features made elsewhere, [L, D]: .npy, .npz (its array `features`), .pt, or of hdf5."""
+    try:
+        if isinstance(path, Entry):
+            x = path.read()
+        elif path.suffix.lower() == ".pt":
             x = files.read_tensors(path).float().numpy()
         elif path.suffix.lower() == ".npz":
             with zipfile.ZipFile(path) as archive:
@@ -354,11 +388,43 @@ def read_features(path: str | os.PathLike) -> np.ndarray:
     return x
 
 
-def adopt_features(store: FeatureStore, paths: dict[str, pathlib.Path], names: list[str],
+def made_elsewhere(name: str, path: str | os.PathLike, features: dict[str, pathlib.Path | Entry],
+                   names: list[str], frames: int) -> dict:
+    """`made_by` for features of another network than a CLIP, which resolution 0 marks. Their width
+    is that of the first video of `names` that can be read; Mistake if there is none."""
+    width = 0
+    for video in names:
+        with contextlib.suppress(KeyError, VideoError):         # `adopt_features` reports it
+            width = read_features(features[video]).shape[1]
+            break
+    if not width:
+        raise Mistake(f"{path} has no features of the {len(names)} videos of this dataset that can "
+                      f"be read")
+    if pathlib.Path(path).is_dir():
+        sizes = sorted((each.name, each.stat().st_size) for each in features.values())
+        digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+    else:
+        digest = files.sha256(path)
+    return {"clip": name, "sha256": digest, "resolution": 0, "frames": frames, "patch_frames": 0,
+            "width": width, "patch_width": 0, "grid": 0, "precision": "made elsewhere"}
+
+
+def stretch_means(x: np.ndarray, count: int) -> np.ndarray:
+    """[L, D] -> [T, D]: the mean of the unit rows of each of T equal parts, or the one row where a
+    part is empty, as in MMN's code (which leaves out the last row)."""
+    x = x.astype(np.float32)
+    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    bounds = np.round(np.arange(count + 1) * len(x) / count).astype(int)
+    starts = np.minimum(bounds[:-1], len(x) - 1)
+    return np.stack([x[a:max(a + 1, b)].mean(0) for a, b in zip(starts, bounds[1:])])
+
+
+def adopt_features(store: FeatureStore, paths: dict[str, pathlib.Path | Entry], names: list[str],
                    durations_sec: dict[str, float]) -> dict[str, str]:
-    """Adds features made elsewhere to the store: T of their L rows, those at the centres of T equal
-    parts. Returns video -> reason for those that failed."""
+    """Adds features made elsewhere to the store: L rows become T. Returns video -> reason for those
+    that failed."""
     T, D = store.manifest["frames"], store.manifest["width"]
+    foreign = store.manifest.get("resolution") == 0
     failed, each_sec = {}, []
     for name in tqdm(names, desc="features", unit="video", disable=None):
         try:
@@ -366,12 +432,14 @@ def adopt_features(store: FeatureStore, paths: dict[str, pathlib.Path], names: l
                 raise VideoError(f"there is no feature file named {name}")
             x = read_features(paths[name])
             if x.shape[1] != D:
-                raise VideoError(f"{paths[name]} has features of width {x.shape[1]}, but this "
-                                 f"CLIP's width is {D}")
+                whose = "that of the others" if foreign else "this CLIP's width"
+                raise VideoError(f"{paths[name]} has features of width {x.shape[1]}, but {whose} "
+                                 f"is {D}")
             each_sec.append(durations_sec[name] / len(x))
-            chosen = frame_centres(len(x), T).astype(int)
-            store.write(name, torch.from_numpy(x[chosen].astype(np.float16)), None,
-                        durations_sec[name])
+            # a CLIP's features are the rows at the centres of T equal parts, which is how `extract`
+            # samples a video; DEVIATION: MMN's means of T parts are normalised again in data.Videos
+            x = stretch_means(x, T) if foreign else x[frame_centres(len(x), T).astype(int)]
+            store.write(name, torch.from_numpy(x.astype(np.float16)), None, durations_sec[name])
         except VideoError as error:
             failed[name] = str(error)
     store.save_manifest()

@@ -39,7 +39,6 @@ COUNTS = {                          # videos and sentences of each split, after 
                        "novel-composition": (4202, 12028), "trivial": (4775, 15712)},
 }
 SOURCES = files.ASSETS / "annotations.txt"      # lines "file below the root, address, SHA-256"
-FEATURES = {".npy", ".npz", ".pt"}
 
 
 # -------------------------------------------------------------------------------------- annotations
@@ -182,24 +181,28 @@ def make_features(dataset: str, samples: dict[str, list[Sample]],
     """Features of all videos of `samples` (split -> rows), from video files or made elsewhere.
     Under torchrun, process r of n takes every n-th video."""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = parallel.pick_device(given.device)
-    path = data.clip_file(given.clip, given.root)
-    if given.clip.startswith("shapes") and path == given.clip:
-        raise Mistake(f"the small CLIP of {given.clip} does not exist; make it with: python "
-                      f"shapes.py")
-    model = clip.load(path, device)
-    precision = given.precision or ("fp16" if device.type == "cuda" else "float32")
     T = given.frames or (256 if dataset == "activitynet" else 32)
-    patches, how = (0, "made elsewhere") if given.features else (min(T, 32), precision)
-    made = video.made_by(model, given.clip, clip.sha256(path), T, patches, how)
-    store = data.FeatureStore(data.store_folder(dataset, given.clip, given.root), made,
-                              f"-{rank}" if rank else "")
     rows = [sample for part in samples.values() for sample in part]
-    names = sorted({sample.video for sample in rows})[rank::processes]
+    names = sorted({sample.video for sample in rows})
+    features = video.find_features(given.features) if given.features else {}
+    if given.backbone:
+        made = video.made_elsewhere(given.backbone, given.features, features, names, T)
+    else:
+        device = parallel.pick_device(given.device)
+        path = data.clip_file(given.clip, given.root)
+        if given.clip.startswith("shapes") and path == given.clip:
+            raise Mistake(f"the small CLIP of {given.clip} does not exist; make it with: python "
+                          f"shapes.py")
+        model = clip.load(path, device)
+        precision = given.precision or ("fp16" if device.type == "cuda" else "float32")
+        patches, how = (0, "made elsewhere") if given.features else (min(T, 32), precision)
+        made = video.made_by(model, given.clip, clip.sha256(path), T, patches, how)
+    store = data.FeatureStore(data.store_folder(dataset, made["clip"], given.root), made,
+                              f"-{rank}" if rank else "")
+    names = names[rank::processes]
     if given.features:
         durations_sec = {sample.video: sample.duration_sec for sample in rows}
-        failed = video.adopt_features(store, video.find_files(given.features, FEATURES), names,
-                                      durations_sec)
+        failed = video.adopt_features(store, features, names, durations_sec)
     else:
         training = {sample.video for split, part in samples.items() for sample in part
                     if split.endswith("train")}
@@ -308,9 +311,13 @@ def main() -> None:
     source = arguments.add_mutually_exclusive_group()
     source.add_argument("--videos", help="folder of video files, named as in the annotations; "
                                          "without it no features are made")
-    source.add_argument("--features", help="folder of features made elsewhere by the same CLIP, "
-                                           "[L, D] per video: .npy, .npz (features) or .pt")
-    add("--clip", default="ViT-B/32", help="published name, weight file, or 'shapes'")
+    source.add_argument("--features", help="features made elsewhere, [L, D] per video: a folder "
+                                           "of .npy, .npz (features) or .pt, or an hdf5 file")
+    network = arguments.add_mutually_exclusive_group()
+    network.add_argument("--clip", default="ViT-B/32",
+                         help="published name, weight file, or 'shapes'")
+    network.add_argument("--backbone", metavar="NAME", help="the --features are of a network that "
+                         "is not a CLIP, any width; train.py finds them by this name: --clip NAME")
     add("--frames", type=int, help="features per video (default 32; activitynet 256)")
     add("--root", default="data", help="folder of datasets")
     add("--device", **options.DEVICE)
@@ -326,6 +333,12 @@ def main() -> None:
         run(given)
 
 
+def is_plain(name: str) -> bool:
+    """Can this be the name of a folder of your own, beside those of shapes.py?"""
+    return (name != "" and all(c.isalnum() or c in "-_." for c in name)
+            and not name.startswith((".", "shapes")))
+
+
 def run(given: argparse.Namespace) -> None:
     dataset = given.dataset
     if given.which:
@@ -334,10 +347,16 @@ def run(given: argparse.Namespace) -> None:
         raise Mistake("--frames and --batch must be at least 1")
     if given.workers is not None and given.workers < 0:
         raise Mistake("--workers must be at least 0")
-    plain = all(c.isalnum() or c in "-_." for c in dataset)
-    if not dataset or not plain or dataset.startswith((".", "shapes")):
+    if not is_plain(dataset):
         raise Mistake(f"{dataset!r} cannot be the name of your dataset; use letters, digits, - and "
                       f"_, and do not begin with shapes")
+    if given.backbone is not None:
+        clips = [data.store_folder("", name, "").name for name in clip.PUBLISHED]
+        if not is_plain(given.backbone) or given.backbone in clips:
+            raise Mistake(f"{given.backbone!r} cannot be the name of a --backbone; use letters, "
+                          f"digits, - and _, and not the name of a CLIP")
+        if not given.features:
+            raise Mistake("--backbone names the network that made --features; add --features")
     with contextlib.redirect_stdout(None if int(os.environ.get("RANK", 0)) else sys.stdout):
         samples = prepare(dataset, given)
     if given.videos or given.features:
