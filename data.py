@@ -17,7 +17,6 @@ import os
 import pathlib
 import random
 import runpy
-import signal
 import time
 from typing import NamedTuple
 
@@ -25,12 +24,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
+from torch.utils.data import Dataset
 
 import clip
 import mmn
 import parse
-from support import files, parallel
+from support import files, loading
 from support.errors import Mistake
 from support.generated import Event, read_dict, read_events       # noqa: F401
 
@@ -417,7 +416,8 @@ class Videos(Dataset):
     with `halve` (Q, Q^h, the rest)."""
 
     def __init__(self, samples: list[Sample], store: FeatureStore, num_clips: int,
-                 parser: parse.Parser, patches: bool = False, halve: bool = False):
+                 parser: parse.Parser, patches: bool = False, halve: bool = False,
+                 tokenize=clip.tokenize):
         by_video: dict[str, list[Sample]] = {}
         for sample in samples:
             by_video.setdefault(sample.video, []).append(sample)
@@ -425,8 +425,8 @@ class Videos(Dataset):
         self.videos = [name for name in by_video if name in store]
         if patches and not store.manifest["patch_frames"]:
             raise Mistake(f"the features in {store.folder} have no patches, which the spatial "
-                          f"dynamics of Eq. 3 need; use --method mmn or vdi-staged, or make "
-                          f"features from the videos")
+                          f"dynamics of Eq. 3 need; use --lambda-sd 0, --method mmn or "
+                          f"vdi-staged, or make features from the videos")
         if not self.videos:
             raise Mistake(f"none of the {len(by_video)} videos has features in {store.folder}")
         self.lost = sum(len(by_video[name]) for name in self.missing)   # sentences
@@ -438,7 +438,7 @@ class Videos(Dataset):
         self.queries = (list(map(parser.halve, sentences)) if halve
                         else parser.split_all(sentences))
         halves = list(zip(*self.queries))                               # three of S strings
-        self.tokens = torch.stack([clip.tokenize(list(half), truncate=True) for half in halves])
+        self.tokens = torch.stack([tokenize(list(half), truncate=True) for half in halves])
         self.spoken = torch.tensor([list(map(parse.has_word, half)) for half in halves])
         self.moments_sec = torch.tensor([[s.start_sec, s.end_sec] for s in self.samples])
         self.durations_sec = torch.tensor([sample.duration_sec for sample in self.samples])
@@ -479,60 +479,28 @@ class Videos(Dataset):
                      self.moments_sec[index], self.durations_sec[index], self.iou(index), index)
 
     def batches(self, size: int, generator: torch.Generator | None = None,
-                workers: int = 0) -> "Loader":
+                workers: int = 0) -> loading.Loader:
         """Batches of `size` videos: this process's share, shuffled; all of them in order without
         `generator`."""
-        more = dict(collate_fn=self.collate, num_workers=workers, worker_init_fn=ignore_interrupts)
-        if generator is None:
-            return Loader(self, size, **more)
-        order = RandomSampler(self, generator=generator)
-        return Loader(self, batch_sampler=Shares(order, size, drop_last=False),
-                      generator=generator, **more)
+        return loading.batches(self, self.collate, size, generator, workers)
 
 
-def training_videos(config, store: FeatureStore) -> tuple[dict[str, Videos], str]:
-    """The videos of `training_samples` for a train.Config, and the name of the parser."""
+def training_videos(config, store: FeatureStore, tokenize) -> tuple[dict[str, Videos], str]:
+    """The videos of `training_samples` for a train.Config, and the name of the parser.
+    `tokenize` as of the text tower."""
     parser = parser_of(config.dataset, config.root, config.parser, config.mask)
     print(f"parser: {parser.name}")
     samples = training_samples(config.dataset, config.select_on, config.limit_videos, config.root)
     videos = {}
     for split, rows in samples.items():
-        patches = split == "train" and config.method == "vdi"
+        patches = split == "train" and config.method == "vdi" and config.lambda_sd != 0
         videos[split] = part = Videos(rows, store, config.num_clips, parser, patches,
-                                      config.context_query == "half")
+                                      config.context_query == "half", tokenize)
         print(f"{split}: {len(part)} videos, {len(part.samples)} sentences")
         if part.missing:
             print(f"{len(part.missing)} videos with {part.lost} sentences have no features and are "
                   f"left out")
     return videos, parser.name
-
-
-class Loader(DataLoader):
-    """A DataLoader that raises the VideoError of a batch, and a Mistake for a dead worker."""
-
-    def __iter__(self):
-        try:
-            for batch in super().__iter__():
-                if isinstance(batch, VideoError):
-                    raise batch
-                yield batch
-        except RuntimeError as error:
-            if not self.num_workers:
-                raise
-            raise Mistake("a process that reads features has died, perhaps because memory ran out; "
-                          "lower --workers or --batch") from error
-
-
-class Shares(BatchSampler):
-    """Batches, of each of which a process gets its share."""
-
-    def __iter__(self):
-        return map(parallel.share, super().__iter__())
-
-
-def ignore_interrupts(worker: int) -> None:
-    """Ctrl-C is for the process that trains, not for the workers that read features."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

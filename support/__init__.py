@@ -5,6 +5,7 @@
     options     a Config as command-line options
     files       files that are either complete or absent; downloads; weights read safely
     parallel    devices, and many processes that train as one
+    loading     batches, read by worker processes
     progress    a run in a folder: resume, signals, log, progress bar
     generated   events.json and chunks.json of a generated dataset
     results     kept results of long computations
