@@ -22,6 +22,7 @@ D' channels of the patch features, H x W patch grid, R input resolution.
 import functools
 import gzip
 import html
+import importlib
 import os
 import pathlib
 import zipfile
@@ -327,6 +328,9 @@ class TextTower(nn.Module):
         self.transformer = Transformer(width, layers, heads, activation)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, output))
+        self.output = output
+
+    tokenize = staticmethod(tokenize)                   # sentences -> what `encode_text` reads
 
     def states(self, tokens: Tensor) -> Tensor:
         """Token ids [B, L <= 77] -> the state of every position, [B, L, C], of which
@@ -337,7 +341,7 @@ class TextTower(nn.Module):
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids [B, L <= 77] -> [B, D], not normalised. An empty batch gives [0, D]."""
         if not len(tokens):
-            return self.text_projection.new_zeros(0, self.text_projection.shape[1])
+            return self.text_projection.new_zeros(0, self.output)
         end = tokens.argmax(1)  # the end token has the largest id; the first one counts
         L = int(end.max()) + 1  # exact: nothing after the end token can be seen by it
         x = self.states(tokens[:, :L])[torch.arange(len(tokens), device=tokens.device), end]
@@ -378,6 +382,20 @@ def build_text(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU
     state = {key: value for key, value in state.items()
              if not key.startswith("visual.") and key not in ("logit_scale", *NOT_WEIGHTS)}
     return fill(lambda: TextTower(*_text_sizes(state, activation)), state)
+
+
+# text towers of other networks, by the beginning of their name; a folder is transformers'
+TOWERS = {"distilbert": "extras.distilbert.DistilBert"}
+
+
+def load_text(name: str, state: dict[str, Tensor] | None = None) -> nn.Module:
+    """f^q of a CLIP (as of `load`) or of TOWERS, with the weights of that name or with `state`."""
+    path = pathlib.Path(name)
+    for start, place in TOWERS.items():
+        if path.name.startswith(start) or (path / "config.json").is_file():
+            module, _, class_name = place.rpartition(".")
+            return getattr(importlib.import_module(module), class_name).load(name, state)
+    return build_text(read_state(name) if state is None else state)
 
 
 def build(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> CLIP:

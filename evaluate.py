@@ -235,7 +235,7 @@ def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
                 or not sizes["layers"] <= len(weights):
             raise ValueError(f"its weights do not have the sizes {sizes}")
         retriever = clip.fill(lambda: kind(**sizes), weights, "this retriever")
-        tower = clip.build_text(tower)
+        tower = clip.load_text(config.get("text_clip", ""), tower)
     except Exception as error:  # torch raises a dozen types for what does not fit
         raise Mistake(f"{path} is not a checkpoint of train.py: {reason(error)}") from error
     rest = {key: value for key, value in saved.items() if key not in ("retriever", "text")}
@@ -271,7 +271,8 @@ def answers(run: Run, splits: list[str] | None = None, query: str = "full",
         if allow_missing and not any(row.video in store for row in rows):
             print(f"note: no video of {split} has features; the split is skipped", file=sys.stderr)
             continue
-        videos = data.Videos(rows, store, run.retriever.num_clips, parser)
+        videos = data.Videos(rows, store, run.retriever.num_clips, parser,
+                             tokenize=run.text.tokenize)
         if videos.missing and not allow_missing:
             raise Mistake(f"{len(videos.missing)} of {len(videos.missing) + len(videos)} videos of "
                           f"{split} have no features (see {store.folder / 'failed.txt'}); "

@@ -6,7 +6,8 @@ learns the overlap with the labelled moment (Eq. 6, 7), the other to tell the mo
 moments and other sentences (Eq. 8, 9). The product of their scores is the answer (Eq. 10).
 
 MMN is the Mutual Matching Network of "Negative Sample Matters" (AAAI 2022). As in the paper, its
-linear layer before the pooling is left out, so that the map holds CLIP's features as they are.
+linear layer before the pooling is left out, so that the map holds CLIP's features as they are; only
+the frames of another network need it.
 `python -m extras.walk mmn` shows a small map and how Eq. (10) reads the answers off it.
 
 Shapes: B videos, S sentences in the batch, T frames, N clips, P candidate moments, D width of
@@ -104,11 +105,13 @@ class MomentMap(nn.Module):
 
     num_clips    N; pool_kernel and pool_stride average T frames to N clips
     pool_counts  diagonals per level of the sparse map, see `sparse_cells`
+    features     width of frames of another network, mapped to D = width; 0: CLIP's, of width D
     """
 
     def __init__(self, num_clips: int, pool_kernel: int, pool_stride: int,
-                 pool_counts: tuple[int, ...]):
+                 pool_counts: tuple[int, ...], width: int = 0, features: int = 0):
         super().__init__()
+        self.frame_fc = nn.Linear(features, width) if features else None
         self.num_clips, self.pool_kernel, self.pool_stride = num_clips, pool_kernel, pool_stride
         self.pool_counts = tuple(pool_counts)
         starts, ends = (torch.cat(side) for side in zip(*sparse_cells(num_clips, self.pool_counts)))
@@ -124,10 +127,15 @@ class MomentMap(nn.Module):
                                    for i in range(layers))
         self.convolution = Convolution(self.candidates, kernel, layers)
 
+    def project(self, frames: Tensor) -> Tensor:
+        """Frames as the map takes them: [B, T, features] -> [B, T, D]; CLIP's as they are."""
+        return F.relu(self.frame_fc(frames)) if self.frame_fc else frames
+
     def moment_map(self, frames: Tensor) -> Tensor:
         """X^m before convolution; cell (i, j): max over clips i..j. [B, T, D] -> [B, D, N, N].
         ValueError for a number of frames that does not pool to N clips."""
-        x = F.avg_pool1d(frames.transpose(1, 2), self.pool_kernel, self.pool_stride)  # [B, D, N]
+        x = self.project(frames).transpose(1, 2)                        # [B, D, T]
+        x = F.avg_pool1d(x, self.pool_kernel, self.pool_stride)         # [B, D, N]
         if x.shape[2] != self.num_clips:
             raise ValueError(f"{frames.shape[1]} frames pool to {x.shape[2]} clips, but this model "
                              f"has {self.num_clips}; sample as many frames as in training")
@@ -152,14 +160,15 @@ class MomentMap(nn.Module):
 class MMN(MomentMap):
     """Frames and sentences -> the two score maps of Eq. (6) and Eq. (9).
 
-    width    D of the frame and sentence features; CLIP's frames enter the map as they are
-    num_clips, pool_kernel, pool_stride, pool_counts   as of MomentMap
+    width    D of the sentence features, and of CLIP's frames, which enter the map as they are
+    num_clips, pool_kernel, pool_stride, pool_counts, features   as of MomentMap
     kernel, layers, hidden, joint   size, number and width C of the convolutions; J of the heads
     """
 
     def __init__(self, width: int, num_clips: int, pool_kernel: int, pool_stride: int,
-                 pool_counts: tuple[int, ...], kernel: int, layers: int, hidden: int, joint: int):
-        super().__init__(num_clips, pool_kernel, pool_stride, pool_counts)
+                 pool_counts: tuple[int, ...], kernel: int, layers: int, hidden: int, joint: int,
+                 features: int = 0):
+        super().__init__(num_clips, pool_kernel, pool_stride, pool_counts, width, features)
         self.add_convolutions(width, hidden, kernel, layers)
         self.norms = nn.ModuleList(nn.BatchNorm2d(hidden) for _ in range(layers))
         self.iou_moment = nn.Conv2d(hidden, joint, 1)

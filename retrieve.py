@@ -81,6 +81,9 @@ class Retriever:
         self.device = parallel.pick_device(device)
         self.run = evaluate.load(checkpoint, self.device)
         self.made, config = self.run.checkpoint["features"], self.run.config
+        if not self.made["resolution"]:
+            raise Mistake(f"the frame features of this checkpoint come from {self.made['clip']}, "
+                          f"which cannot be run on a video here; use one trained on a CLIP's")
         self.T, self.N = config["frames"], config["num_clips"]
         self.window_sec = self.run.checkpoint["window_sec"]
         self.cache = pathlib.Path(cache).expanduser() if cache else None
@@ -168,9 +171,10 @@ class Retriever:
             if not sentence.strip():
                 raise Mistake("a sentence is empty; say what to look for")
             if len(clip.encode(sentence)) > 75:
-                print(f"note: CLIP reads 77 tokens, so the end of \"{sentence[:60]}...\" is "
-                      f"ignored", file=sys.stderr)
-        x = self.run.text.encode_text(clip.tokenize(sentences, truncate=True).to(self.device))
+                print(f"note: the text tower reads 77 tokens, so the end of \"{sentence[:60]}...\" "
+                      f"is ignored", file=sys.stderr)
+        tokens = self.run.text.tokenize(sentences, truncate=True)
+        x = self.run.text.encode_text(tokens.to(self.device))
         return F.normalize(x, dim=1)
 
     @torch.no_grad()

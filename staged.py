@@ -129,7 +129,10 @@ def query_cosine(text: clip.TextTower, videos: data.Videos, device: torch.device
     different = list(dict.fromkeys(query.dynamic for query in videos.queries if query.dynamic))[:64]
     if len(different) < 2:
         return 1.0
-    x = text.encode_text(clip.tokenize(different, truncate=True).to(device))
+    was_training = text.training
+    text.eval()                                 # DistilBERT has dropout
+    x = text.encode_text(text.tokenize(different, truncate=True).to(device))
+    text.train(was_training)
     pairs = ~torch.eye(len(x), dtype=torch.bool, device=device)
     return inject.pairwise_cosine(x)[pairs].mean().item()
 
@@ -142,6 +145,10 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config, device: 
     if BATCH < parallel.size():
         raise Mistake(f"a batch of {BATCH} sentences leaves some of {parallel.size()} processes "
                       f"without one; use fewer processes")
+    made = videos.store.manifest
+    if not made["resolution"] or made["width"] != text.output:
+        raise Mistake("vdi-staged compares frames with sentences, which needs a CLIP for both; use "
+                      "--method mmn, or vdi with --lambda-sd 0")
     target, usable = stage_targets(text, videos, config, device)
     into = QUERIES["full"] if config.inject_into == "full" else 2
     # DEVIATION: an optimiser of its own; in one sum the size of this term starves the others

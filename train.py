@@ -47,8 +47,8 @@ class Config:
     out: str = option("", "folder of the run (empty: runs/<dataset>-<method>)")
     seed: int = option(0, "of weights, data order and targets")
     root: str = option("data", "folder of datasets")
-    clip: str = option("ViT-B/32", "CLIP of the features: a published name, a file or a dataset")
-    text_clip: str = option("", "CLIP of the text tower, if another; shuffled: weights permuted")
+    clip: str = option("ViT-B/32", "of the features: CLIP's name or file, a dataset, a --backbone")
+    text_clip: str = option("", "text tower, if another: a CLIP, DistilBERT; shuffled: permuted")
     parser: str = option("", "spaCy pipeline (empty: en_core_web_sm; shapes needs none)")
     mask: str = option("", "word for masked words (empty: dropped; vdi-staged: something)")
     limit_videos: int = option(0, "train on the first so many videos only (0: all)", least=0)
@@ -128,12 +128,10 @@ PRESETS = {
 
 def preset(dataset: str, retriever: str = "mmn") -> dict:
     """The fields that differ from the defaults; for your own datasets as for the shapes world."""
-    family = dataset.removesuffix("-cg")
-    if family in PRESETS and family != "shapes":
-        own = {}
-    elif dataset.startswith("shapes"):
+    family, own = dataset.removesuffix("-cg"), {}
+    if dataset.startswith("shapes"):
         family, own = "shapes", {"clip": dataset}
-    else:
+    elif family not in PRESETS:
         family, own = "shapes", {"clip": "shapes", "limit_videos": 0}
     return {**PRESETS[family], **own, **PRESETS.get(f"{family} {retriever}", {})}
 
@@ -155,10 +153,12 @@ class Model(nn.Module):
 
     def __init__(self, config: Config, text: clip.TextTower, made: dict):
         super().__init__()
-        pool, width = config.frames // config.num_clips, made["width"]
+        pool, width = config.frames // config.num_clips, text.output
         self.sizes = dict(width=width, num_clips=config.num_clips, pool_kernel=pool,
                           pool_stride=pool, pool_counts=config.pool_counts, kernel=config.kernel,
                           layers=config.layers, hidden=config.hidden, joint=config.joint)
+        if not made["resolution"] or made["width"] != width:    # frames of another network
+            self.sizes["features"] = made["width"]
         retriever = mmn.retriever_class(config.retriever)(**self.sizes)
         self.text, self.retriever = text, cropped.speed_up(retriever)   # f^q, f^g
         self.context = self.dynamic = None
@@ -166,16 +166,15 @@ class Model(nn.Module):
             # UNSPECIFIED: the number of heads; 64 wide as in CLIP, but at least 4
             heads = max(4, width // 64)
             self.context = inject.VisualContext(width, heads)
-            self.dynamic = inject.SpatialDynamic(width, made["patch_width"], made["grid"],
-                                                 made["patch_frames"], heads,
-                                                 config.sequence == "lstm")
+            if config.lambda_sd and made["patch_frames"]:       # data.Videos rejects none
+                size = made["patch_width"], made["grid"], made["patch_frames"]
+                self.dynamic = inject.SpatialDynamic(width, *size, heads, config.sequence == "lstm")
 
 
 def terms(model: Model, batch: data.Batch,
           config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The terms of Eq. (11), each a mean over the batch, under the names of their equations; and
     the variances of both sides of Eq. (2) and Eq. (5), which show whether they have collapsed.
-
     `batch` is this process's share; the losses are those of all processes' shares together."""
     S = len(batch.video_of)
     queries = batch.tokens if model.context is not None else batch.tokens[:1]
@@ -191,8 +190,8 @@ def terms(model: Model, batch: data.Batch,
     if model.context is None:
         return losses, {}
 
+    frames = model.retriever.project(batch.frames)                      # [B, T, D]
     full, static, dynamic = x.float().view(3, S, x.shape[1])            # x^q, x^qs, x^qd [S, D]
-    static_spoken = parallel.gather(batch.spoken[1])                    # [S]
     adapted, spoken = dynamic, parallel.gather(batch.spoken[2])
     if config.inject_into == "full":                                    # suppl. Table 4
         adapted, spoken = full, parallel.gather(batch.spoken[0])
@@ -201,15 +200,15 @@ def terms(model: Model, batch: data.Batch,
     spread = {}
     # UNSPECIFIED: what an empty query means; it has no term in Eq. 2, nor in Eq. 5
     if config.lambda_vc:
-        has_both = static_spoken & spoken                               # [S]
-        context = parallel.gather(model.context(asking, batch.frames, batch.video_of))  # x~^qs
+        has_both = parallel.gather(batch.spoken[1]) & spoken            # [S]
+        context = parallel.gather(model.context(asking, frames, batch.video_of))    # x~^qs
         projected = parallel.gather(model.context.project(adapted))     # FC(x^qd) [S, D]
         loss = injection_loss(vc_form, projected, context, video_of, has_both)
         losses["L_vc"] = loss.sum() / has_both.sum().clamp(min=1)
         spread |= {"var FC(x^qd), Eq. 2": projected, "var x~^qs": context}
     if config.lambda_sd:
-        which = data.patch_frames(batch.frames.shape[1], batch.patches.shape[1])
-        motion = model.dynamic(batch.frames[:, which], batch.patches)   # m~ [B, D]
+        which = data.patch_frames(frames.shape[1], batch.patches.shape[1])
+        motion = model.dynamic(frames[:, which], batch.patches)         # m~ [B, D]
         motion = parallel.gather(motion[batch.video_of])                # [S, D]
         projected = parallel.gather(model.dynamic.project(adapted))     # FC(x^qd) [S, D]
         loss = injection_loss(sd_form, projected, motion, video_of, spoken)
@@ -254,12 +253,13 @@ def quality(row: dict) -> float | None:
     return row["R@1,IoU=0.5"] + row["R@1,IoU=0.7"] if "R@1,IoU=0.5" in row else None
 
 
-def start(config: Config, made: dict,
-          device: torch.device) -> tuple[Model, torch.optim.Optimizer]:
+def start(config: Config, made: dict, device: torch.device) -> tuple[Model, torch.optim.Optimizer]:
     """The model before the first step, and the optimiser of Eq. (11)."""
     torch.manual_seed(config.seed)
     source = config.clip if config.text_clip in ("", "shuffled") else config.text_clip
-    text = clip.build_text(clip.read_state(data.clip_file(source, config.root)))
+    if not made["resolution"] and source == config.clip:
+        raise Mistake(f"{config.clip} has no text tower; add --text-clip distilbert-base-uncased")
+    text = clip.load_text(data.clip_file(source, config.root))
     if config.text_clip == "shuffled":          # the same numbers without any knowledge
         for p in text.parameters():
             p.data = p.data.flatten()[torch.randperm(p.numel())].view_as(p)
@@ -287,8 +287,8 @@ def algorithm_1(config: Config, resume: bool, signals: progress.Signals) -> None
     """Algorithm 1: stage 1 of vdi-staged, then the loop."""
     device = parallel.pick_device(config.device)
     store = data.open_store(config.dataset, config.clip, config.root, config.frames)
-    videos, parser = data.training_videos(config, store)
     model, optimiser = start(config, store.manifest, device)
+    videos, parser = data.training_videos(config, store, model.text.tokenize)
     run = progress.Run(config.folder, dataclasses.asdict(config), model, optimiser, config.epochs,
                        quality, config.patience, resume, config.bf16, signals)
     if run.is_new and config.method == "vdi-staged":

@@ -4,6 +4,7 @@
     prepare     annotations and features of a dataset (the command of data.py)
     index       an index over a folder of videos; search: by sentences
     tan         2D-TAN, a second retriever
+    distilbert  DistilBERT, a text tower that is not a CLIP's
     probe       what CLIP's features and Eq. 3-5 contain
     reproduce   every table and figure (figures), ours beside the paper's; tables.json: their rows
     bench       speed, in ratios

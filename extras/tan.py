@@ -24,8 +24,9 @@ class TAN(mmn.MomentMap):
     Arguments as of mmn.MMN; `joint` is the width J in which map and sentence are multiplied."""
 
     def __init__(self, width: int, num_clips: int, pool_kernel: int, pool_stride: int,
-                 pool_counts: tuple[int, ...], kernel: int, layers: int, hidden: int, joint: int):
-        super().__init__(num_clips, pool_kernel, pool_stride, pool_counts)
+                 pool_counts: tuple[int, ...], kernel: int, layers: int, hidden: int, joint: int,
+                 features: int = 0):
+        super().__init__(num_clips, pool_kernel, pool_stride, pool_counts, width, features)
         self.map_fc = nn.Conv2d(width, joint, 1)
         # DEVIATION: CLIP's x^q and frames; published: LSTM over words, convolution over frames
         self.text_fc = nn.Linear(width, joint)

@@ -1,0 +1,68 @@
+"""DistilBERT as the text tower f^q: MMN as published, whose sentences and frames come from two
+networks that were never trained together (the paper's "separated" setting).
+
+    python data.py charades --features vgg_rgb_features.hdf5 --backbone vgg
+    python train.py --dataset charades --method mmn --clip vgg --text-clip distilbert-base-uncased
+
+`--text-clip` may also be a folder with a DistilBERT's config, weights and tokenizer. A checkpoint
+holds the trained weights; only config and tokenizer are then read by that name again.
+
+Shapes: S sentences, L tokens (77 at most), D width of DistilBERT (768).
+"""
+import torch
+from torch import Tensor, nn
+
+import clip
+from support import files
+from support.errors import Mistake, reason
+
+
+class DistilBert(nn.Module):
+    """The interface of clip.TextTower: `tokenize`, `encode_text` and `output`, the width D."""
+
+    def __init__(self, bert: nn.Module, tokenizer):
+        super().__init__()
+        self.bert, self.tokenizer, self.output = bert, tokenizer, bert.config.dim
+        # UNSPECIFIED: the longest sentence; CLIP's 77 tokens (MMN's code has no limit of its own)
+        self.length = min(77, bert.config.max_position_embeddings)
+
+    @classmethod
+    def load(cls, name: str, state: dict[str, Tensor] | None = None) -> "DistilBert":
+        """By its name on Hugging Face or a folder, in float32 and evaluation mode, with `state`
+        instead of the published weights. Mistake if it cannot be read or is another model."""
+        transformers = files.need("transformers", "DistilBERT")
+        try:
+            config = transformers.AutoConfig.from_pretrained(name)
+            if config.model_type != "distilbert":
+                raise ValueError(f"it is a {config.model_type}")
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            if state is None:
+                bert = transformers.DistilBertModel.from_pretrained(name)
+                return cls(bert, tokenizer).float().eval()
+        except Exception as error:  # of a dozen types, for a folder, the network, or a damaged file
+            raise Mistake(f"{name} cannot be read as a DistilBERT: {reason(error)}") from error
+        return clip.fill(lambda: cls(transformers.DistilBertModel(config), tokenizer), state,
+                         "this DistilBERT")
+
+    def tokenize(self, texts: list[str], truncate: bool = False) -> Tensor:
+        """Sentences -> LongTensor [S, 77]: [CLS], word pieces, [SEP], zeros. Mistake for more than
+        77 tokens; with truncate=True [SEP] is kept."""
+        tokens = torch.zeros(len(texts), self.length, dtype=torch.long)
+        rows = self.tokenizer(texts, truncation=truncate, max_length=self.length)["input_ids"]
+        for row, text, ids in zip(tokens, texts, rows):
+            if len(ids) > self.length:
+                raise Mistake(f"this sentence has {len(ids)} tokens and DistilBERT reads "
+                              f"{self.length}; shorten it or pass truncate=True: {text[:60]!r}")
+            row[:len(ids)] = torch.tensor(ids)
+        return tokens
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Token ids [S, L] -> [S, D], not normalised: the mean of the last states of the tokens,
+        [CLS] and [SEP] among them, without padding, as in MMN's code. None gives [0, D]."""
+        if not len(tokens):
+            return self.bert.embeddings.word_embeddings.weight.new_zeros(0, self.output)
+        spoken = tokens != 0                                            # True = not padding
+        L = int(spoken.sum(1).max())    # exact: padding behind the longest sentence changes nothing
+        spoken = spoken[:, :L]
+        x = self.bert(tokens[:, :L], attention_mask=spoken.long()).last_hidden_state    # [S, L, D]
+        return (x * spoken[:, :, None]).sum(1) / spoken.sum(1, keepdim=True)            # [S, D]
