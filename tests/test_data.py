@@ -525,7 +525,7 @@ def test_features_made_elsewhere(tmp_path):
     np.savez(folder / "other.npz", something=x)
     (folder / "text.npy").write_text("not an array")
     store = data.FeatureStore(tmp_path / "f", MADE | {"width": 2, "patch_frames": 0})
-    paths = video.find_files(folder, prepare.FEATURES)
+    paths = video.find_files(folder, video.FEATURES)
     failed = video.adopt_features(store, paths, [*paths, "none"], dict.fromkeys(paths, 20.0))
     assert sorted(store.manifest["videos"]) == ["a", "b", "c"]
     for name in "abc":
