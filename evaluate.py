@@ -33,7 +33,7 @@ import clip
 import data
 import mmn
 from support import cropped, files, options, parallel, text
-from support.errors import Mistake, reason, reported
+from support.errors import Missing, Mistake, reason, reported
 
 QUERIES = {"full": 0, "static": 1, "dynamic": 2}                # Q, Q^s, Q^d: rows of Batch.tokens
 
@@ -236,6 +236,8 @@ def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
             raise ValueError(f"its weights do not have the sizes {sizes}")
         retriever = clip.fill(lambda: kind(**sizes), weights, "this retriever")
         tower = clip.load_text(config.get("text_clip", ""), tower)
+    except Missing:             # of the text tower, a package or its configuration
+        raise
     except Exception as error:  # torch raises a dozen types for what does not fit
         raise Mistake(f"{path} is not a checkpoint of train.py: {reason(error)}") from error
     rest = {key: value for key, value in saved.items() if key not in ("retriever", "text")}

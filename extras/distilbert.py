@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import clip
 from support import files
-from support.errors import Mistake, reason
+from support.errors import Missing, Mistake, reason
 
 
 class DistilBert(nn.Module):
@@ -29,7 +29,7 @@ class DistilBert(nn.Module):
     @classmethod
     def load(cls, name: str, state: dict[str, Tensor] | None = None) -> "DistilBert":
         """By its name on Hugging Face or a folder, in float32 and evaluation mode, with `state`
-        instead of the published weights. Mistake if it cannot be read or is another model."""
+        instead of the published weights. Missing if it cannot be read or is another model."""
         transformers = files.need("transformers", "DistilBERT")
         try:
             config = transformers.AutoConfig.from_pretrained(name)
@@ -40,7 +40,7 @@ class DistilBert(nn.Module):
                 bert = transformers.DistilBertModel.from_pretrained(name)
                 return cls(bert, tokenizer).float().eval()
         except Exception as error:  # of a dozen types, for a folder, the network, or a damaged file
-            raise Mistake(f"{name} cannot be read as a DistilBERT: {reason(error)}") from error
+            raise Missing(f"{name} cannot be read as a DistilBERT: {reason(error)}") from error
         return clip.fill(lambda: cls(transformers.DistilBertModel(config), tokenizer), state,
                          "this DistilBERT")
 

@@ -17,7 +17,8 @@ class Mistake(ValueError):
 
 
 class Missing(Mistake):
-    """A file that another source may have: it is not in a folder, or could not be downloaded."""
+    """A file that another source may have: it is not in a folder, or could not be downloaded. Or a
+    package that is not installed."""
 
 
 class Stopped(SystemExit):

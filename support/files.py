@@ -20,11 +20,11 @@ ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 
 
 def need(package: str, what: str):
-    """Imports a package that only some commands need. Mistake if it is not installed."""
+    """Imports a package that only some commands need. Missing if it is not installed."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise Mistake(f"{what} needs {package}: pip install {package}") from error
+        raise Missing(f"{what} needs {package}: pip install {package}") from error
 
 
 def pyplot():

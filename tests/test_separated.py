@@ -279,6 +279,11 @@ def test_mmn_trains_is_evaluated_and_resumes(root, bert, tmp_path, monkeypatch):
             for name in ("whole", "parts"))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
+    saved = torch.load(tmp_path / "whole" / "ckpt.pt", weights_only=True)
+    saved["config"]["text_clip"] = str(tmp_path / "distilbert-gone")
+    torch.save(saved, tmp_path / "moved.pt")
+    with pytest.raises(Mistake, match="^.*distilbert-gone cannot be read as a DistilBERT"):
+        evaluate.load(tmp_path / "moved.pt")
     with pytest.raises(Mistake, match="come from vgg, which cannot be run on a video"):
         retrieve.Retriever(tmp_path / "whole" / "ckpt.pt", "cpu")
 
