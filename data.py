@@ -64,6 +64,9 @@ FILES = {
     **dict.fromkeys(("charades-cg", "activitynet-cg"), {
         "train": ("train.json",), "novel-word": ("novel_word.json",),
         "novel-composition": ("novel_composition.json",), "trivial": ("test_trivial.json",)})}
+# splits whose sentences are partly in the original training split: not for checkpoints of it
+LEAKING = dict.fromkeys(("charades", "activitynet"),
+                        ("novel-word", "novel-composition", "trivial", "train-cg"))
 CSV = ("Charades_v1_train.csv", "Charades_v1_test.csv")                 # durations of Charades
 OWN_SPLITS = ("train", "val", "val-novel-word", "test", "novel-word", "novel-composition")
 
@@ -94,8 +97,7 @@ def read_annotations(dataset: str, split: str, root: str | os.PathLike) -> list[
     tenth of the training videos (`held_out`), and `train` everything published. Splits novel-word,
     novel-composition and trivial of charades and activitynet are those of charades-cg and
     activitynet-cg, whose training split is train-cg."""
-    if dataset in ("charades", "activitynet") and split in ("novel-word", "novel-composition",
-                                                            "trivial", "train-cg"):
+    if split in LEAKING.get(dataset, ()):
         dataset, split = f"{dataset}-cg", "train" if split == "train-cg" else split
     if dataset in FILES and split == "val" and "val" not in FILES[dataset]:
         train = read_annotations(dataset, "train", root)

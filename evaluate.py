@@ -269,6 +269,9 @@ def answers(run: Run, splits: list[str] | None = None, query: str = "full",
         if dataset not in data.FILES and split not in data.splits(dataset, root):
             raise Mistake(f"{dataset} has no split {split!r}; it has "
                           f"{', '.join(data.splits(dataset, root))}")
+        if split in data.LEAKING.get(dataset, ()):
+            raise Mistake(f"{split} shares sentences with the training split of {dataset}, so the "
+                          f"result would mean nothing; train with --dataset {dataset}-cg")
         rows = data.read_annotations(dataset, split, root)
         if allow_missing and not any(row.video in store for row in rows):
             print(f"note: no video of {split} has features; the split is skipped", file=sys.stderr)

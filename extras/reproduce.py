@@ -5,10 +5,10 @@
     python -m extras.reproduce docs                     # writes the tables into docs/ and README.md
 
 A row of extras/tables.json is a name, a base and what it changes (fields of train.Config), and the
-paper's figures. It runs once per seed (shapes: world and training have the same seed) and is kept
-in results/<dataset>/<name>.json: configuration, metrics, log, and what each query hits. A kept row
-is not run again, except with --fresh. Choices are made on validation splits; tables show test
-splits.
+paper's figures; without a base, another method's figures as the paper reports them. It runs once per
+seed (shapes: world and training have the same seed) and is kept in results/<dataset>/<name>.json:
+configuration, metrics, log, and what each query hits. A kept row is not run again, except with
+--fresh. Choices are made on validation splits; tables show test splits.
 """
 import support  # first, for a Ctrl-C while torch is imported
 import argparse
@@ -48,15 +48,18 @@ from support.text import markdown, mean_and_deviation
 HERE = pathlib.Path(__file__).parent.parent
 RESULTS = HERE / "results"
 NOT_A_CHOICE = ("device", "root", "out", "workers")             # of Config: where, not what
-FINAL = ("test", "novel-word", "novel-composition")             # the splits that tables show
+FINAL = ("test", "trivial", "novel-word", "novel-composition")  # the splits that tables show
 HITS = (0.5, 0.7)                                               # IoU thresholds
+SEPARATE = {"charades": "vgg", "activitynet": "c3d"}            # MMN's own features, by family
+BERT = "distilbert-base-uncased"                                # and its text tower
 
 
 class Row(NamedTuple):
-    """A line of a table: its name, the fields of Config that make it, the paper's figures."""
+    """A line of a table: its name, the fields of Config that make it (None: it is not run, only
+    reported), and the paper's figures by dataset."""
     name: str
-    fields: dict
-    paper: tuple = ()
+    fields: dict | None
+    paper: dict[str, list[float]] = {}
 
 
 class Table(NamedTuple):
@@ -72,8 +75,12 @@ def read_tables() -> dict[str, Table]:
     content = json.loads(pathlib.Path(__file__).with_name("tables.json").read_text())
     tables = {}
     for name, table in content["tables"].items():
-        rows = [Row(row, content["bases"][base] | changes, *paper)
-                for row, base, changes, *paper in table.pop("rows")]
+        rows = []
+        for row, base, changes, *paper in table.pop("rows"):
+            paper = paper[0] if paper else {}
+            if isinstance(paper, list):
+                paper = {"charades": paper}
+            rows.append(Row(row, content["bases"][base] | changes if base else None, paper))
         tables[name] = Table(rows, **table)
     return tables
 
@@ -89,24 +96,39 @@ def world_of(dataset: str, seed: int) -> str:
     return f"shapes-{seed}" if dataset == "shapes" and seed else dataset
 
 
-def config_of(row: Row, dataset: str, seed: int, given: argparse.Namespace,
-              what: str = "") -> train.Config:
-    """The configuration of a row of table `what`. On a real dataset most tables are about its
-    compositional splits, which have their own training split."""
-    if dataset != "shapes" and not (what and TABLES[what].original):
-        dataset += "-cg"
-    world = world_of(dataset, seed)
+def dataset_of(what: str, given: argparse.Namespace) -> str:
+    """The dataset of a table. On a real one, most tables are about its compositional splits, which
+    have a training split of their own."""
+    original = given.dataset == "shapes" or what in TABLES and TABLES[what].original
+    return given.dataset + ("" if original else "-cg")
+
+
+def config_of(row: Row, dataset: str, seed: int, given: argparse.Namespace) -> train.Config | None:
+    """The configuration of a row; None if it cannot be run on this dataset."""
+    family, world = dataset.removesuffix("-cg"), world_of(dataset, seed)
+    if row.fields is None or row.fields.get("clip") == "separate" and family not in SEPARATE:
+        return None
     fields = dict(row.fields, dataset=world, seed=seed, device=given.device, root=given.root)
+    fields["select_on"] = select_on(dataset, given)
     if fields.get("clip") == "resnet":                  # the published one, or the world's own
         fields["clip"] = f"{world}-resnet" if dataset == "shapes" else "RN50"
+    if fields.get("clip") == "separate":
+        fields |= {"clip": SEPARATE[family], "text_clip": BERT}
     if fields.get("text_clip") == "other":              # of another CLIP of the same width
         other = world_of("shapes", (seed + 1) % 3)
         fields["text_clip"] = other if dataset == "shapes" else "ViT-B/16"
     reading = tuple(fields.pop("reading", ()))
-    config = train.configure(**fields)
+    config = train.configure(**fields | getattr(given, "fields", {}))
     if reading:
         config = readings.Config(**vars(config), reading=reading)
     return dataclasses.replace(config, out=f"runs/reproduce/{dataset}/{name_of(config)}")
+
+
+def select_on(dataset: str, given: argparse.Namespace) -> str:
+    """The split that selects the epoch; with --select-on-test that of the field's protocol."""
+    if not given.select_on_test:
+        return "val"
+    return "novel-word" if dataset.endswith("-cg") else "test"
 
 
 @functools.cache
@@ -154,8 +176,11 @@ def run(config: train.Config, fresh: bool = False) -> dict:
         metrics = json.loads((folder / "results.json").read_text())
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         splits = [split for split in FINAL if split in metrics]
-        checkpoint = evaluate.load(folder / "ckpt.pt", parallel.pick_device(config.device))
-        return {"results": metrics,
+        device = parallel.pick_device(config.device)
+        checkpoint = evaluate.load(folder / "ckpt.pt", device)
+        if "val" not in metrics and config.select_on == "val":
+            metrics |= evaluate.evaluate(checkpoint, ["val"], device=device, allow_missing=True)
+        return {"results": metrics, "coverage": coverage(config),
                 "hits": {query: hits(checkpoint, config, splits, query)
                          for query in evaluate.QUERIES},
                 "log": [{name: float(f"{value:.4g}") for name, value in row.items()}
@@ -186,18 +211,71 @@ def run_quietly(config: train.Config, fresh: bool, threads: int) -> str:
     return name_of(config)
 
 
+def coverage(config: train.Config) -> dict[str, list[int]]:
+    """Split -> videos and sentences with features, and videos and sentences without."""
+    store = data.open_store(config.dataset, config.clip, config.root, config.frames)
+    counts = {}
+    for split in data.splits(config.dataset, config.root):
+        rows = data.read_annotations(config.dataset, split, config.root)
+        missing = [row.video for row in rows if row.video not in store]
+        videos = {row.video for row in rows}
+        counts[split] = [len(videos) - len(set(missing)), len(rows) - len(missing),
+                         len(set(missing)), len(missing)]
+    return counts
+
+
+def check(what: str, given: argparse.Namespace) -> None:
+    """Mistake, before anything is trained, for a table that could not be shown in the end."""
+    if not columns_of(what, given):
+        raise Mistake(f"{what} has no column that {given.dataset} has: its columns are "
+                      f"{', '.join(TABLES[what].columns)}")
+    if given.dataset == "shapes":
+        return
+    without = []
+    for row, config in zip(TABLES[what].rows, configs_of(what, 0, given)):
+        if config is None or kept(config):
+            continue
+        try:
+            counts = coverage(config)
+        except Mistake as error:                        # its features have not been made
+            print(f"note: \"{row.name}\" is not run: {error}", file=sys.stderr)
+            without.append(row)
+            continue
+        lost = {split: f"{videos} videos ({sentences} sentences) of {split}"
+                for split, (_, _, videos, sentences) in counts.items() if videos}
+        if lost and not given.allow_missing:
+            raise Mistake(f"{' and '.join(lost.values())} have no features, so the results could "
+                          f"not be compared with the paper's; make them, or use --allow-missing")
+    if all(config is None or row in without for row, config
+           in zip(TABLES[what].rows, configs_of(what, 0, given))):
+        raise Mistake(f"no row of {what} can be run: see above")
+
+
+def can_run(config: train.Config) -> bool:
+    """Does it have features? The shapes world makes its own."""
+    store = data.store_folder(config.dataset, config.clip, config.root)
+    return config.dataset.startswith("shapes") or any(store.glob("manifest*.json"))
+
+
 def run_all(configs: list[train.Config], given: argparse.Namespace) -> None:
     """Runs what has not been kept, --jobs at a time: two cores do best with two of one thread."""
     missing = {name_of(c): c for c in configs if given.fresh or kept(c) is None}
     for config in missing.values():
         shapes.build_for(config)
     threads, started = max(1, torch.get_num_threads() // given.jobs), time.time()
+
+    def progress(names) -> None:
+        for i, name in enumerate(names, 1):
+            print(f"{i} of {len(missing)}: {name}, {(time.time() - started) / 60:.1f} min",
+                  file=sys.stderr, flush=True)
+
+    if given.jobs == 1:
+        progress(run_quietly(config, given.fresh, threads) for config in missing.values())
+        return
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(given.jobs, spawn) as pool:
         runs = [pool.submit(run_quietly, c, given.fresh, threads) for c in missing.values()]
-        for i, future in enumerate(concurrent.futures.as_completed(runs), 1):
-            print(f"{i} of {len(runs)}: {future.result()}, {(time.time() - started) / 60:.1f} min",
-                  file=sys.stderr, flush=True)
+        progress(future.result() for future in concurrent.futures.as_completed(runs))
 
 
 def per_seed(what: str, given: argparse.Namespace, make) -> list[dict]:
@@ -218,23 +296,39 @@ def seeds_of(what: str, given: argparse.Namespace) -> range:
     return range(given.seeds or (TABLES[what].seeds if what in TABLES else 3))
 
 
-def configs_of(what: str, seed: int, given: argparse.Namespace) -> list[train.Config]:
+def configs_of(what: str, seed: int, given: argparse.Namespace) -> list[train.Config | None]:
     """The configurations of the rows of a table."""
-    return [config_of(row, given.dataset, seed, given, what) for row in TABLES[what].rows]
+    dataset = dataset_of(what, given)
+    return [config_of(row, dataset, seed, given) for row in TABLES[what].rows]
 
 
 def seeds_kept(what: str, given: argparse.Namespace) -> int:
     """For how many seeds, from 0 on, every row of a table is kept."""
     for seed in seeds_of(what, given):
-        if any(kept(config) is None for config in configs_of(what, seed, given)):
+        if any(config and kept(config) is None for config in configs_of(what, seed, given)):
             return seed
     return len(seeds_of(what, given))
 
 
 def collect(what: str, given: argparse.Namespace) -> list[list[dict]]:
-    """The kept results of a table: row -> seed -> result."""
-    seeds = [map(kept, configs_of(what, seed, given)) for seed in seeds_of(what, given)]
-    return [list(row) for row in zip(*seeds)]
+    """The kept results of a table: row -> seed -> result; no seeds for a row that was not run."""
+    seeds = [[kept(config) if config else None for config in configs_of(what, seed, given)]
+             for seed in seeds_of(what, given)]
+    return [list(filter(None, row)) for row in zip(*seeds)]
+
+
+def columns_of(what: str, given: argparse.Namespace) -> list[tuple[str, str]]:
+    """(split, metric) of the columns that a dataset has. "test" is what the compositional datasets
+    call trivial; accuracies need to know all events, as the shapes world does."""
+    dataset, columns = dataset_of(what, given), []
+    for split, metric in (column.split(" ", 1) for column in TABLES[what].columns):
+        if dataset.endswith("-cg") and split == "test":
+            split = "trivial"
+        real = dataset == "shapes" or "accuracy" not in metric and split in (
+            "val", *data.FILES[dataset])
+        if real:
+            columns.append((split, metric))
+    return columns
 
 
 def found(run: dict, split: str, query: str = "full") -> np.ndarray:
@@ -255,39 +349,75 @@ def paired(ours: list[dict], theirs: list[dict], split: str, draws: int = 2000
     return float(np.mean(means)), low, high, means
 
 
+PAPER = {"shapes": ("Charades-STA", "Charades-CG novel-word"),
+         "charades": ("Charades-STA", "Charades-CG novel-word"),
+         "activitynet": ("ActivityNet-Captions", "ActivityNet-CG novel-word")}
+
+
 def show(what: str, given: argparse.Namespace) -> str:
     """A table as Markdown: mean ± deviation over seeds, the paper's, paired differences."""
     table, runs = TABLES[what], collect(what, given)
     if what == "curve" and given.figures:
         figures.curve(figure_path("curve", given), runs)
-    metrics = runs[0][0]["results"]
-    columns = [column.split(" ", 1) for column in table.columns if column.split()[0] in metrics]
+    columns = columns_of(what, given)
     heads = [f"{split} {metric.replace(',IoU=', ' ')}" for split, metric in columns]
-    paper = what != "main" and any(row.paper for row in table.rows)
-    if paper:
-        heads.append("paper, " + ("Charades-STA" if table.original else "Charades-CG novel-word"))
+    family = given.dataset
+    papers = [row.paper.get(family, row.paper.get("charades") if family == "shapes" else None)
+              for row in table.rows]
+    if any(papers):
+        heads.append(f"paper, {PAPER[family][not table.original]}")
     lines = []
-    for row, seeds in zip(table.rows, runs):
-        line = [row.name]
+    for row, seeds, paper in zip(table.rows, runs, papers):
+        if not seeds and (family == "shapes" or not paper):
+            continue                                    # on shapes nothing is only reported
+        name = row.name if seeds else f"{row.name} (reported" + (
+            "; not run here)" if row.fields else ")")
+        line = [label(name, family)]
         for split, metric in columns:
-            line.append(mean_and_deviation([run["results"][split][metric] for run in seeds]))
-        if paper:
-            line.append(" / ".join(f"{value:.2f}" for value in row.paper))
+            values = [run["results"][split][metric] for run in seeds]
+            line.append(mean_and_deviation(values) if values else "")
+        if any(papers):
+            line.append(" / ".join(f"{value:.2f}" for value in paper or ()))
         lines.append(line)
-    sizes = {split: np.mean([run["results"][split]["queries"] for run in runs[0]])
-             for split, _ in columns}
-    sizes = ", ".join(f"{split} {size:.0f}" for split, size in sizes.items())
+    first = next(seeds for seeds in runs if seeds)
     minutes = sum(run["minutes"] for seeds in runs for run in seeds)
     text = [markdown(["", *heads], lines), "",
-            f"{len(runs[0])} seeds; sentences per seed: {sizes}; {minutes:.0f} minutes of runs."]
+            f"{len(first)} seeds; {sizes(first, columns)}; {minutes:.0f} minutes of runs."]
+    if given.select_on_test:
+        text[-1] += (f" Trained on all training videos; the epoch is chosen on "
+                     f"{select_on(dataset_of(what, given), given)}, a test split.")
+    elif family != "shapes":
+        text[-1] += (" The epoch is chosen on validation videos. Text rates and stage 1 are those "
+                     "chosen on the shapes world, not tuned here.")
     for a, b in table.differences:
+        if not (runs[a] and runs[b]):
+            continue
         parts = []
-        for split in filter(metrics.get, FINAL):
+        for split in filter(first[0]["results"].get, FINAL):
             mean, low, high, seeds = paired(runs[a], runs[b], split)
             each = ", ".join(f"{seed:+.1f}" for seed in seeds)
             parts.append(f"{split} {mean:+.1f} [{low:+.1f}, {high:+.1f}] ({each})")
-        text.append(f"- {table.rows[a].name} minus {table.rows[b].name}: " + "; ".join(parts))
+        names = [label(table.rows[k].name, family) for k in (a, b)]
+        text.append(f"- {names[0]} minus {names[1]}: " + "; ".join(parts))
     return "\n".join(text)
+
+
+def label(name: str, dataset: str) -> str:
+    """What was tuned on the shapes world's validation split was not tuned on a real dataset."""
+    return name if dataset == "shapes" else re.sub("tuned( on validation)?", "text rate 1", name)
+
+
+def sizes(runs: list[dict], columns: list[tuple[str, str]]) -> str:
+    """How many sentences, and on a real dataset videos, each split has; and how many are missing."""
+    parts = []
+    for split in dict.fromkeys(split for split, _ in columns):
+        queries = np.mean([run["results"][split]["queries"] for run in runs])
+        parts.append(f"{split} {queries:.0f}")
+        counts = runs[0].get("coverage", {}).get(split)
+        if counts and not runs[0]["config"]["dataset"].startswith("shapes"):
+            lost = f"{counts[3]} sentences of {counts[2]} videos missing" if counts[2] else "all"
+            parts[-1] += f" of {counts[0]} videos ({lost})"
+    return "sentences per seed: " + ", ".join(parts)
 
 
 # ------------------------------------------------------------------------------------ other results
@@ -317,16 +447,20 @@ def s_table1(given: argparse.Namespace) -> str:
         return {kind: probe.triplet_scores(model, part) for kind, part in triplets.items() if part}
 
     seeds = per_seed("s-table1-svo" if given.svo else "s-table1", given, make)
-    paper = {"right": ("0.82", "0.76", "0.86"), "wrong": ("0.18", "0.24", "0.14"),
-             "difference": ("0.64", "0.52", "0.72"), "right ahead": ("", "", "")}
-    rows = []
+    paper = {"right": ("0.79", "0.82", "0.76", "0.86"), "wrong": ("0.21", "0.18", "0.24", "0.14"),
+             "difference": ("0.59", "0.64", "0.52", "0.72"), "right ahead": ("", "", "", "")}
+    kinds, rows = ("overall", *probe.KINDS), []
     for name, theirs in paper.items():
         row = [name.replace("ahead", "ahead, %")]
-        for kind in probe.KINDS:
-            values = [content[kind][name] for content in seeds if kind in content]
+        for kind in kinds:
+            shown = [[content[kind]] if kind in content else
+                     content.values() if kind == "overall" else [] for content in seeds]
+            values = [np.average([part[name] for part in parts],
+                                 weights=[part["triplets"] for part in parts])
+                      for parts in map(list, shown) if parts]
             row.append(f"{np.mean(values):.2f}" if values else "no images")
         rows.append([*row, *theirs])
-    return markdown(["score", *probe.KINDS, *(f"paper, {kind}" for kind in probe.KINDS)], rows)
+    return markdown(["score", *kinds, *(f"paper, {kind}" for kind in kinds)], rows)
 
 
 def s_fig1(given: argparse.Namespace) -> str:
@@ -400,7 +534,8 @@ def heat(given: argparse.Namespace) -> str:
 def fig3(given: argparse.Namespace) -> str:
     """Fig. 3: retrieval by the whole sentence, by its static and by its dynamic half."""
     chosen, runs = (0, 1, 2, 4), collect("table1", given)
-    rates = {split: {} for split in ("test", "novel-word") if split in runs[0][0]["results"]}
+    chosen = [k for k in chosen if runs[k]]
+    rates = {split: {} for split in FINAL[:3] if split in runs[0][0]["results"]}
     rows = []
     for k in chosen:
         rows.append([MAIN[k].name])
@@ -510,7 +645,7 @@ def documents(given: argparse.Namespace) -> dict[pathlib.Path, str]:
             for path, text in texts.items()}
 
 
-def main() -> None:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = options.parser("the paper's tables and figures, ours beside the paper's",
                                prog="python -m extras.reproduce")
     add = arguments.add_argument
@@ -521,15 +656,24 @@ def main() -> None:
     add("--seeds", type=int, help="seeds of each row (default: three; of gain five)")
     add("--device", **options.DEVICE)
     add("--root", default="data", help="folder of datasets")
-    add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; use 1 on one GPU")
+    add("--jobs", type=int, help="runs at a time (default: the number of cores; 1 on a GPU)")
+    add("--select-on-test", action="store_true",
+        help="common practice: train on all training videos, choose the epoch on a test split")
+    add("--allow-missing", action="store_true",
+        help="run although videos have no features; the tables say how many")
     add("--fresh", action="store_true", help="run again what was kept (but not clip2video)")
     add("--svo", help="s-table1 on SVO-Probes: its svo_probes.csv, with --images")
     add("--images", help="folder of its images, named by their ids")
     add("--video", help="heat: draw it for this video instead of the shapes world")
-    given = arguments.parse_args()
+    given = arguments.parse_args(argv)
     given.figures = "docs" not in given.what
+    return given
+
+
+def main() -> None:
+    given = parse_arguments()
     with reported():
-        if min(given.jobs, given.seeds if given.seeds is not None else 1) < 1:
+        if any(number is not None and number < 1 for number in (given.jobs, given.seeds)):
             raise Mistake("--jobs and --seeds must be at least 1")
         if "docs" in given.what:
             if len(given.what) > 1:
@@ -547,9 +691,17 @@ def reproduce(given: argparse.Namespace) -> None:
     shapes_only = {"fig2", "probes", "heat", "clip2video"} & set(given.what)
     if given.dataset != "shapes" and shapes_only:
         raise Mistake(f"{', '.join(sorted(shapes_only))}: available for the shapes world only")
+    if given.dataset != "shapes" and "s-table1" in given.what and not given.svo:
+        raise Mistake("s-table1 is about photographs; name SVO-Probes' table with --svo and its "
+                      "images with --images (--dataset shapes draws images instead)")
     tables = [name for name in (NEEDS.get(what, what) for what in given.what) if name in TABLES]
+    for what in tables:
+        check(what, given)
     configs = [config for what in tables for seed in seeds_of(what, given)
-               for config in configs_of(what, seed, given)]
+               for config in configs_of(what, seed, given) if config and can_run(config)]
+    if given.jobs is None:
+        on_gpu = parallel.pick_device(given.device).type != "cpu"
+        given.jobs = 1 if on_gpu else os.cpu_count() or 1
     run_all(list(dict.fromkeys(configs)), given)
     for what in given.what:
         print(f"\n{what}, {given.dataset}\n\n{result_of(what, given)}")

@@ -5,6 +5,7 @@ import ast
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 
@@ -14,9 +15,12 @@ import torch
 import torch.nn.functional as F
 
 import clip
+import data
+import evaluate
 import shapes
 import train
-from extras import probe, reproduce
+from extras import probe, rehearsal, reproduce
+from support.errors import Mistake
 
 
 @pytest.fixture
@@ -24,7 +28,8 @@ def options(world, tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
     monkeypatch.chdir(tmp_path)
     return argparse.Namespace(dataset="shapes", seeds=1, device="cpu", root=str(world), fresh=False,
-                              svo=None, images=None, video=None, figures=False)
+                              svo=None, images=None, video=None, figures=False,
+                              select_on_test=False, allow_missing=False)
 
 
 # ------------------------------------------------------------------------------------- what is kept
@@ -35,7 +40,8 @@ def test_a_row_is_run_once_and_only_for_the_same_choices(options, tmp_path, caps
     content = reproduce.run(config)
     assert content == reproduce.kept(config) == json.loads(reproduce.file_of(config).read_text())
     assert set(content["results"]) == {"val", "test", "novel-word", "novel-composition"}
-    for split in reproduce.FINAL:
+    assert set(content["hits"]["full"]) == set(content["results"]) - {"val"}
+    for split in content["hits"]["full"]:
         digits = content["hits"]["full"][split]
         for mu, least in ((0.5, "12"), (0.7, "2")):
             share = 100 * np.mean([digit in least for digit in digits])
@@ -80,13 +86,158 @@ def test_a_field_that_is_added_later_changes_no_name(options, monkeypatch):
 
 def test_every_row_is_a_configuration(options):
     """And no table has two rows that are one."""
-    for what, (rows, *_) in reproduce.TABLES.items():
-        names = {reproduce.name_of(reproduce.config_of(row, "shapes", 0, options)) for row in rows}
-        assert len(names) == len(rows), what
-        for dataset in ("charades", "activitynet"):
-            for row in rows:
-                config = reproduce.config_of(row, dataset, 0, options, what)
-                assert config.dataset.endswith("-cg") == (what not in ("table2", "s-table6"))
+    for what in reproduce.TABLES:
+        configs = list(filter(None, reproduce.configs_of(what, 0, options)))
+        assert len(set(map(reproduce.name_of, configs))) == len(configs) >= 3, what
+
+
+def real(dataset: str, *more: str) -> argparse.Namespace:
+    return reproduce.parse_arguments(["table1", "--dataset", dataset, "--seeds", "1", "--device",
+                                      "cpu", "--jobs", "1", *more])
+
+
+def test_a_real_dataset_has_its_own_training_split_columns_and_features():
+    for dataset, separate in (("charades", "vgg"), ("activitynet", "c3d")):
+        given = real(dataset)
+        for what, table in reproduce.TABLES.items():
+            configs = reproduce.configs_of(what, 0, given)
+            for row, config in zip(table.rows, configs):
+                assert (config is None) == (row.fields is None)
+                if config:
+                    assert config.dataset.endswith("-cg") == (what not in ("table2", "s-table6"))
+                if config and row.fields.get("clip") == "separate":
+                    assert config.clip == separate and config.text_clip == reproduce.BERT
+            splits = {split for split, _ in reproduce.columns_of(what, given)}
+            assert splits and splits <= {"val", *data.FILES[reproduce.dataset_of(what, given)]}
+            assert not any("accuracy" in metric for _, metric in reproduce.columns_of(what, given))
+    assert reproduce.columns_of("tuning", real("charades"))[0] == ("val", "R@1,IoU=0.5")
+    chosen = real("charades", "--select-on-test")
+    assert {c.select_on for c in reproduce.configs_of("table2", 0, chosen) if c} == {"test"}
+    assert {c.select_on for c in reproduce.configs_of("table1", 0, chosen) if c} == {"novel-word"}
+
+
+@pytest.mark.parametrize("what, dataset, figures", [
+    ("table1", "charades", "43.85 / 24.17 / 39.50"), ("table1", "activitynet", "31.05 / 15.48"),
+    ("table2", "charades", "52.32 / 31.37 / 87.03"), ("table2", "activitynet", "48.09 / 28.76")])
+def test_the_papers_figures_stand_beside_the_same_dataset(what, dataset, figures, monkeypatch):
+    """With made-up results: what a table says about itself."""
+    given, splits = real(dataset), ("test", "trivial", "novel-word", "novel-composition")
+    metrics = {"queries": 4, "mIoU": 1.0} | {f"R@{k},IoU={mu}": 25.0 for k in (1, 5)
+                                             for mu in (0.5, 0.7)}
+    run = {"results": dict.fromkeys(splits, metrics), "minutes": 1.0,
+           "config": {"dataset": dataset},
+           "hits": {"full": dict.fromkeys(splits, "1000")},
+           "coverage": dict.fromkeys(splits, [3, 4, 1, 2])}
+    monkeypatch.setattr(reproduce, "collect", lambda what, given: [
+        [run] if config else [] for config in reproduce.configs_of(what, 0, given)])
+    text = reproduce.show(what, given)
+    other = {"charades": "ActivityNet", "activitynet": "Charades"}[dataset]
+    assert figures in text and other not in text
+    assert "MMN, text rate 1 |" in text and "tuned on validation" not in text
+    assert "(reported) |" in text and "25.0" not in text.split("(reported)")[-1].split("\n")[0]
+    assert "of 3 videos (2 sentences of 1 videos missing)" in text
+    assert "not tuned here" in text
+    text = reproduce.show(what, real(dataset, "--select-on-test"))
+    assert "the epoch is chosen on" in text and "a test split" in text
+
+
+@pytest.fixture(scope="module")
+def rehearsed(published, tmp_path_factory):
+    """Charades-STA and Charades-CG, three videos of each split, with random features."""
+    folder = tmp_path_factory.mktemp("rehearsed")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(rehearsal, "DATASETS", {"charades": 32})
+    rehearsal.build(folder / "data", str(published), 3)
+    patch.undo()
+    return folder
+
+
+@pytest.fixture
+def rehearse(rehearsed, tmp_path, monkeypatch):
+    """rehearse(*arguments): `python -m extras.reproduce` on them, on the smallest scale."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
+
+    def run(*arguments: str) -> None:
+        given = reproduce.parse_arguments([*arguments, "--dataset", "charades", "--seeds", "1",
+                                           "--device", "cpu", "--jobs", "1", "--root",
+                                           str(rehearsed / "data")])
+        given.fields = rehearsal.SMALL
+        reproduce.reproduce(given)
+    return run
+
+
+def test_tables_run_to_the_end_on_a_real_dataset(rehearse, monkeypatch, capsys):
+    """Columns that only the shapes world has, and the validation split (all rows of all tables:
+    python -m extras.rehearsal)."""
+    for what in ("retrievers", "tuning"):
+        monkeypatch.setitem(reproduce.TABLES, what, reproduce.TABLES[what]._replace(
+            rows=reproduce.TABLES[what].rows[:2], differences=[(1, 0)]))
+        rehearse(what)
+        table = capsys.readouterr().out
+        assert len(re.findall(r"^\| \S.* \d+\.\d \|$", table, flags=re.M)) == 2, table
+        assert ("val R@1" in table) == (what == "tuning") and "accuracy" not in table
+
+
+def test_what_could_not_be_shown_is_refused_before_training(rehearse, rehearsed, monkeypatch,
+                                                            capsys):
+    def unreachable(*_):
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(reproduce, "run_all", unreachable)
+    with pytest.raises(Mistake, match="s-table1 is about photographs"):
+        rehearse("s-table1")
+    with pytest.raises(Mistake, match="no row of x can be run"):
+        monkeypatch.setitem(reproduce.TABLES, "x", reproduce.TABLES["table2"]._replace(
+            rows=[row for row in reproduce.TABLES["table2"].rows
+                  if row.fields and row.fields.get("clip") == "separate"]))
+        rehearse("x")
+    assert "is not run: there are no features in" in capsys.readouterr().err
+    path = next((rehearsed / "data" / "charades" / "features" / "ViT-B-32").glob("manifest.json"))
+    content = path.read_text()
+    manifest = json.loads(content)
+    del manifest["videos"][data.read_annotations("charades", "test", rehearsed / "data")[0].video]
+    path.write_text(json.dumps(manifest))
+    try:
+        with pytest.raises(Mistake, match=r"1 videos \(\d+ sentences\) of test have no features"):
+            rehearse("table2")
+        with pytest.raises(AssertionError, match="trained"):
+            rehearse("table2", "--allow-missing")
+    finally:
+        path.write_text(content)
+
+
+@pytest.mark.parametrize("device, jobs", [("cpu", os.cpu_count()), ("cuda:0", 1)])
+def test_one_run_at_a_time_on_a_gpu(device, jobs, options, monkeypatch):
+    seen = []
+    monkeypatch.setattr(reproduce.parallel, "pick_device", lambda name: torch.device(device))
+    monkeypatch.setattr(reproduce, "run_all", lambda configs, given: seen.append(given.jobs))
+    monkeypatch.setattr(reproduce, "result_of", lambda what, given: "")
+    options.what, options.jobs = ["table3"], None
+    reproduce.reproduce(options)
+    assert seen == [jobs]
+
+
+def test_a_checkpoint_is_not_evaluated_on_sentences_that_it_may_have_seen(rehearsed, tmp_path):
+    """Three quarters of Charades-CG's novel-word sentences are in Charades-STA's training split."""
+    config = train.configure(dataset="charades", method="mmn", root=str(rehearsed / "data"),
+                             device="cpu", out=str(tmp_path / "run"), **rehearsal.SMALL)
+    train.train(config)
+    run = evaluate.load(tmp_path / "run" / "ckpt.pt")
+    for split in ("novel-word", "novel-composition", "trivial", "train-cg"):
+        assert data.read_annotations("charades", split, rehearsed / "data")
+        with pytest.raises(Mistake, match="train with --dataset charades-cg"):
+            evaluate.evaluate(run, [split])
+
+
+def test_the_overall_column_weighs_kinds_by_their_triplets(options, monkeypatch):
+    """3 verbs at 0.5 and 1 object at 0.9: (3 * 0.5 + 0.9) / 4 = 0.60."""
+    parts = {kind: {"right": right, "wrong": 1 - right, "difference": 2 * right - 1,
+                    "right ahead": 0.0, "triplets": count}
+             for kind, right, count in (("verb", 0.5, 3), ("object", 0.9, 1))}
+    monkeypatch.setattr(reproduce, "per_seed", lambda *_: [parts])
+    line = reproduce.s_table1(options).split("\n")[2]
+    assert line == "| right | 0.60 | no images | 0.50 | 0.90 | 0.79 | 0.82 | 0.76 | 0.86 |"
 
 
 # -------------------------------------------------------------------------------------- differences
@@ -130,7 +281,8 @@ def test_the_readme_shows_as_many_seeds_as_were_run(options, monkeypatch):
 def test_the_documents_are_in_step_with_the_results_and_the_code():
     """README.md and docs/ are what `python -m extras.reproduce docs` would write now."""
     given = argparse.Namespace(dataset="shapes", seeds=None, device="cpu", root="data", fresh=False,
-                               svo=None, images=None, video=None, figures=False)
+                               svo=None, images=None, video=None, figures=False,
+                              select_on_test=False, allow_missing=False)
     documents = reproduce.documents(given)
     assert len(documents) >= 6
     for path, text in documents.items():
