@@ -5,6 +5,7 @@
     python evaluate.py runs/mmn-?/ckpt.pt                # mean and standard deviation over runs
     python evaluate.py ckpt.pt --split test --predictions out.jsonl     # writes its answers
     python evaluate.py --predictions out.jsonl --truth test.jsonl       # scores any system's
+    python evaluate.py --zero-shot --dataset charades --clip ViT-B/32   # CLIP alone, no training
 
 Two baselines stand below each result: a moment drawn at random, and the best moment that ignores
 the sentence (fitted on the training split). If the dataset knows all its events, the table also
@@ -19,6 +20,7 @@ Moments are [start, end) in seconds.
 """
 import support  # first, for a Ctrl-C while torch is imported
 import dataclasses
+import importlib
 import json
 import math
 import pathlib
@@ -367,6 +369,9 @@ def main() -> None:
     add("--predictions", metavar="JSONL",
         help="QVHighlights' form: written with a checkpoint and one --split, scored with --truth")
     add("--truth", metavar="FILE", help="jsonl in QVHighlights' form, or published annotations")
+    add("--zero-shot", action="store_true", help="CLIP alone on --dataset, without a checkpoint")
+    add("--dataset", help="with --zero-shot: any dataset that has features")
+    add("--clip", default="ViT-B/32", help="with --zero-shot: the CLIP of these features")
     add("--split", action="append", help="may be repeated (default: all but train)")
     add("--query", choices=QUERIES, default="full", help="what to retrieve by (Fig. 3)")
     add("--root", help="folder of datasets (default: the one used in training)")
@@ -390,17 +395,18 @@ def score(given) -> None:
 
 
 def evaluate_all(given) -> None:
-    """evaluate.py CHECKPOINT ..."""
-    if not given.checkpoint:
-        raise Mistake("name a checkpoint, or --predictions and --truth")
+    """evaluate.py CHECKPOINT ..., or --zero-shot"""
+    if bool(given.checkpoint) == given.zero_shot or given.zero_shot and not given.dataset:
+        raise Mistake("name a checkpoint, or --predictions and --truth, or --zero-shot --dataset")
     if given.predictions and (len(given.checkpoint) > 1 or len(given.split or []) != 1):
         raise Mistake("--predictions writes the answers of one checkpoint to one --split")
     if given.predictions and pathlib.Path(given.predictions).exists():
         raise Mistake(f"{given.predictions} already exists; choose another name, or score it with "
                       f"--truth")
     device, results, methods = parallel.pick_device(given.device), [], set()
-    for path in given.checkpoint:
-        run = load(path, device)
+    for path in given.checkpoint or [None]:
+        run = load(path, device) if path else importlib.import_module(
+            "extras.zero_shot").run_of(given.dataset, given.clip, given.root or "data", device)
         results.append(evaluate(run, given.split, given.query, given.root, device,
                                 given.allow_missing, given.parser, given.predictions))
         title = {name: run.config[name] for name in ("dataset", "method", "seed")} | {
@@ -412,7 +418,7 @@ def evaluate_all(given) -> None:
                           f"{' and '.join(sorted(methods))}; name those of one")
         if given.json:
             print(json.dumps(title | {"splits": results[-1]}))
-        elif len(given.checkpoint) == 1:
+        elif len(given.checkpoint) < 2:
             print(", ".join(f"{name} {value}" for name, value in title.items()))
             print(table(results[-1]))
     if len(results) > 1 and not given.json:

@@ -1,32 +1,31 @@
 """Your video and your sentence: when does it happen?
 
-    python retrieve.py ckpt.pt video.mp4 "a person opens the door" "she sits down"
-    python retrieve.py ckpt.pt video.mp4 "a person opens the door" --plot out.png --html out.html
+    python retrieve.py video.mp4 "a person opens the door"                  # CLIP alone, no training
+    python retrieve.py video.mp4 "a person opens the door" --checkpoint ckpt.pt     # trained
+    python retrieve.py video.mp4 "a person opens the door" --plot out.png --html out.html
 
-    r = Retriever("ckpt.pt")
+    r = ZeroShot()                                              # or Retriever("ckpt.pt")
     video = r.encode("a.mp4")
     moments = r.predict(video, "a person opens the door")       # [Moment(start_sec, ...), ...]
 
-For a folder of videos see extras/index.py and extras/search.py.
+Without a checkpoint, the answer is the moment whose frames CLIP finds closer to the sentence than
+the rest of the video. Frames are compared one by one, so direction and order are not seen: opening
+a door looks like closing it. A checkpoint of train.py has learned them from labelled moments.
 
-The checkpoint names its CLIP, whose image tower is loaded; the features of a video are cached under
-a hash of the file's content and of the extractor. A video that is much longer than those the model
-was trained on is covered by windows of their length that overlap by half.
+Every sentence has a best moment, also where nothing fits. So it is compared with what unrelated
+sentences reach on the same video; if it is no better, the answer says so. For a folder of videos
+see extras/index.py and extras/search.py.
 
-Shapes: F features of a video, W windows of T of them, P candidate moments of a window, S sentences,
-J width of MMN's joint space.
+Shapes: F frames of a video, W windows of T of them, P candidate moments of a window, S sentences,
+D width of CLIP's joint space, J of MMN's, N clips.
 """
 import support  # first, for a Ctrl-C while torch is imported
-import base64
+import functools
 import hashlib
-import html
 import json
-import mimetypes
 import os
 import pathlib
-import string
 import sys
-import urllib.parse
 import zipfile
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -41,26 +40,39 @@ import clip
 import data
 import evaluate
 import mmn
+import shapes
 import video
+from extras import show
 from support import files, options, parallel
 from support.errors import Mistake, reported
 from support.text import printable
 
 NMS = 0.5 + 1e-6        # drop moments with a higher IoU with a better one (as in R@5)
 LONGER = 1.5            # a video of up to so many times the trained length is one window
+CACHE = "~/.cache/visual-dynamic-injection"
+FOUND = 1.0             # z from which a sentence counts as found: python -m extras.zero_shot found
 
 
 class Moment(NamedTuple):
-    """An answer. `score`, in [0, 1), is for ranking the moments of one checkpoint only; it is not a
+    """An answer. `score` is for ranking the moments of one sentence in one video; it is not a
     probability."""
     start_sec: float
     end_sec: float
     score: float
 
 
+class Answer(NamedTuple):
+    """The moments of a sentence, best first; z: how many standard deviations the best one is above
+    those of unrelated sentences; found: is that enough?"""
+    sentence: str
+    moments: list[Moment]
+    z: float
+    found: bool
+
+
 class Encoded(NamedTuple):
-    """A video as the retriever sees it: F features [F, D], L2-normalised, one every `each_sec`
-    seconds, and the index of each window's first feature."""
+    """A video as a retriever sees it: F features [F, D], L2-normalised, one every `each_sec`
+    seconds, and the index of each window's first feature (one window without a checkpoint)."""
     path: str
     duration_sec: float
     each_sec: float
@@ -68,26 +80,308 @@ class Encoded(NamedTuple):
     starts: list[int]
 
 
+# --------------------------------------------------------------------------------- without training
+
+POWER = 0.5             # of the size, see `contrast`
+
+
+def contrast(total: Tensor, inside: Tensor, length: Tensor, count: Tensor | int,
+             power: float = POWER) -> Tensor:
+    """How much better the frames of a moment fit than all others of the video.
+
+        phi   = mean of s_t inside - mean of s_t outside,     s_t = cos(x_t, x^q)
+        score = phi * (n_in n_out / n) ^ power
+
+    phi (power 0) is what published methods without training score a moment by (TFVTG, ECCV 2024;
+    TAG, 2025). With power 1/2 it is the scan statistic for a change of mean: phi in units of its
+    standard error, which stops a single odd frame from winning.
+
+    total [S, 1...], inside [S, ...] sums of s_t over all frames and over the moment's; length [...]
+    its frames, of `count`. Returns [S, ...]; -inf for no frame, or all."""
+    outside = count - length
+    phi = inside / length.clamp(min=1) - (total - inside) / outside.clamp(min=1)
+    score = phi * (length * outside / count).clamp(min=0) ** power
+    return score.masked_fill((length < 1) | (outside < 1), float("-inf"))
+
+
+def zero_shot_scores(frames: Tensor, text: Tensor, num_clips: int, power: float = POWER) -> Tensor:
+    """`contrast` of every cell of the 2D map with frozen CLIP features, by cumulative sums.
+
+    frames   [T, D] unit vectors at the centres of T equal parts of the video, T >= N
+    text     [S, D] unit vectors
+    returns  [S, N, N]; -inf below the diagonal and for the whole video, which has no outside
+    """
+    T = len(frames)
+    if T < num_clips:
+        raise ValueError(f"{T} frames cannot be divided into {num_clips} clips")
+    sums = F.pad((text.double() @ frames.double().T).cumsum(1), (1, 0))         # [S, T + 1]
+    edges = (torch.arange(num_clips + 1, device=frames.device) * T / num_clips).round().long()
+    length = edges[None, 1:] - edges[:-1, None]                                 # [N, N]
+    inside = sums[:, None, edges[1:]] - sums[:, edges[:-1], None]               # [S, N, N]
+    return contrast(sums[:, -1, None, None], inside, length, T, power).to(frames.dtype)
+
+
+def search_intervals(similarity: Tensor, shortest: int, longest: Tensor | int, top_k: int = 1,
+                     counts: Tensor | None = None, power: float = POWER,
+                     block: int = 1 << 22) -> Tensor:
+    """The best moments among all intervals of `shortest` to `longest` frames, by greedy NMS: exact,
+    and in bounded memory for videos of any length.
+
+    similarity   [S, F] cosines; a row for each sentence in a video, or for each video
+    longest      of all rows, or [S]
+    counts       [S] frames of each row that exist (default: all)
+    block        intervals that are scored at a time
+    returns      [S, top_k, 3]: first frame, frame after the last, score; -inf if there are no more
+    """
+    S, n = similarity.shape
+    counts = torch.full((S,), n) if counts is None else counts
+    longest = torch.as_tensor(longest).expand(S)
+    real = torch.arange(n) < counts[:, None]
+    sums = F.pad((similarity.double() * real).cumsum(1), (1, 0))                # [S, F + 1]
+    length = torch.arange(shortest, max(shortest, int(longest.max())) + 1)      # [L]
+    step = max(1, block // (S * len(length)))
+    result = torch.full((S, top_k, 3), float("-inf"), dtype=torch.double)
+    result[..., :2] = 0
+    each = [x[:, None, None] for x in (sums[:, -1], counts, longest)]           # [S, 1, 1]
+    for k in range(top_k):
+        for first in range(0, n, step):
+            start = torch.arange(first, min(first + step, n))[:, None]          # [B, 1]
+            end = start + length                                                # [B, L]
+            inside = sums[:, end.clamp(max=n)] - sums[:, start]                 # [S, B, L]
+            score = contrast(each[0], inside, length, each[1], power)
+            score = score.masked_fill((end > each[1]) | (length > each[2]), float("-inf"))
+            spans = torch.stack(torch.broadcast_tensors(start, end), -1).double()       # [B, L, 2]
+            for chosen in range(k):
+                near = mmn.interval_iou(spans, result[:, chosen, None, None, :2]) > NMS
+                score = score.masked_fill(near, float("-inf"))
+            best, at = score.flatten(1).max(1)                                  # [S]
+            better = best > result[:, k, 2]
+            here = torch.cat([spans.flatten(0, 1)[at], best[:, None]], 1)       # [S, 3]
+            result[better, k] = here[better]
+    return result
+
+
+def best_at(similarity: Tensor, shortest: int, longest: int, power: float = POWER) -> Tensor:
+    """The best score of an interval of `shortest` to `longest` frames that contains each frame.
+    similarity [S, F]; returns [S, F]."""
+    S, n = similarity.shape
+    sums = F.pad(similarity.double().cumsum(1), (1, 0))                         # [S, F + 1]
+    best = similarity.new_full((S, 0), float("-inf"), dtype=torch.double)
+    for length in range(longest, 0, -1):
+        # an interval of this length is within two that are one longer, or is one itself
+        inner = F.pad(best, (1, 1), value=float("-inf")).unfold(1, 2, 1).amax(2) if length < \
+            longest else best.new_full((S, n - length + 1), float("-inf"))
+        score = contrast(sums[:, -1:], sums[:, length:] - sums[:, :-length],
+                         torch.tensor(length), n, power)                        # [S, F - length + 1]
+        best = torch.maximum(inner, score) if length >= shortest else inner
+    return best
+
+
+class ZeroShot:
+    """A frozen CLIP, ready for videos: no training, no checkpoint.
+
+    clip_name               a published name (downloaded once), a weight file, or a dataset's CLIP
+    rate                    frames per second that are encoded
+    shortest_sec            of a moment
+    longest_sec             of a moment, and never more than half the video
+    prompt                  a template such as "a video of {}"
+    """
+
+    def __init__(self, clip_name: str = "ViT-B/32", device: str = "auto", rate: float = 2.0,
+                 shortest_sec: float = 1.0, longest_sec: float = 300.0, prompt: str = "{}",
+                 cache: str | os.PathLike | None = CACHE, root: str = "data"):
+        if not (rate > 0 and 0 < shortest_sec <= longest_sec):
+            raise Mistake("--rate must be positive, and --shortest at most --longest")
+        if prompt.count("{}") != 1:
+            raise Mistake(f"--prompt must contain {{}} once, for the sentence, not {prompt!r}")
+        self.name, self.rate, self.prompt, self.kind = clip_name, rate, prompt, "clip"
+        self.limits_sec, self.cache = (shortest_sec, longest_sec), cache
+        path = data.clip_file(clip_name, root)
+        if path in clip.PUBLISHED and not clip.is_downloaded(path):
+            print(f"downloading CLIP {path} to ~/.cache/clip, once (ViT-B/32: 338 MB)",
+                  file=sys.stderr)
+        self.device = parallel.pick_device(device)
+        self.model, self.digest = clip.load(path, self.device), clip.sha256(path)
+        self.generic = generic_sentences(clip_name)
+
+    def encode(self, path: str | os.PathLike) -> Encoded:
+        """The features of a video file, cached or made. VideoError if it cannot be read."""
+        path = checked(path)
+
+        def make() -> tuple[Tensor, float]:
+            duration_sec = video.probe_duration(path)
+            return encode_file(self.model, path, duration_sec,
+                               max(4, round(duration_sec * self.rate)))
+
+        frames, duration_sec = cached_features(self.cache, path, [self.digest, self.rate], make)
+        return Encoded(str(path), duration_sec, duration_sec / len(frames), frames, [0])
+
+    @torch.no_grad()
+    def text(self, sentences: list[str]) -> Tensor:
+        """x^q of the sentences in the prompt, [S, D]. Mistake for an empty one."""
+        tokens = checked_tokens([self.prompt.replace("{}", sentence) for sentence in sentences])
+        return F.normalize(self.model.encode_text(tokens.to(self.device)), dim=1).cpu()
+
+    def search(self, encoded: Encoded, similarity: Tensor, top_k: int) -> Tensor:
+        """`search_intervals` within the limits, in seconds: [S, top_k, 3]."""
+        found = search_intervals(similarity, *self.limits(encoded), top_k)
+        found[..., :2] *= encoded.each_sec
+        return found
+
+    def limits(self, encoded: Encoded) -> tuple[int, int]:
+        """The shortest and the longest moment, in frames."""
+        shortest, longest = (max(1, round(sec / encoded.each_sec)) for sec in self.limits_sec)
+        longest = max(1, min(longest, len(encoded.frames) // 2))
+        return min(shortest, longest), longest
+
+    def predict(self, encoded: Encoded, sentences: str | list[str],
+                top_k: int = 5) -> list[Moment] | list[list[Moment]]:
+        """As of Retriever."""
+        several = [sentences] if isinstance(sentences, str) else list(sentences)
+        found = self.search(encoded, self.text(several) @ encoded.frames.T, top_k)
+        answers = [[Moment(*moment) for moment in row if moment[2] > float("-inf")]
+                   for row in found.tolist()]
+        return answers[0] if isinstance(sentences, str) else answers
+
+    @functools.cached_property
+    def generic_text(self) -> Tensor:
+        return self.text(self.generic)
+
+    def generic_best(self, encoded: Encoded) -> Tensor:
+        """The best score of each generic sentence, [G]."""
+        return self.search(encoded, self.generic_text @ encoded.frames.T, 1)[:, 0, 2]
+
+    def curve(self, encoded: Encoded, sentences: list[str]) -> Tensor:
+        """What a plot shows: the best score of a moment at each frame, [S, F]."""
+        similarity = self.text(sentences) @ encoded.frames.T
+        return best_at(similarity, *self.limits(encoded))
+
+    def grid_sec(self, encoded: Encoded) -> float:
+        """Moments start and end on multiples of it."""
+        return encoded.each_sec
+
+
+# --------------------------------------------------------------------------------- "nothing found"
+
+def generic_sentences(trained_on: str) -> list[str]:
+    """Unrelated sentences: of the shapes world, or of people and things in everyday videos."""
+    name = "generic-shapes.txt" if trained_on.startswith("shapes") else "generic.txt"
+    return (files.ASSETS / name).read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def answers_of(retriever, encoded: Encoded, sentences: list[str], top_k: int = 5) -> list[Answer]:
+    """The moments of all sentences, and whether they fit: the best score of a sentence is compared
+    with those that generic sentences reach on the same video, because an absolute threshold fails
+    (CLIP gives "elephant" 0.21 where there is none, and "doorknob" 0.26 where there is one)."""
+    generic = retriever.generic_best(encoded)
+    answers = []
+    for sentence, moments in zip(sentences, retriever.predict(encoded, list(sentences), top_k)):
+        z = float("-inf")
+        if moments:
+            z = float((moments[0].score - generic.mean()) / generic.std().clamp(min=1e-9))
+        answers.append(Answer(sentence, moments, z, z >= FOUND))
+    return answers
+
+
+# ------------------------------------------------------------------------------- a video's features
+
+def checked(path: str | os.PathLike) -> pathlib.Path:
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise Mistake(f"{path} is a folder; to search the videos in it, see: python -m "
+                      f"extras.index --help")
+    if not path.is_file():
+        raise Mistake(f"there is no video {path}")
+    return path
+
+
+def checked_tokens(sentences: list[str], tokenize=clip.tokenize) -> Tensor:
+    for sentence in sentences:
+        if not sentence.strip():
+            raise Mistake("a sentence is empty; say what to look for")
+        if len(clip.encode(sentence)) > 75:
+            note(f"the text tower reads 77 tokens, so the end of \"{printable(sentence[:60])}...\" "
+                 f"is ignored")
+    return tokenize(sentences, truncate=True)
+
+
+def cached_features(cache: str | os.PathLike | None, path: pathlib.Path, extractor: list,
+                    make) -> tuple[Tensor, float]:
+    """The features [F, D] of a video file, L2-normalised, and its duration: from the cache, under a
+    hash of the file's content and of what determines its features, or from `make()`."""
+    kept, content = None, None
+    if cache:
+        key = hashlib.sha256(f"{files.sha256(path)} {extractor}".encode()).hexdigest()[:32]
+        kept = pathlib.Path(cache).expanduser() / f"{key}.npz"
+    if kept and kept.exists():
+        try:
+            with np.load(kept, allow_pickle=False) as file:
+                content = torch.from_numpy(file["frames"]), float(file["duration_sec"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            pass                                                # damaged: made again
+    if content is None:
+        content = make()
+        if kept:
+            try:
+                files.save(kept, lambda file: np.savez(
+                    file, frames=content[0].numpy(), duration_sec=content[1]))
+            except OSError as error:
+                print(f"note: the features were not cached: {error}", file=sys.stderr)
+    return F.normalize(content[0].float(), dim=1), content[1]
+
+
+def encode_file(model: clip.CLIP, path: pathlib.Path, duration_sec: float,
+                count: int) -> tuple[Tensor, float]:
+    """`count` frames of a video file, at the centres of equal parts -> features [F, D], float16."""
+    features, pixels = [], []
+    times_sec = video.frame_centres(duration_sec, count)
+    for frame in tqdm(video.frames_at(path, times_sec), total=count, desc=path.name, unit="frame",
+                      disable=None):
+        if not features and not pixels:
+            note_shape(frame)
+        pixels.append(clip.crop(frame[None], model.visual.resolution))
+        if len(pixels) == 32 or len(features) * 32 + len(pixels) == count:
+            features.append(video.encode_frames(model, torch.cat(pixels))[0])
+            pixels = []
+    return torch.cat(features), duration_sec
+
+
+@functools.cache
+def note(text: str) -> None:
+    """Prints a note once, also when a whole folder is indexed."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def note_shape(frame: Tensor) -> None:
+    """CLIP sees the central square of a frame [3, h, w]."""
+    share = min(frame.shape[1:]) / max(frame.shape[1:])
+    if share < 0.6:
+        note(f"CLIP sees the central square only, {share:.0%} of the picture")
+
+
+# ---------------------------------------------------------------------------------- with a checkpoint
+
 class Retriever:
-    """A checkpoint of train.py, ready for videos.
+    """A checkpoint of train.py, ready for videos. The checkpoint names its CLIP, whose image tower
+    is loaded when it is needed. A video that is much longer than those the model was trained on is
+    covered by windows of their length that overlap by half.
 
     clip_file  the weights of its CLIP, if they are not found by name
     cache      folder for the features of videos; None: no cache
     """
 
     def __init__(self, checkpoint: str | os.PathLike, device: str = "auto",
-                 clip_file: str | None = None,
-                 cache: str | os.PathLike | None = "~/.cache/visual-dynamic-injection"):
-        self.device = parallel.pick_device(device)
+                 clip_file: str | None = None, cache: str | os.PathLike | None = CACHE):
+        self.device, self.kind = parallel.pick_device(device), "checkpoint"
         self.run = evaluate.load(checkpoint, self.device)
         self.made, config = self.run.checkpoint["features"], self.run.config
         if not self.made["resolution"]:
             raise Mistake(f"the frame features of this checkpoint come from {self.made['clip']}, "
                           f"which cannot be run on a video here; use one trained on a CLIP's")
         self.T, self.N = config["frames"], config["num_clips"]
-        self.window_sec = self.run.checkpoint["window_sec"]
-        self.cache = pathlib.Path(cache).expanduser() if cache else None
+        self.window_sec, self.cache = self.run.checkpoint["window_sec"], cache
         self.image_tower, self.clip_file = None, clip_file
+        self.generic = generic_sentences(config["dataset"])
 
     def load_image_tower(self) -> clip.CLIP:
         """The checkpoint's CLIP, loaded when first needed. Mistake, naming the weights, if they are
@@ -112,70 +406,32 @@ class Retriever:
 
     def encode(self, path: str | os.PathLike) -> Encoded:
         """The features of a video file, cached or made. VideoError if it cannot be read."""
-        path = pathlib.Path(path)
-        if path.is_dir():
-            raise Mistake(f"{path} is a folder; to search the videos in it, see: python -m "
-                          f"extras.index --help")
-        if not path.is_file():
-            raise Mistake(f"there is no video {path}")
-        kept = self.cache / f"{self.key(path)}.npz" if self.cache else None
-        frames = None
-        if kept and kept.exists():
-            try:
-                with np.load(kept, allow_pickle=False) as file:
-                    frames = torch.from_numpy(file["frames"])
-                    duration_sec = float(file["duration_sec"])
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-                frames = None                           # damaged: made again
-        if frames is None:
-            frames, duration_sec = self.extract(path)
-            if kept:
-                try:
-                    files.save(kept, lambda file: np.savez(
-                        file, frames=frames.numpy(), duration_sec=duration_sec))
-                except OSError as error:
-                    print(f"note: the features were not cached: {error}", file=sys.stderr)
-        frames = F.normalize(frames.float(), dim=1)
+        path = checked(path)
+        extractor = [self.run.checkpoint["clip_sha256"], self.T, self.window_sec]
+        frames, duration_sec = cached_features(self.cache, path, extractor,
+                                               lambda: self.extract(path))
         last = len(frames) - self.T
         starts = [*range(0, last, max(1, self.T // 2)), last] if last else [0]
         return Encoded(str(path), duration_sec, duration_sec / len(frames), frames, starts)
 
-    def key(self, path: pathlib.Path) -> str:
-        """A hash of the file's content and of everything that determines its features."""
-        extractor = [self.run.checkpoint["clip_sha256"], self.T, self.window_sec]
-        return hashlib.sha256(f"{clip.sha256(path)} {extractor}".encode()).hexdigest()[:32]
-
     def extract(self, path: pathlib.Path) -> tuple[Tensor, float]:
         """A video file -> F features [F, D], float16, and its duration. F is T; for a long video it
         is larger, so that the features are as dense as in training."""
-        model = self.load_image_tower()
-        duration_sec = video.probe_duration(path)
+        model, duration_sec = self.load_image_tower(), video.probe_duration(path)
+        frame = next(video.frames_at(path, np.zeros(1)))
+        if self.run.config["dataset"].startswith("shapes") and not shapes.is_exported(frame):
+            note("this checkpoint has only ever seen the shapes world, so its answers mean nothing "
+                 "on this video; without a checkpoint, CLIP alone needs no training")
         count = self.T
         if duration_sec > LONGER * self.window_sec:
             count = round(self.T * duration_sec / self.window_sec)
-        features, pixels = [], []
-        times_sec = video.frame_centres(duration_sec, count)
-        bar = tqdm(video.frames_at(path, times_sec), total=count, desc=path.name, unit="frame",
-                   disable=None)
-        for frame in bar:
-            pixels.append(clip.crop(frame[None], model.visual.resolution))
-            if len(pixels) == 32 or len(features) * 32 + len(pixels) == count:
-                features.append(video.encode_frames(model, torch.cat(pixels))[0])
-                pixels = []
-        return torch.cat(features), duration_sec
+        return encode_file(model, path, duration_sec, count)
 
     @torch.no_grad()
     def text(self, sentences: list[str]) -> Tensor:
         """x^q of the sentences, [S, D]. Mistake for an empty one."""
-        for sentence in sentences:
-            if not sentence.strip():
-                raise Mistake("a sentence is empty; say what to look for")
-            if len(clip.encode(sentence)) > 75:
-                print(f"note: the text tower reads 77 tokens, so the end of \"{sentence[:60]}...\" "
-                      f"is ignored", file=sys.stderr)
-        tokens = self.run.text.tokenize(sentences, truncate=True)
-        x = self.run.text.encode_text(tokens.to(self.device))
-        return F.normalize(x, dim=1)
+        tokens = checked_tokens(sentences, self.run.text.tokenize)
+        return F.normalize(self.run.text.encode_text(tokens.to(self.device)), dim=1)
 
     @torch.no_grad()
     def read(self, sentences: list[str]) -> tuple[Tensor, Tensor]:
@@ -222,6 +478,21 @@ class Retriever:
                     for k in greedy_nms(spans, row, top_k)] for row in scores]
         return answers[0] if isinstance(sentences, str) else answers
 
+    def generic_best(self, encoded: Encoded) -> Tensor:
+        """As of ZeroShot."""
+        return self.scores(encoded, self.generic)[1].amax(1)
+
+    def grid_sec(self, encoded: Encoded) -> float:
+        """As of ZeroShot."""
+        return encoded.each_sec * self.T / self.N
+
+    def curve(self, encoded: Encoded, sentences: list[str]) -> Tensor:
+        """As of ZeroShot: the best score of a moment at each frame, [S, F]."""
+        spans, scores = self.scores(encoded, sentences)
+        at = (torch.arange(len(encoded.frames)) + 0.5) * encoded.each_sec
+        inside = (spans[:, :1] <= at) & (at < spans[:, 1:])             # [W * P, F]
+        return torch.stack([torch.where(inside, row[:, None], 0).amax(0) for row in scores])
+
 
 def greedy_nms(spans: Tensor, scores: Tensor, top_k: int, video_of: list | None = None,
                per_video: int | None = None) -> list[int]:
@@ -242,139 +513,39 @@ def greedy_nms(spans: Tensor, scores: Tensor, top_k: int, video_of: list | None 
     return chosen
 
 
-# -------------------------------------------------------------------------------------- the answers
-
-def clock(seconds: float) -> str:
-    """m:ss.s, or h:mm:ss.s."""
-    tenths = round(10 * seconds)
-    hours, minutes, rest = tenths // 36000, tenths // 600 % 60, tenths % 600 / 10
-    return f"{hours}:{minutes:02d}:{rest:04.1f}" if hours else f"{minutes}:{rest:04.1f}"
-
-
-def as_text(encoded: Encoded, resolution_sec: float, sentences: list[str],
-            answers: list[list[Moment]]) -> str:
-    name, length = printable(encoded.path), clock(encoded.duration_sec)
-    lines = [f"{name}, {length} long; moments start and end on a grid of {resolution_sec:.2f} s"]
-    for sentence, moments in zip(sentences, answers):
-        lines += ["", f"\"{printable(sentence)}\"",
-                  "       start       end   score (for ranking only; not a probability)"]
-        lines += [f"{k:3d} {clock(m.start_sec):>8s}  {clock(m.end_sec):>8s}   {m.score:.3f}"
-                  for k, m in enumerate(moments, 1)]
-    return "\n".join(lines)
-
-
-def plot(path: str, retriever: Retriever, encoded: Encoded, sentences: list[str],
-         answers: list[list[Moment]]) -> None:
-    """A film strip; and for each sentence the score over time, the moments as bars, and the 2D map
-    of the window with the best one, whose cell is marked."""
-    plt = files.pyplot()
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    spans, scores = retriever.scores(encoded, sentences)
-    N, windows, rows = retriever.N, len(encoded.starts), len(sentences)
-    figure = plt.figure(figsize=(13, 1.9 + 2.6 * rows))
-    grid = figure.add_gridspec(rows + 1, 2, width_ratios=(4, 1), height_ratios=[1.1] + [2] * rows)
-    strip = figure.add_subplot(grid[0, 0])
-    times_sec = video.frame_centres(encoded.duration_sec, 9)
-    frames = [clip.crop(frame[None], 96)[0].permute(1, 2, 0).numpy()
-              for frame in video.frames_at(encoded.path, times_sec)]
-    strip.imshow(np.concatenate(frames, 1), extent=(0, encoded.duration_sec, 0, 1), aspect="auto")
-    strip.set(yticks=[], xticks=[])
-    strip.set_title(pathlib.Path(encoded.path).name, loc="left", parse_math=False)
-    at = torch.from_numpy(video.frame_centres(encoded.duration_sec, 400))
-    inside = (spans[:, :1] <= at) & (at < spans[:, 1:])                 # [W * P, 400]
-    for i, (sentence, moments) in enumerate(zip(sentences, answers)):
-        curve = figure.add_subplot(grid[i + 1, 0])
-        best = torch.where(inside, scores[i][:, None], 0).amax(0)
-        top = max(1e-9, scores[i].max().item())
-        curve.plot(at, best / top, color="black", linewidth=1)
-        for k, moment in enumerate(moments):
-            curve.barh(-0.09 * (k + 1), moment.end_sec - moment.start_sec, 0.07, moment.start_sec,
-                       color=f"C{k}")
-            curve.text(moment.end_sec, -0.09 * (k + 1), f" {k + 1}", va="center", fontsize=8)
-        curve.set(xlim=(0, encoded.duration_sec), ylim=(-0.09 * (len(moments) + 1), 1.02))
-        curve.set_yticks((0, 0.5, 1), [f"{share * top:.2g}" for share in (0, 0.5, 1)])
-        curve.set_title(f"\"{printable(sentence)}\": best score of a moment at each "
-                        f"instant", loc="left", fontsize=10, parse_math=False)
-        curve.set_xlabel("seconds")
-        picture = figure.add_subplot(grid[i + 1, 1])
-        winner = int(scores[i].argmax())
-        window, cell = divmod(winner, len(spans) // windows)
-        shown = np.full(N * N, np.nan)
-        cells = retriever.run.retriever.cells.cpu()
-        shown[cells] = scores[i].unflatten(0, (windows, -1))[window]
-        picture.imshow(shown.reshape(N, N), vmin=0, vmax=top, cmap="viridis")
-        start, end = divmod(int(cells[cell]), N)
-        picture.plot(end, start, "s", markersize=9, markerfacecolor="none", color="red")
-        picture.set(xlabel="last clip", ylabel="first clip", xticks=(0, N - 1), yticks=(0, N - 1))
-        if windows > 1:
-            picture.set_title(f"window {window + 1} of {windows}", fontsize=9)
-    figure.tight_layout()
-    files.save_figure(figure, path)
-
-
-PAGE = files.ASSETS / "page.html"
-EMBEDDED = 32 * 2 ** 20         # a larger video is linked from the page instead of embedded in it
-
-
-def as_page(out: str, encoded: Encoded, resolution_sec: float, sentences: list[str],
-            answers: list[list[Moment]]) -> str:
-    """One html page with the video, the sentences, and a button for each moment."""
-    path = pathlib.Path(encoded.path)
-    kind = mimetypes.guess_type(path.name)[0] or "video/mp4"
-    if path.stat().st_size <= EMBEDDED:
-        source = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-    else:
-        source = urllib.parse.quote(os.path.relpath(path, pathlib.Path(out).resolve().parent))
-    sections = []
-    for i, (sentence, moments) in enumerate(zip(sentences, answers)):
-        buttons = "\n".join(
-            f"<button type=\"button\" aria-pressed=\"false\" data-start=\"{m.start_sec:.3f}\" "
-            f"data-end=\"{m.end_sec:.3f}\">{clock(m.start_sec)} to {clock(m.end_sec)} "
-            f"(score {m.score:.2f})</button>" for m in moments)
-        sections.append(f"<section aria-labelledby=\"s{i}\"><h2 id=\"s{i}\">"
-                        f"{html.escape(printable(sentence))}</h2>\n{buttons}</section>")
-    return string.Template(PAGE.read_text(encoding="utf-8")).substitute(
-        name=html.escape(printable(path.name)), source=html.escape(source),
-        resolution=f"{resolution_sec:.2f}", sections="\n".join(sections))
-
-
-def write_clips(folder: str, path: str, answers: list[list[Moment]]) -> list[pathlib.Path]:
-    """Each moment as an mp4 file: <video>-<sentence>-<rank>.mp4, both numbered from 1."""
-    folder, stem = pathlib.Path(folder), pathlib.Path(path).stem
-    moments = {folder / f"{stem}-{i}-{k}.mp4": moment for i, row in enumerate(answers, 1)
-               for k, moment in enumerate(row, 1)}
-    for out in moments:
-        if out.exists():
-            raise Mistake(f"{out} already exists; choose another folder for --clips")
-    folder.mkdir(parents=True, exist_ok=True)
-    with video.open_video(path) as source:
-        rate = min(60, max(10, round(source.streams.video[0].average_rate or 25)))
-    for out, moment in moments.items():
-        times_sec = np.arange(moment.start_sec, moment.end_sec, 1 / rate)
-        video.write_video(out, video.frames_at(path, times_sec), rate)
-    return list(moments)
-
-
 # -------------------------------------------------------------------------------- the command line
+
+def add_options(arguments) -> None:
+    """What retrieve.py and extras/index.py share."""
+    add = arguments.add_argument
+    add("--device", **options.DEVICE)
+    add("--clip", help="without a checkpoint: a published CLIP or a weight file (default "
+                       "ViT-B/32); with one: the file of its CLIP's weights")
+    add = arguments.add_argument_group("without a checkpoint").add_argument
+    add("--rate", type=float, default=2.0, help="frames per second")
+    add("--shortest", type=float, default=1.0, help="length of a moment, seconds")
+    add("--longest", type=float, default=300.0,
+        help="length of a moment, seconds; at most half the video")
+    add("--prompt", default="{}", help="template, such as \"a video of {}\"")
+
 
 def main() -> None:
     arguments = options.parser(
         "find the moments of a video that sentences describe",
+        usage="%(prog)s [CKPT.pt] VIDEO SENTENCE [SENTENCE ...]",
         epilog="a folder of videos: python -m extras.index, then python -m extras.search")
     add = arguments.add_argument
-    add("checkpoint", help="ckpt.pt of a run")
-    add("video", help="a video file")
-    add("sentences", nargs="+", help="what to look for")
+    add("inputs", nargs="+", metavar="INPUT",
+        help="a checkpoint (or none: CLIP alone), a video file, and what to look for")
+    add("--checkpoint", help="ckpt.pt of a run")
     add("--top", type=int, default=5, help="moments per sentence")
-    add("--device", **options.DEVICE)
-    add("--clip", help="file of the CLIP's weights (default: where training found them)")
-    add("--cache", default="~/.cache/visual-dynamic-injection",
-        help="folder for the features of videos; '': no cache")
+    add("--cache", default=CACHE, help="folder for the features of videos; '': no cache")
     add("--json", action="store_true", help="print json")
     add("--jsonl", metavar="FILE", help="write QVHighlights' submission form")
-    add("--plot", metavar="PNG", help="draw film strip, scores, 2D map, moments")
+    add("--plot", metavar="PNG", help="draw film strip, scores and moments")
     add("--html", metavar="FILE", help="write a page with the video and a button for each moment")
     add("--clips", metavar="DIR", help="write each moment as an mp4 file")
+    add_options(arguments)
     given = arguments.parse_args()
     with reported():
         run(given)
@@ -383,28 +554,35 @@ def main() -> None:
 def run(given) -> None:
     if given.top < 1:
         raise Mistake(f"--top must be at least 1, not {given.top}")
-    retriever = Retriever(given.checkpoint, given.device, given.clip, given.cache or None)
-    encoded = retriever.encode(given.video)
-    answers = retriever.predict(encoded, given.sentences, given.top)
-    resolution_sec = encoded.each_sec * retriever.T / retriever.N
-    if given.json:
-        results = [{"sentence": sentence, "moments": [m._asdict() for m in moments]}
-                   for sentence, moments in zip(given.sentences, answers)]
-        print(json.dumps({"video": given.video, "duration_sec": encoded.duration_sec,
-                          "resolution_sec": resolution_sec, "results": results}))
+    inputs = given.inputs
+    if not given.checkpoint and pathlib.Path(inputs[0]).suffix == ".pt":
+        given.checkpoint, *inputs = inputs
+    if len(inputs) < 2:
+        raise Mistake("name a video and what to look for: python retrieve.py video.mp4 \"a person "
+                      "opens the door\"")
+    path, *sentences = inputs
+    checked(path), checked_tokens(sentences)    # before a download starts
+    if given.checkpoint:
+        retriever = Retriever(given.checkpoint, given.device, given.clip, given.cache or None)
     else:
-        print(as_text(encoded, resolution_sec, given.sentences, answers))
+        retriever = ZeroShot(given.clip or "ViT-B/32", given.device, given.rate, given.shortest,
+                             given.longest, given.prompt, given.cache or None)
+    encoded = retriever.encode(path)
+    answers = answers_of(retriever, encoded, sentences, given.top)
+    if given.json:
+        print(json.dumps(show.as_json(encoded, retriever, answers)))
+    else:
+        print(show.as_text(encoded, retriever, answers))
     if given.jsonl:
-        name, rows = pathlib.Path(given.video).stem, zip(given.sentences, answers)
-        files.save(given.jsonl, "".join(evaluate.submission(i, sentence, name, moments)
-                                        for i, (sentence, moments) in enumerate(rows)))
+        name = pathlib.Path(path).stem
+        files.save(given.jsonl, "".join(evaluate.submission(i, a.sentence, name, a.moments)
+                                        for i, a in enumerate(answers)))
     if given.plot:
-        plot(given.plot, retriever, encoded, given.sentences, answers)
+        show.plot(given.plot, retriever, encoded, answers, FOUND)
     if given.html:
-        files.save(given.html, as_page(given.html, encoded, resolution_sec, given.sentences,
-                                       answers))
+        show.write_page(given.html, encoded, retriever, answers)
     if given.clips:
-        write_clips(given.clips, given.video, answers)
+        show.write_clips(given.clips, path, answers)
 
 
 if __name__ == "__main__":

@@ -466,6 +466,11 @@ def export(folder: str | os.PathLike, count: int, seed: int, split: str = "test"
     data.write_jsonl(folder / "annotations.jsonl", samples)
 
 
+def is_exported(frame: Tensor) -> bool:
+    """Is a frame [3, h, w] of the size that `export` writes?"""
+    return tuple(frame.shape[1:]) == (256, 256)
+
+
 def seed_of(dataset: str) -> int:
     """The seed in a name: "shapes" -> 0, "shapes-3" -> 3."""
     number = dataset.removeprefix("shapes").removeprefix("-") or "0"

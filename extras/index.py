@@ -1,12 +1,15 @@
 """An index over a folder of videos: which moment of which video does a sentence describe?
 
-    python -m extras.index ckpt.pt DIR --out index/             # and again after a change
+    python -m extras.index DIR --out index/                     # CLIP alone, without training
+    python -m extras.index ckpt.pt DIR --out index/             # with a trained MMN
     python -m extras.search index/ "a person opens the door"
 
-Neither of MMN's two embeddings of a moment depends on the sentence (Eq. 6, 9), so an index stores
-those of all moments of all videos, and a search is a product with two vectors.
+The same command updates the index after a change. Neither of MMN's two embeddings of a moment
+depends on the sentence (Eq. 6, 9), so its index stores those of all moments of all videos, and a
+search is a product with two vectors. Without a checkpoint the score of a moment is linear in its
+frames (retrieve.contrast), so the index stores the frames.
 
-Shapes: R moments of an index (rows), J width of MMN's joint space.
+Shapes: R rows of an index (moments, or frames), J width of MMN's joint space, D of CLIP's, V videos.
 """
 import support  # first, for a Ctrl-C while torch is imported
 import bisect
@@ -14,20 +17,32 @@ import json
 import math
 import os
 import pathlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import clip
 import mmn
 import video
-from retrieve import Moment, Retriever, greedy_nms
+from retrieve import Moment, Retriever, ZeroShot, add_options, greedy_nms, note, search_intervals
 from support import files, options
 from support.errors import Mistake, reported
 from support.text import printable
 
 ROUNDING = 1e-3                 # upper bound of the error of a cosine of float16 vectors
+FILES = {"checkpoint": {"iou.f16": torch.half, "spans.f32": torch.float32,
+                        "contrastive.f16": torch.half},
+         "clip": {"frames.f16": torch.half}}
+
+
+class Hit(NamedTuple):
+    """An answer from an index; z as in retrieve.Answer."""
+    video: str
+    moment: Moment
+    z: float
 
 
 class Index:
@@ -35,28 +50,31 @@ class Index:
 
         iou.f16, contrastive.f16    [R, J] float16: unit vectors of either head
         spans.f32                   [R, 2] float32: start and end in seconds
-        videos.json                 the checkpoint, J, and for each video: file, size, modification
-                                    time, first row, number of rows, duration
+        frames.f16                  without a checkpoint, instead: [R, D] float16 unit vectors
+        videos.json                 how it was made; for each video: file, size, modification time,
+                                    first row, number of rows, duration, and mean and deviation of
+                                    the best scores of generic sentences
 
     Rows are appended, one video at a time, and count once videos.json names them, so an interrupted
-    addition leaves no trace."""
+    addition leaves no trace. `made`: what the index is made with (`made_with`)."""
 
-    def __init__(self, folder: str | os.PathLike, checkpoint: str | None = None):
+    def __init__(self, folder: str | os.PathLike, made: dict | None = None):
         self.folder = pathlib.Path(folder)
         self.table, self.mapped = self.folder / "videos.json", None
         if self.table.exists():
             self.content = self.read_table()
-        elif checkpoint is None:
-            raise Mistake(f"{folder} is not an index; make one with: python -m extras.index "
-                          f"ckpt.pt DIR --out {folder}")
+        elif made is None:
+            raise Mistake(f"{folder} is not an index; make one with: python -m extras.index DIR "
+                          f"--out {folder}")
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.content = {"sha256": clip.sha256(checkpoint), "joint": 0, "videos": {}}
-        if checkpoint and clip.sha256(checkpoint) != self.content["sha256"]:
-            raise Mistake(f"{folder} was made with another checkpoint, "
+            self.content = {**made, "joint": 0, "videos": {}}
+        if any(self.content.get(name) != value for name, value in (made or {}).items()
+               if name != "checkpoint"):
+            raise Mistake(f"{folder} was made with another checkpoint or setting, "
                           f"{self.content['checkpoint']}; choose another --out")
-        if checkpoint:                                          # its file may have moved
-            self.content["checkpoint"] = str(pathlib.Path(checkpoint).resolve())
+        self.content |= made or {}                              # its file may have moved
+        self.kind = "clip" if "rate" in self.content else "checkpoint"
 
     def read_table(self) -> dict:
         """videos.json. Mistake if it is damaged."""
@@ -81,10 +99,11 @@ class Index:
         self.mapped = None                                      # the files may have changed
         files.save(self.table, json.dumps(self.content, indent=1))
 
-    def add(self, name: str, about: dict, spans: Tensor, iou: Tensor, contrastive: Tensor) -> None:
-        first, J = self.rows(), iou.shape[1]
-        for file, values in (("iou.f16", iou.half().numpy()), ("spans.f32", spans.float().numpy()),
-                             ("contrastive.f16", contrastive.half().numpy())):
+    def add(self, name: str, about: dict, arrays: list[Tensor]) -> None:
+        """Appends the rows of a video. arrays: in the order of FILES, [rows, width] each."""
+        first = self.rows()
+        for (file, kind), x in zip(FILES[self.kind].items(), arrays):
+            values = x.to(kind).numpy()
             path = self.folder / file
             path.touch()
             with open(path, "r+b") as out:
@@ -93,21 +112,15 @@ class Index:
                 out.write(values.tobytes())
                 out.flush()
                 os.fsync(out.fileno())
-        self.content["joint"] = J
-        self.content["videos"][name] = about | {"first": first, "rows": len(spans)}
+        self.content["joint"] = arrays[0].shape[1]
+        self.content["videos"][name] = about | {"first": first, "rows": len(arrays[0])}
         self.save()
 
-    def update(self, retriever: Retriever, folder: str | os.PathLike) -> dict[str, str]:
+    def update(self, retriever: Retriever | ZeroShot, folder: str | os.PathLike) -> dict[str, str]:
         """Synchronises the index with a folder of videos: reads new and changed files, drops those
         removed. Returns and prints file -> reason for those that could not be read."""
-        videos = video.video_files(folder)
+        videos = videos_in(folder)
         indexed, failed = self.content["videos"], {}
-        if not videos and indexed:
-            raise Mistake(f"{folder} contains no video, but the index has {len(indexed)}; check "
-                          f"that it is the right folder and that its disk is mounted (to empty "
-                          f"the index, remove {self.folder})")
-        if not videos:
-            raise Mistake(f"{folder} contains no video; name a folder that does")
         self.content["folder"] = str(pathlib.Path(folder).resolve())
         for name in list(indexed):
             if name not in videos:
@@ -127,14 +140,81 @@ class Index:
                 failed[name] = str(error)
                 tqdm.write(printable(f"failed: {name}: {error}"))
                 continue
-            self.add(name, about | {"duration_sec": encoded.duration_sec},
-                     *retriever.moments(encoded))
+            generic = retriever.generic_best(encoded)
+            about |= {"duration_sec": encoded.duration_sec, "generic": float(generic.mean()),
+                      "deviation": float(generic.std().clamp(min=1e-9))}
+            if self.kind == "clip":
+                self.add(name, about, [encoded.frames])
+            else:
+                spans, iou, contrastive = retriever.moments(encoded)
+                self.add(name, about, [iou, spans, contrastive])
         self.save()
+        if failed:
+            print(f"{len(failed)} of {len(videos)} videos could not be read")
         return failed
+
+    def map_files(self) -> list[Tensor]:
+        """The arrays of FILES, [R, width] each, memory-mapped. Mistake if a file is too short."""
+        R, J = self.rows(), self.content["joint"]
+        if self.mapped is None or len(self.mapped[0]) != R:
+            self.mapped = []
+            for name, kind in FILES[self.kind].items():
+                width, path = 2 if name.startswith("spans") else J, self.folder / name
+                if not path.exists() or path.stat().st_size < R * width * kind.itemsize:
+                    raise Mistake(f"{path} is damaged; remove {self.folder} and index again")
+                self.mapped.append(torch.from_file(str(path), False, R * width,
+                                                   dtype=kind).view(R, width))
+        return self.mapped
+
+    def z(self, about: dict, score: float) -> float:
+        """As of retrieve.Answer; nan in an index that does not know it."""
+        return (score - about.get("generic", math.nan)) / about.get("deviation", math.nan)
+
+    def hit(self, name: str, moment: Moment) -> Hit:
+        return Hit(name, moment, self.z(self.content["videos"][name], moment.score))
+
+    def search_frames(self, text: Tensor, top_k: int = 10, per_video: int = 3,
+                      among: set[str] | None = None) -> list[Hit]:
+        """The best moments of all videos for one sentence by CLIP alone, best z first: contrasts of
+        different videos cannot be compared, z can. Exact: the moments of the `top_k` best videos.
+
+        text    [D] unit vector; per_video and among as of `search`
+        """
+        names = [name for name in self.content["videos"] if among is None or name in among]
+        if not names:
+            raise Mistake(f"{self.folder} contains no video; add some with: python -m extras.index")
+        similarity = torch.cat([part.float() @ text for part in
+                                self.map_files()[0].split(1 << 16)])            # [R]
+        abouts = [self.content["videos"][name] for name in names]
+        first = self.best_of(similarity, abouts, 1)[:, 0, 2]        # [V]
+        z = torch.tensor([self.z(about, score) for about, score in zip(abouts, first.tolist())])
+        chosen = z.topk(min(top_k, len(names))).indices.tolist()
+        found = self.best_of(similarity, [abouts[v] for v in chosen], per_video)
+        hits = [self.hit(names[v], Moment(*moment)) for v, rows in zip(chosen, found.tolist())
+                for moment in rows if moment[2] > -math.inf]
+        return sorted(hits, key=lambda hit: -hit.z)[:top_k]
+
+    def best_of(self, similarity: Tensor, abouts: list[dict], top_k: int) -> Tensor:
+        """The best moments of each video, [V, top_k, 3]: start and end in seconds, score. Videos
+        of similar length are searched together."""
+        result = torch.zeros(len(abouts), top_k, 3, dtype=torch.double)
+        order = sorted(range(len(abouts)), key=lambda v: abouts[v]["rows"])
+        limits_sec = self.content["limits_sec"]
+        for i in range(0, len(order), 256):
+            part = [abouts[v] for v in order[i:i + 256]]
+            counts = torch.tensor([about["rows"] for about in part])
+            rows = pad_sequence([similarity[a["first"]:a["first"] + a["rows"]] for a in part], True)
+            each_sec = torch.tensor([a["duration_sec"] / a["rows"] for a in part])
+            shortest = max(1, round(limits_sec[0] / float(each_sec.median())))
+            longest = torch.minimum((limits_sec[1] / each_sec).long(), counts // 2).clamp(min=1)
+            found = search_intervals(rows, min(shortest, int(longest.min())), longest, top_k, counts)
+            found[..., :2] *= each_sec[:, None, None]
+            result[order[i:i + 256]] = found
+        return result
 
     def search(self, iou_text: Tensor, contrastive_text: Tensor, top_k: int = 10,
                per_video: int = 3, block: int = 1 << 16, among: set[str] | None = None
-               ) -> list[tuple[str, Moment]]:
+               ) -> list[Hit]:
         """The best moments of all videos for one sentence, best first.
 
         Exact: a pass in float16 gives an upper bound of every moment's score, and the moments with
@@ -163,19 +243,9 @@ class Index:
             owners = [names[bisect.bisect_right(firsts, row) - 1] for row in rows.tolist()]
             best = greedy_nms(spans[rows], scores, top_k, owners, per_video)
             if count == len(bounds) or len(best) == top_k and scores[best[-1]] >= unseen:
-                return [(owners[k], Moment(*spans[rows[k]].tolist(), scores[k].item()))
+                return [self.hit(owners[k], Moment(*spans[rows[k]].tolist(), scores[k].item()))
                         for k in best]
             count *= 2
-
-    def map_files(self) -> list[Tensor]:
-        """iou [R, J], spans [R, 2] and contrastive [R, J], memory-mapped."""
-        R, J = self.rows(), self.content["joint"]
-        if self.mapped is None or len(self.mapped[1]) != R:
-            self.mapped = [
-                torch.from_file(str(self.folder / name), False, R * n, dtype=kind).view(R, n)
-                for name, n, kind in (("iou.f16", J, torch.half), ("spans.f32", 2, torch.float32),
-                                      ("contrastive.f16", J, torch.half))]
-        return self.mapped
 
     def bounds(self, iou_text: Tensor, contrastive_text: Tensor, block: int,
                among: set[str] | None) -> Tensor:
@@ -197,35 +267,73 @@ class Index:
         return bounds.masked_fill_(~allowed, -math.inf)
 
 
+def videos_in(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
+    """The videos of a folder. Mistake if there are none; files of other endings are listed."""
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise Mistake(f"there is no folder {folder}")
+    videos = video.video_files(folder)
+    others = sorted({path.suffix.lower() or path.name for path in folder.rglob("*")
+                     if path.is_file() and path.suffix.lower() not in video.VIDEOS})
+    if not videos:
+        raise Mistake(f"{folder} contains no video; name a folder that does, and check that its "
+                      f"disk is mounted (to empty an index, remove its folder)")
+    if others:
+        note(printable(f"files that end in {', '.join(others[:20])} are skipped"))
+    return videos
+
+
 def summary(index: Index) -> str:
     """For instance "6 videos, 1.5 minutes of video, 816 candidate moments"."""
     videos = index.content["videos"].values()
     minutes = sum(about["duration_sec"] for about in videos) / 60
     length = f"{minutes:.1f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
+    what = "frames" if index.kind == "clip" else "candidate moments"
     return (f"{len(videos)} videos, {length} of video, {sum(about['rows'] for about in videos):,} "
-            f"candidate moments")
+            f"{what}")
+
+
+def made_with(retriever: Retriever | ZeroShot, checkpoint: str | None) -> dict:
+    """What determines an index; another setting needs another index."""
+    if checkpoint:
+        return {"checkpoint": str(pathlib.Path(checkpoint).resolve()),
+                "sha256": files.sha256(checkpoint)}
+    return {"checkpoint": retriever.name, "sha256": retriever.digest, "rate": retriever.rate,
+            "prompt": retriever.prompt, "limits_sec": list(retriever.limits_sec)}
 
 
 def main() -> None:
     arguments = options.parser("index a folder of videos, or update its index",
+                               usage="python -m extras.index [CKPT.pt] DIR --out INDEX",
                                prog="python -m extras.index")
     add = arguments.add_argument
-    add("checkpoint", help="ckpt.pt of a run")
-    add("folder", help="folder of videos")
+    add("inputs", nargs="+", metavar="INPUT", help="a checkpoint (or none: CLIP alone), and a "
+                                                   "folder of videos")
     add("--out", required=True, help="folder of the index")
-    add("--device", **options.DEVICE)
-    add("--clip", help="file of the CLIP's weights (default: where training found them)")
+    add_options(arguments)
     given = arguments.parse_args()
     with reported():
-        if not pathlib.Path(given.folder).is_dir():
-            raise Mistake(f"there is no folder {given.folder}")
-        retriever = Retriever(given.checkpoint, given.device, given.clip, cache=None)
-        if retriever.run.config["retriever"] != "mmn":
-            raise Mistake(f"an index needs MMN, whose moments do not depend on the sentence, but "
-                          f"{given.checkpoint} has another retriever; train with --retriever mmn")
-        index = Index(given.out, given.checkpoint)
-        index.update(retriever, given.folder)
+        *checkpoint, folder = given.inputs
+        if len(checkpoint) > 1:
+            raise Mistake("name a checkpoint or none, and one folder of videos")
+        videos_in(folder)                       # before a download starts
+        given.checkpoint = checkpoint[0] if checkpoint else None
+        retriever = retriever_of(given)
+        index = Index(given.out, made_with(retriever, given.checkpoint))
+        index.update(retriever, folder)
         print(f"{given.out}: {summary(index)}")
+
+
+def retriever_of(given) -> Retriever | ZeroShot:
+    """The retriever that the options name. Mistake if its moments depend on the sentence."""
+    if not given.checkpoint:
+        return ZeroShot(given.clip or "ViT-B/32", given.device, given.rate, given.shortest,
+                        given.longest, given.prompt, cache=None)
+    retriever = Retriever(given.checkpoint, given.device, given.clip, cache=None)
+    if retriever.run.config["retriever"] != "mmn":
+        raise Mistake(f"an index needs MMN, whose moments do not depend on the sentence, but "
+                      f"{given.checkpoint} has another retriever; train with --retriever mmn")
+    return retriever
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Search an index of videos (extras/index.py) by sentences.
 
     python -m extras.search index/ "a person opens the door"
+    python -m extras.search index/ "a person opens the door" --html page.html
     python -m extras.search index/ "a person opens the door" --videos 100
 
 With --videos, only the videos that CLIP2Video ranks first are searched (`python -m clip2video
 index` adds its vectors to the same folder): less to read, but approximate.
 """
 import support  # first, for a Ctrl-C while torch is imported
+import base64
 import json
 import pathlib
 import sys
@@ -14,9 +16,10 @@ import sys
 import clip
 import video
 from clip2video.search import Ranker
-from extras.index import Index, summary
-from retrieve import Moment, Retriever, clock
-from support import options
+from extras import show
+from extras.index import Hit, Index, summary
+from retrieve import FOUND, Retriever, ZeroShot
+from support import files, options
 from support.errors import Mistake, reported
 from support.text import printable
 
@@ -33,20 +36,55 @@ def ranked_videos(index: Index, sentences: list[str], count: int, device) -> lis
             for best in ranker.best(sentences, count)]
 
 
-def search(index: Index, sentences: list[str], given) -> list[list[tuple[str, Moment]]]:
-    """For each sentence (video, moment), best first."""
-    checkpoint = pathlib.Path(index.content["checkpoint"])
-    if not checkpoint.exists() or clip.sha256(checkpoint) != index.content["sha256"]:
-        raise Mistake(f"the checkpoint of this index was removed or changed: {checkpoint}, SHA-256 "
-                      f"{index.content['sha256']}; name its file with: python -m extras.index "
-                      f"CKPT DIR --out {index.folder}")
-    retriever = Retriever(checkpoint, given.device, cache=None)
-    iou_text, contrastive_text = (x.cpu() for x in retriever.read(sentences))
+def retriever_of(index: Index, device: str) -> Retriever | ZeroShot:
+    """What the index was made with. Mistake if that was removed or changed."""
+    made = index.content
+    if index.kind == "clip":
+        retriever = ZeroShot(made["checkpoint"], device, made["rate"], *made["limits_sec"],
+                             made["prompt"], None)
+        if retriever.digest == made["sha256"]:
+            return retriever
+    else:
+        checkpoint = pathlib.Path(made["checkpoint"])
+        if checkpoint.exists() and clip.sha256(checkpoint) == made["sha256"]:
+            return Retriever(checkpoint, device, cache=None)
+    raise Mistake(f"the checkpoint of this index was removed or changed: {made['checkpoint']}, "
+                  f"SHA-256 {made['sha256']}; name its file with: python -m extras.index CKPT DIR "
+                  f"--out {index.folder}")
+
+
+def search(index: Index, retriever, sentences: list[str], top: int = 10, per_video: int = 3,
+           videos: int | None = None) -> list[list[Hit]]:
+    """For each sentence the best moments, best first."""
     among = [None] * len(sentences)
-    if given.videos:
-        among = ranked_videos(index, sentences, given.videos, retriever.device)
-    return [index.search(a, b, given.top, given.per_video, among=names)
+    if videos:
+        among = ranked_videos(index, sentences, videos, retriever.device)
+    if index.kind == "clip":
+        return [index.search_frames(x, top, per_video, names)
+                for x, names in zip(retriever.text(sentences), among)]
+    iou_text, contrastive_text = (x.cpu() for x in retriever.read(sentences))
+    return [index.search(a, b, top, per_video, among=names)
             for a, b, names in zip(iou_text, contrastive_text, among)]
+
+
+def is_found(hits: list[Hit]) -> bool:
+    """Is one of the answers above the threshold? (An index made before z was kept: yes.)"""
+    return any(not hit.z < FOUND for hit in hits)
+
+
+def as_page(index: Index, sentences: list[str], results: list[list[Hit]], out: str) -> str:
+    """The page of retrieve.py for answers from several videos, with a thumbnail each."""
+    folder, sections = pathlib.Path(index.content["folder"]), []
+    for i, (sentence, hits) in enumerate(zip(sentences, results)):
+        rows = []
+        for hit in hits:
+            path = folder / hit.video
+            middle = (hit.moment.start_sec + hit.moment.end_sec) / 2
+            picture = base64.b64encode(show.jpeg(path, middle)).decode()
+            rows.append((show.address_of(path, out), hit.video,
+                         f"data:image/jpeg;base64,{picture}", hit.moment))
+        sections.append(show.section(i, sentence, is_found(hits), rows))
+    return show.fill_page("Moments", f"{summary(index)}. {show.PLAYING}", sections)
 
 
 def main() -> None:
@@ -60,29 +98,45 @@ def main() -> None:
                                    "(default: all)")
     add("--device", **options.DEVICE)
     add("--json", action="store_true", help="print json")
+    add("--html", metavar="FILE", help="write a page that plays the moments")
     given = arguments.parse_args()
     with reported():
         if min(given.top, given.per_video, 1 if given.videos is None else given.videos) < 1:
             raise Mistake("--top, --per-video and --videos must be at least 1")
-        index = Index(given.index)
-        results = search(index, given.sentences, given)
-        if given.json:
-            print(json.dumps([{"sentence": sentence, "moments": [
-                {"video": name, **moment._asdict()} for name, moment in answers]}
-                for sentence, answers in zip(given.sentences, results)]))
-            return
-        for name in sorted({name for answers in results for name, _ in answers}):
-            about = index.content["videos"][name]
-            path = pathlib.Path(index.content["folder"]) / name
-            if not path.is_file() or video.state_of(path).items() - about.items():
-                print(f"note: {printable(name)} was removed or changed since it was indexed; run "
-                      f"python -m extras.index again", file=sys.stderr)
-        for sentence, answers in zip(given.sentences, results):
-            print(f"\"{printable(sentence)}\"\n       start       end   score  video")
-            for k, (name, m) in enumerate(answers, 1):
-                print(f"{k:3d} {clock(m.start_sec):>8s}  {clock(m.end_sec):>8s}   {m.score:.3f}  "
-                      f"{printable(name)}")
-        print(f"{summary(index)}; scores are for ranking only, not probabilities")
+        run(given)
+
+
+def run(given) -> None:
+    index = Index(given.index)
+    results = search(index, retriever_of(index, given.device), given.sentences, given.top,
+                     given.per_video, given.videos)
+    changed = set()
+    for name in sorted({hit.video for hits in results for hit in hits}):
+        about = index.content["videos"][name]
+        path = pathlib.Path(index.content["folder"]) / name
+        if not path.is_file() or video.state_of(path).items() - about.items():
+            changed.add(name)
+            print(f"note: {printable(name)} was removed or changed since it was indexed; run "
+                  f"python -m extras.index again", file=sys.stderr)
+    if given.html:
+        shown = [[hit for hit in hits if hit.video not in changed] for hits in results]
+        files.save(given.html, as_page(index, given.sentences, shown, given.html))
+    if given.json:
+        print(json.dumps([{"sentence": sentence, "found": is_found(hits), "moments": [
+            {"video": hit.video, **hit.moment._asdict()} for hit in hits]}
+            for sentence, hits in zip(given.sentences, results)]))
+        return
+    for sentence, hits in zip(given.sentences, results):
+        print(f"\"{show.short(sentence)}\"")
+        if not is_found(hits):
+            print("nothing here fits; the least bad:")
+        print("       start       end   score  video")
+        for k, (name, m, _) in enumerate(hits, 1):
+            print(f"{k:3d} {show.clock(m.start_sec):>8s}  {show.clock(m.end_sec):>8s}   "
+                  f"{m.score:.3f}  {printable(name)}")
+    order = ("; ordered by how far a moment is above unrelated sentences in its video"
+             if index.kind == "clip" else "")
+    print(f"{summary(index)}; scores are for ranking only, not probabilities{order}")
 
 
 if __name__ == "__main__":
