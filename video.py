@@ -170,11 +170,14 @@ def write_video(path: str | os.PathLike, frames: Iterator[Tensor], rate, quality
         target.mux(stream.encode())
 
 
-def sample_frames(path: str | os.PathLike, count: int, resolution: int) -> tuple[Tensor, float]:
-    """A video file -> T frames as CLIP sees them, uint8 [T, 3, R, R], and its duration, seconds."""
+def sample_frames(path: str | os.PathLike, count: int, resolution: int,
+                  instants=frame_centres) -> tuple[Tensor, float]:
+    """A video file -> T frames as CLIP sees them, uint8 [T, 3, R, R], and its duration, seconds.
+
+    instants    (duration in seconds, count) -> the instants to sample, in seconds"""
     duration_sec = probe_duration(path)
     frames = [clip.crop(frame[None], resolution)
-              for frame in frames_at(path, frame_centres(duration_sec, count))]
+              for frame in frames_at(path, instants(duration_sec, count))]
     return torch.cat(frames), duration_sec
 
 
@@ -218,10 +221,11 @@ class Decoded(NamedTuple):
     reason: str = ""
 
 
-def attempt(path: str | os.PathLike, count: int, resolution: int) -> Decoded:
+def attempt(path: str | os.PathLike, count: int, resolution: int,
+            instants=frame_centres) -> Decoded:
     """`sample_frames`; any exception becomes the reason."""
     try:
-        pixels, duration_sec = sample_frames(path, count, resolution)
+        pixels, duration_sec = sample_frames(path, count, resolution, instants)
         return Decoded(pixels.numpy(), duration_sec)
     except Exception as error:      # of any type; one bad video must not end a long extraction
         return Decoded(None, math.nan, str(error) or type(error).__name__)
@@ -232,14 +236,14 @@ def start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent stops its workers
 
 
-def decode_in_pool(paths: dict[str, pathlib.Path], count: int, resolution: int,
-                   workers: int) -> Iterator[tuple[str, Decoded]]:
+def decode_in_pool(paths: dict[str, pathlib.Path], count: int, resolution: int, workers: int,
+                   instants) -> Iterator[tuple[str, Decoded]]:
     """Videos in order, 2 * workers of them in flight. BrokenProcessPool if a process dies."""
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
     flying = collections.deque()
     try:
         for name, path in list(paths.items()):
-            flying.append((name, pool.submit(attempt, path, count, resolution)))
+            flying.append((name, pool.submit(attempt, path, count, resolution, instants)))
             if len(flying) == 2 * workers:
                 first, future = flying.popleft()
                 yield first, future.result()
@@ -249,25 +253,25 @@ def decode_in_pool(paths: dict[str, pathlib.Path], count: int, resolution: int,
         pool.shutdown(cancel_futures=True)
 
 
-def decode_all(paths: dict[str, pathlib.Path], count: int, resolution: int,
-               workers: int) -> Iterator[tuple[str, Decoded]]:
+def decode_all(paths: dict[str, pathlib.Path], count: int, resolution: int, workers: int,
+               instants=frame_centres) -> Iterator[tuple[str, Decoded]]:
     """All videos in order, decoded by `workers` processes, or in this one if there are none. A
     video that crashes its process is found by retrying those in flight one at a time."""
     if not workers:
         for name, path in paths.items():
-            yield name, attempt(path, count, resolution)
+            yield name, attempt(path, count, resolution, instants)
         return
     left = dict(paths)
     while left:
         try:
-            for name, result in decode_in_pool(left, count, resolution, workers):
+            for name, result in decode_in_pool(left, count, resolution, workers, instants):
                 del left[name]
                 yield name, result
         except BrokenProcessPool:
             for name in list(left)[:2 * workers]:
                 alone = {name: left.pop(name)}
                 try:
-                    yield from decode_in_pool(alone, count, resolution, 1)
+                    yield from decode_in_pool(alone, count, resolution, 1, instants)
                 except BrokenProcessPool:
                     yield name, Decoded(None, math.nan,
                                         f"{alone[name]} crashes the process that decodes it")

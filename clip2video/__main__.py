@@ -1,6 +1,7 @@
 """The command line of clip2video/__init__.py."""
 import support  # first, for a Ctrl-C while torch is imported
 import json
+import os
 
 import clip2video
 from clip2video import data, evaluate, search, train
@@ -31,7 +32,9 @@ def parse_arguments(argv: list[str] | None = None):
     add("dataset", choices=data.READERS, help="its name")
     add("--annotations", required=True, help="folder of its published files")
     add("--videos", required=True, help="folder of its video files")
-    add("--clip", default=Config.clip, help="a published CLIP, or a file")
+    add("--clip", default=Config.clip, help="a published CLIP, a file, or 'shapes'")
+    add("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1),
+        help="decoding processes (0: none)")
     add = start("evaluate", "compute the metrics of a checkpoint")
     add("checkpoint", help="ckpt.pt of a run")
     add("--split", default="test", help="which videos (vatex also has test1k5)")
@@ -60,8 +63,11 @@ def run(given) -> None:
         print(options.settings(config))
         print(evaluate.table(train.train(config, given.resume)))
     elif given.command == "prepare":
-        data.prepare(configure(dataset=given.dataset, clip=given.clip, root=given.root,
-                               device=given.device), given.annotations, given.videos)
+        if given.workers < 0:
+            raise Mistake("--workers must be at least 0")
+        config = configure(dataset=given.dataset, clip=given.clip, root=given.root,
+                           device=given.device)
+        data.prepare(config, given.annotations, given.videos, given.workers)
     elif given.command == "evaluate":
         results = evaluate.evaluate_checkpoint(given.checkpoint, given.root, device, given.split,
                                                given.allow_missing)

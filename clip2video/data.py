@@ -3,6 +3,7 @@
 A dataset is a folder below the root: <split>.captions.json (the captions of each video) and a store
 of features. `prepare` makes it from a published dataset, `build_shapes` from a shapes world."""
 import csv
+import functools
 import itertools
 import json
 import pathlib
@@ -77,14 +78,18 @@ def frame_times(duration_sec: float, count: int = 12, stride: int = 2) -> np.nda
     return chosen / 5.0
 
 
+def encode(model: clip.CLIP, pixels: Tensor, config: Config) -> Tensor:
+    """A video's frames, uint8 [n, 3, R, R] -> features [L, D] float16, padded with zeros."""
+    x, _ = video.encode_frames(model, pixels, config.frames)
+    return F.pad(x, (0, 0, 0, config.frames - len(x)))
+
+
 def encode_file(model: clip.CLIP, path: pathlib.Path, config: Config) -> Tensor:
     """A video file -> features [L, D] float16, padded with zeros. VideoError if it is damaged."""
     # DEVIATION: features are made once: the image tower stays frozen, frames are not jittered
-    times_sec = frame_times(video.probe_duration(path), config.frames, config.stride)
-    pixels = torch.cat([clip.crop(frame[None], model.visual.resolution)
-                        for frame in video.frames_at(path, times_sec)])
-    x, _ = video.encode_frames(model, pixels, config.frames)
-    return F.pad(x, (0, 0, 0, config.frames - len(x)))
+    pixels, _ = video.sample_frames(path, config.frames, model.visual.resolution,
+                                    functools.partial(frame_times, stride=config.stride))
+    return encode(model, pixels, config)
 
 
 def open_store(config: Config, model: clip.CLIP) -> data.FeatureStore:
@@ -172,24 +177,39 @@ def read_published(dataset: str, folder: str | pathlib.Path) -> Captions:
     return splits
 
 
-def prepare(config: Config, annotations: str, videos: str) -> None:
-    """Published annotations and a folder of videos -> captions and features below the root. Can be
-    interrupted: the next call continues. Mistake if a folder lacks what it should contain."""
+def prepare(config: Config, annotations: str, videos: str, workers: int) -> None:
+    """Published annotations and a folder of videos -> captions and features below the root;
+    `workers` processes decode. Can be interrupted: the next call continues. Mistake if a folder lacks what it should contain."""
+    video.pyav()
     splits = read_published(config.dataset, annotations)
-    paths, failed = video.find_files(videos, video.VIDEOS), {}
-    model = clip.load(data.clip_file(config.clip, config.root), parallel.pick_device(config.device))
+    found, paths, failed = video.find_files(videos, video.VIDEOS), {}, {}
+    path = data.clip_file(config.clip, config.root)
+    if config.clip.startswith("shapes") and path == config.clip:
+        raise Mistake(f"the small CLIP of {config.clip} does not exist; make it with: python "
+                      f"shapes.py")
+    model = clip.load(path, parallel.pick_device(config.device))
     store = open_store(config, model)
-    for name in tqdm(sorted(set().union(*splits.values())), desc="features", disable=None):
+    for name in sorted(set().union(*splits.values())):
         if name in store:
             continue
-        try:
-            if name not in paths:
-                raise data.VideoError(f"there is no video file named {name}")
-            store.write(name, encode_file(model, paths[name], config), None,
-                        video.probe_duration(paths[name]))
-        except data.VideoError as error:
-            failed[name] = str(error)
-    store.save_manifest()
+        if name in found:
+            paths[name] = found[name]
+        else:
+            failed[name] = f"there is no video file named {name}"
+    decoding = video.decode_all(paths, config.frames, model.visual.resolution, workers,
+                                functools.partial(frame_times, stride=config.stride))
+    try:
+        for name, decoded in tqdm(decoding, total=len(paths), desc="features", disable=None):
+            try:
+                if decoded.frames is None:
+                    raise data.VideoError(decoded.reason)
+                store.write(name, encode(model, torch.from_numpy(decoded.frames), config), None,
+                            decoded.duration_sec)
+            except data.VideoError as error:
+                failed[name] = str(error)
+    finally:
+        decoding.close()                                                # ends the workers
+        store.save_manifest()
     store.save_failed(failed)
     if not store.manifest["videos"]:
         raise Mistake(f"no video of {config.dataset} could be read: {next(iter(failed.values()))}")

@@ -520,17 +520,26 @@ def test_prepare(tmp_path, world, published):
         shutil.copy(published / "videos" / "test.avi", tmp_path / "videos" / f"{name}.avi")
     (tmp_path / "videos" / "c.avi").write_bytes(b"no video")
     arguments = ("prepare", "msvd", "--annotations", tmp_path, "--videos", tmp_path / "videos",
-                 "--root", tmp_path / "data", "--clip", world / "shapes" / "clip.pt", "--device",
-                 "cpu")
-    text = run(*arguments)
-    assert "train: 1 videos, 2 captions" in text and "1 videos have no features" in text
-    train = ("train", "--dataset", "msvd", "--root", tmp_path / "data", "--clip",
-             world / "shapes" / "clip.pt", "--epochs", 1, "--device", "cpu", "--out",
-             tmp_path / "run")
+                 "--clip", "shapes", "--device", "cpu", "--root")
+    assert "the small CLIP of shapes does not exist" in run(*arguments, tmp_path, status=2)
+    stores = []
+    for workers, root in enumerate((tmp_path / "plain", tmp_path / "data")):
+        root.mkdir()
+        (root / "shapes").symlink_to(world / "shapes")
+        text = run(*arguments, root, "--workers", 2 * workers)
+        assert "train: 1 videos, 2 captions" in text and "1 videos have no features" in text
+        stores.append({path.name: path.read_bytes() for path in (root / "msvd").rglob("*.*")
+                       if path.is_file()})
+    assert stores[0] == stores[1] and "a.frames.npy" in stores[0]
+    assert b"cannot be opened as a video" in stores[0]["failed.txt"]
+    arguments += (root,)
+    train = ("train", "--dataset", "msvd", "--root", root, "--clip", "shapes", "--epochs", 1,
+             "--device", "cpu", "--out", tmp_path / "run")
     assert "1 of 1 videos of test have no features" in run(*train, status=2)
     shutil.copy(tmp_path / "videos" / "a.avi", tmp_path / "videos" / "c.avi")
     run(*arguments)
     assert "t2v R@1" in run(*train)
+    assert "--workers must be at least 0" in run(*arguments, "--workers", -1, status=2)
     (tmp_path / "test_list.txt").write_text("a\n")
     assert "both in train and test" in run(*arguments, status=2)
     (tmp_path / "raw-captions.pkl").write_bytes(b"no pickle")
