@@ -1,6 +1,7 @@
 """CLIP2Video: which of many videos does a sentence describe? (Fang et al., 2021, arXiv 2106.11097.)
 
     python -m clip2video train                                  # the shapes world, in minutes
+    python -m clip2video train --train-images true --out DIR    # with the image tower
     python -m clip2video ablation --seeds 3                     # the effect of each block
     python -m clip2video prepare msrvtt --annotations DIR --videos DIR
     python -m clip2video train --dataset msrvtt --device cuda

@@ -33,6 +33,7 @@ def parse_arguments(argv: list[str] | None = None):
     add("--annotations", required=True, help="folder of its published files")
     add("--videos", required=True, help="folder of its video files")
     add("--clip", default=Config.clip, help="a published CLIP, a file, or 'shapes'")
+    add("--train-images", action="store_true", help="store pixels, for train --train-images true")
     add("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1),
         help="decoding processes (0: none)")
     add = start("evaluate", "compute the metrics of a checkpoint")
@@ -66,7 +67,7 @@ def run(given) -> None:
         if given.workers < 0:
             raise Mistake("--workers must be at least 0")
         config = configure(dataset=given.dataset, clip=given.clip, root=given.root,
-                           device=given.device)
+                           device=given.device, train_images=given.train_images)
         data.prepare(config, given.annotations, given.videos, given.workers)
     elif given.command == "evaluate":
         results = evaluate.evaluate_checkpoint(given.checkpoint, given.root, device, given.split,

@@ -8,6 +8,7 @@ import itertools
 import json
 import pathlib
 import pickle
+import random
 from typing import NamedTuple
 
 import numpy as np
@@ -52,13 +53,15 @@ def read_split(config: Config, split: str) -> Split:
         if store.manifest.get(name) != getattr(config, name):
             raise Mistake(f"the features in {store.folder} were made with --{name} "
                           f"{store.manifest.get(name)}; use that, or remove the folder")
-    if missing := [name for name in captions if name not in store]:
-        note = f"{len(missing)} of {len(captions)} videos of {split} have no features"
+    needed = "features or no pixels (prepare --train-images)" if config.train_images else "features"
+    if missing := [name for name in captions if not complete(store, name, config)]:
+        note = f"{len(missing)} of {len(captions)} videos of {split} have no {needed}"
         if not config.allow_missing:
             raise Mistake(f"{note}, for instance {missing[0]}; --allow-missing (of train: "
                           f"--allow-missing true) leaves them out, which makes the task easier")
         print(f"{note} and are left out")
-    captions = {name: texts for name, texts in captions.items() if name in store and texts}
+    captions = {name: texts for name, texts in captions.items()
+                if complete(store, name, config) and texts}
     if not captions:
         raise Mistake(f"no video in {path} has a caption and features; prepare the dataset again")
     x = torch.stack([torch.from_numpy(store.read(name, "frames")).float() for name in captions])
@@ -66,16 +69,35 @@ def read_split(config: Config, split: str) -> Split:
     return Split(list(captions), list(captions.values()), x, (x != 0).any(2), digest)
 
 
-def frame_times(duration_sec: float, count: int = 12, stride: int = 2) -> np.ndarray:
-    """At most `count` instants, in seconds: every `stride`-th of 5 frames per second, and of these
-    `count` at equal distances, with both ends [code]. Stride 0: the centres of equal parts."""
+def candidate_times(duration_sec: float, count: int = 12, stride: int = 2) -> np.ndarray:
+    """The instants that jitter draws from, in seconds: every `stride`-th of 5 frames per second
+    [code]. Stride 0: the centres of the thirds of `count` equal parts."""
     if not stride:
-        return video.frame_centres(duration_sec, count)
+        third_sec = duration_sec / count / 3
+        centres_sec = video.frame_centres(duration_sec, count)
+        return np.add.outer(centres_sec, (-third_sec, 0, third_sec)).ravel()
     total = max(1, int(duration_sec * 5.0))
-    chosen = np.linspace(0, total - 1, max(1, total // stride)).astype(int)
-    if len(chosen) > count:
-        chosen = chosen[np.linspace(0, len(chosen) - 1, count).astype(int)]
-    return chosen / 5.0
+    return np.linspace(0, total - 1, max(1, total // stride)).astype(int) / 5.0
+
+
+def choose(total: int, count: int, stride: int, draw: random.Random | None = None) -> np.ndarray:
+    """Which of a video's `total` candidates become its frames: `count` at equal distances, with
+    both ends [code]. Stride 0: the centres of the parts.
+
+    draw    jitters them: any third of its part; else all but the ends by up to half the distance,
+            if that half is more than 2 candidates [code]"""
+    if not stride:
+        return np.array([3 * i + (draw.randrange(3) if draw else 1) for i in range(count)])
+    chosen = np.linspace(0, total - 1, min(count, total)).astype(int)
+    if draw and len(chosen) > 2 and (half := int(chosen[1] - chosen[0]) // 2) > 2:
+        chosen[1:-1] += [draw.randrange(-half, half) for _ in chosen[1:-1]]
+    return chosen
+
+
+def frame_times(duration_sec: float, count: int = 12, stride: int = 2) -> np.ndarray:
+    """At most `count` instants, in seconds: the chosen candidates."""
+    times_sec = candidate_times(duration_sec, count, stride)
+    return times_sec[choose(len(times_sec), count, stride)]
 
 
 def encode(model: clip.CLIP, pixels: Tensor, config: Config) -> Tensor:
@@ -86,10 +108,42 @@ def encode(model: clip.CLIP, pixels: Tensor, config: Config) -> Tensor:
 
 def encode_file(model: clip.CLIP, path: pathlib.Path, config: Config) -> Tensor:
     """A video file -> features [L, D] float16, padded with zeros. VideoError if it is damaged."""
-    # DEVIATION: features are made once: the image tower stays frozen, frames are not jittered
+    # DEVIATION: features are made once: the image tower stays frozen, frames are not jittered;
+    # the authors' way is --train-images
     pixels, _ = video.sample_frames(path, config.frames, model.visual.resolution,
                                     functools.partial(frame_times, stride=config.stride))
     return encode(model, pixels, config)
+
+
+# ----------------------------------------------------------------- pixels, to train the image tower
+
+def pixel_file(config: Config, name: str) -> pathlib.Path:
+    """The candidates of a video, uint8 [total, 3, R, R]. Among its features, whose manifest tells
+    how both were made."""
+    return dataset_folder(config) / "features" / "clip2video" / "pixels" / f"{name}.npy"
+
+
+def save_pixels(config: Config, name: str, pixels: np.ndarray) -> None:
+    files.save(pixel_file(config, name), lambda file: np.save(file, pixels))
+
+
+def read_pixels(config: Config, names: list[str], draw: random.Random | None = None) -> Tensor:
+    """The frames of these videos, one after the other, jittered if there is a `draw`: uint8
+    [n, 3, R, R]. VideoError if a file is damaged."""
+    frames = []
+    for name in names:
+        try:
+            pixels = np.load(pixel_file(config, name), mmap_mode="r", allow_pickle=False)
+            frames.append(pixels[choose(len(pixels), config.frames, config.stride, draw)])
+        except Exception as error:  # numpy raises a dozen types for a damaged file
+            raise data.VideoError(f"{pixel_file(config, name)} is damaged ({reason(error)}); "
+                                  f"remove it and prepare the dataset again") from error
+    return torch.from_numpy(np.concatenate(frames))
+
+
+def complete(store: data.FeatureStore, name: str, config: Config) -> bool:
+    """Does the store have what training on this video needs?"""
+    return name in store and (not config.train_images or pixel_file(config, name).exists())
 
 
 def open_store(config: Config, model: clip.CLIP) -> data.FeatureStore:
@@ -178,8 +232,9 @@ def read_published(dataset: str, folder: str | pathlib.Path) -> Captions:
 
 
 def prepare(config: Config, annotations: str, videos: str, workers: int) -> None:
-    """Published annotations and a folder of videos -> captions and features below the root;
-    `workers` processes decode. Can be interrupted: the next call continues. Mistake if a folder lacks what it should contain."""
+    """Published annotations and a folder of videos -> captions and features below the root, with
+    config.train_images also pixels. `workers` processes decode. Can be interrupted: the next call
+    continues. Mistake if a folder lacks what it should contain."""
     video.pyav()
     splits = read_published(config.dataset, annotations)
     found, paths, failed = video.find_files(videos, video.VIDEOS), {}, {}
@@ -190,20 +245,25 @@ def prepare(config: Config, annotations: str, videos: str, workers: int) -> None
     model = clip.load(path, parallel.pick_device(config.device))
     store = open_store(config, model)
     for name in sorted(set().union(*splits.values())):
-        if name in store:
+        if complete(store, name, config):
             continue
         if name in found:
             paths[name] = found[name]
         else:
             failed[name] = f"there is no video file named {name}"
+    times = candidate_times if config.train_images else frame_times
     decoding = video.decode_all(paths, config.frames, model.visual.resolution, workers,
-                                functools.partial(frame_times, stride=config.stride))
+                                functools.partial(times, stride=config.stride))
     try:
         for name, decoded in tqdm(decoding, total=len(paths), desc="features", disable=None):
             try:
                 if decoded.frames is None:
                     raise data.VideoError(decoded.reason)
-                store.write(name, encode(model, torch.from_numpy(decoded.frames), config), None,
+                pixels = decoded.frames
+                if config.train_images:
+                    save_pixels(config, name, pixels)
+                    pixels = pixels[choose(len(pixels), config.frames, config.stride)]
+                store.write(name, encode(model, torch.from_numpy(pixels), config), None,
                             decoded.duration_sec)
             except data.VideoError as error:
                 failed[name] = str(error)
@@ -271,13 +331,17 @@ def altered(events: list[dict]) -> dict[str, str]:
 
 def build_shapes(config: Config) -> None:
     """Builds <root>/<dataset>-videos unless it exists: captions, false captions (altered.json) and
-    features by the world's small CLIP; before that, if need be, the world itself."""
+    features by the world's small CLIP, with config.train_images also pixels; before that, if need
+    be, the world itself."""
     shapes.build(config.dataset, config.root)
     folder, model = dataset_folder(config), clip.load(data.clip_file(config.clip, config.root))
     store = open_store(config, model)
-    if (folder / "altered.json").exists():
+    path = folder / "altered.json"
+    if path.exists() and (not config.train_images or all(
+            pixel_file(config, name).exists() for name in json.loads(path.read_text()))):
         return
-    times = frame_times(shapes.FRAMES, config.frames, config.stride)    # in frame lengths
+    candidates = candidate_times(shapes.FRAMES, config.frames, config.stride)   # in frame lengths
+    chosen = choose(len(candidates), config.frames, config.stride)
     false_captions = {}
     for number, (split, count) in enumerate(FAMILIES.items()):
         captions = {}
@@ -285,10 +349,16 @@ def build_shapes(config: Config) -> None:
             rng = np.random.default_rng([shapes.seed_of(config.dataset), 100 + number, i])
             for k, plan in enumerate(family(rng)):
                 name = f"{split}-{i:03d}-{k}"
-                x, _ = video.encode_frames(model, shapes.film(plan, times))
-                store.write(name, x, None, shapes.FRAMES * plan["frame_sec"])
+                frames = shapes.film(plan, candidates[chosen])
+                if config.train_images:
+                    pixels = shapes.film(plan, candidates)
+                    pixels[chosen] = frames     # subtle: noise depends on the number of frames
+                    save_pixels(config, name, pixels.numpy())
+                if name not in store:
+                    x, _ = video.encode_frames(model, frames)
+                    store.write(name, x, None, shapes.FRAMES * plan["frame_sec"])
                 captions[name] = [describe(plan["events"])]
                 false_captions[name] = altered(plan["events"])
         files.save(folder / f"{split}.captions.json", json.dumps(captions))
     store.save_manifest()
-    files.save(folder / "altered.json", json.dumps(false_captions))
+    files.save(path, json.dumps(false_captions))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import clip
-from clip2video.data import Split, dataset_folder, read_split
+from clip2video.data import Split, dataset_folder, encode, read_pixels, read_split
 from clip2video.model import VARIANTS, CLIP2Video, Config, joined
 from support import files
 from support.errors import Mistake, reason
@@ -53,13 +53,17 @@ def vectors(model: CLIP2Video, split: Split, config: Config,
     """Joined vectors of all captions [T, 2D] and videos [V, 2D], and the video of each caption [T].
     Leaves the model in evaluation mode."""
     model.eval()
+    frames = split.frames
+    if config.train_images:                          # the stored features are of the untrained one
+        frames = torch.stack([encode(model, read_pixels(config, [name]), config)
+                              for name in split.videos]).float()        # [V, L, D]
     sentences, video_of, texts, videos = [], [], [], []
     for v, captions in enumerate(split.captions):
         sentences += captions
         video_of += [v] * len(captions)
     for ids in clip.tokenize(sentences, config.words, True).split(256):
         texts.append(joined(*model.encode_text(ids.to(device)), config.weight))
-    for x, mask in zip(split.frames.split(256), split.mask.split(256)):
+    for x, mask in zip(frames.split(256), split.mask.split(256)):
         videos.append(joined(*model.encode_video(x.to(device), mask.to(device)), config.weight))
     return torch.cat(texts).cpu(), torch.cat(videos).cpu(), torch.tensor(video_of)
 
@@ -72,15 +76,16 @@ def load(path: str | pathlib.Path, root: str | None = None) -> tuple[CLIP2Video,
     saved = files.read_tensors(path)
     try:
         config = Config(**saved["config"])
-        text = {key.removeprefix("text."): value for key, value in saved["model"].items()
-                if key.startswith("text.")}
+        towers = {key.removeprefix("text."): value for key, value in saved["model"].items()
+                  if key.startswith(("text.", "visual.", "logit_scale"))}
         aligned = VARIANTS[config.variant][1]
         centres = len(saved["model"].get("centres", ()))        # checked before they are allocated
         if config.layers > len(saved["model"]) or aligned and centres != config.centres:
             raise ValueError(f"its weights do not have {config.layers} layers and "
                              f"{config.centres} centres")
-        model = CLIP2Video(clip.build_text(text), *VARIANTS[config.variant], config.centres,
-                           config.layers)
+        model = CLIP2Video(clip.build_text(towers), *VARIANTS[config.variant], config.centres,
+                           config.layers,
+                           visual=clip.build(towers).visual if config.train_images else None)
         model.load_state_dict(saved["model"])
         config = dataclasses.replace(config, root=root or config.root)
         return model.eval(), config, saved["clip_sha256"]

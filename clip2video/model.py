@@ -1,12 +1,14 @@
 """The settings, the network, its similarities and its loss. Shapes: see clip2video/__init__.py."""
 import copy
 import dataclasses
+import functools
 import math
 import pathlib
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import clip
 from support.errors import Mistake
@@ -40,8 +42,9 @@ class Config:
     epochs: int = option(5, "passes over all captions", least=1)
     lr: float = option(1e-4, "learning rate of the new modules")
     # DEVIATION: 1e-7 moves nothing in float32; in the authors' float16 it acted as a far larger one
-    text_lr: float = option(1e-6, "learning rate of the text tower")
+    text_lr: float = option(1e-6, "learning rate of the towers")
     weight_decay: float = option(0.2, "of AdamW, except for biases")
+    train_images: bool = option(False, "true: train the image tower, too, on jittered frames")
 
     def __post_init__(self):
         check_options(self)
@@ -132,16 +135,23 @@ class TemporalDifference(nn.Module):
 
 class CLIP2Video(nn.Module):
     """The network. `temporal` and `align` (adds TAB): see VARIANTS; `scale`: initial log of the
-    factor of the similarities. Mistake if the text tower is not as wide as the joint space."""
+    factor of the similarities; `visual`: the image tower, if it is trained. Mistake if the text
+    tower is not as wide as the joint space, or if the image tower is not a ViT."""
 
     def __init__(self, text: clip.TextTower, temporal: str = "tdb", align: bool = True,
-                 centres: int = 5, layers: int = 4, scale: float = MAX_SCALE):
+                 centres: int = 5, layers: int = 4, scale: float = MAX_SCALE,
+                 visual: nn.Module | None = None):
         super().__init__()
         width, D = text.text_projection.shape
         if width != D:
             raise Mistake(f"use another CLIP: this one's text tower (width {width}) is not as wide "
                           f"as its joint space ({D})")
-        self.text, self.temporal, self.align = text, temporal, align
+        self.text, self.temporal, self.align, self.visual = text, temporal, align, visual
+        if isinstance(visual, clip.ModifiedResNet):     # recomputing would count its batches twice
+            raise Mistake("--train-images needs a CLIP whose image tower is a ViT, not a ResNet")
+        for block in visual.transformer.resblocks if visual else ():
+            # keeps the input of each block only, and computes the rest again in the backward pass
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         self.logit_scale = nn.Parameter(torch.tensor(scale))
         if temporal == "tdb":
             self.difference = TemporalDifference(text)
@@ -153,6 +163,17 @@ class CLIP2Video(nn.Module):
             self.coarse = Transformer(text, 1)                          # A_c
             self.assign = nn.Parameter(torch.randn(centres, D) * 0.125)         # W_c [K, D]
             self.centres = nn.Parameter(torch.randn(centres, D) * 0.125)        # C [K, D]
+
+    def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Like clip.CLIP's, by the trained image tower."""
+        return self.visual(images)
+
+    def encode_pixels(self, pixels: Tensor, mask: Tensor) -> Tensor:
+        """The frames that exist, uint8 [mask.sum(), 3, R, R] -> features [B, L, D], else 0."""
+        x, _ = self.encode_image(clip.normalise(pixels))
+        frames = x.new_zeros(*mask.shape, x.shape[1])
+        frames[mask] = x
+        return frames                                                   # [B, L, D]
 
     def encode_video(self, frames: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """CLIP's features [B, L, D], not normalised, and their mask [B, L] -> unit vectors v_g, v_a

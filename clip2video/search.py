@@ -37,10 +37,12 @@ def update_index(checkpoint: str, folder: str, out: str | pathlib.Path, device: 
         if digest != files.sha256(checkpoint):
             raise Mistake(f"{out} was made with another checkpoint, {other}; choose another --out")
     entries = {name: entry for name, entry in entries.items() if name in paths}
-    clip_path = data.clip_file(config.clip, config.root)
-    images, model = clip.load(clip_path, device), model.to(device)
-    if clip.sha256(clip_path) != clip_sha256:
-        raise Mistake(f"{clip_path} is not the CLIP of the training; name its folder by --root")
+    images = model = model.to(device)
+    if not config.train_images:
+        clip_path = data.clip_file(config.clip, config.root)
+        images = clip.load(clip_path, device)
+        if clip.sha256(clip_path) != clip_sha256:
+            raise Mistake(f"{clip_path} is not the CLIP of the training; name its folder by --root")
     failed, saved = {}, time.monotonic()
     for name, path in tqdm(paths.items(), desc="index", unit="video", disable=None):
         state = list(video.state_of(path).values())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import clip
 import data
-from clip2video.data import Split, build_shapes, read_split
+from clip2video.data import Split, build_shapes, read_pixels, read_split
 from clip2video.evaluate import evaluate_checkpoint, retrieval_metrics, vectors
 from clip2video.model import MAX_SCALE, VARIANTS, CLIP2Video, Config, configure, logits, loss
 from support import files, parallel, progress, results
@@ -46,17 +46,19 @@ def batches_of_epoch(split: Split, config: Config, epoch: int) -> list[Batch]:
 
 def start(config: Config, device: torch.device) -> tuple[CLIP2Video, torch.optim.Optimizer]:
     """The model before the first step, and its optimiser."""
-    torch.manual_seed(config.seed)
     state = clip.read_state(data.clip_file(config.clip, config.root))
+    visual = clip.build(state).visual if config.train_images else None
+    torch.manual_seed(config.seed)              # after that, so that new modules start the same
     scale = min(float(state.get("logit_scale", MAX_SCALE)), MAX_SCALE)
     model = CLIP2Video(clip.build_text(state), *VARIANTS[config.variant], config.centres,
-                       config.layers, scale).to(device)
+                       config.layers, scale, visual).to(device)
     groups = []
     for in_tower, lr in ((True, config.text_lr), (False, config.lr)):
         for is_bias, decay in ((True, 0.0), (False, config.weight_decay)):
             groups.append({"base": lr, "weight_decay": decay, "params": [
                 p for name, p in model.named_parameters()
-                if name.startswith("text.") == in_tower and name.endswith("bias") == is_bias]})
+                if name.startswith(("text.", "visual.")) == in_tower
+                and name.endswith("bias") == is_bias]})
     # DEVIATION: AdamW corrects the bias of its moments, the BertAdam of CLIP4Clip does not
     return model, torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
@@ -85,8 +87,12 @@ def loop(config: Config, resume: bool, signals: progress.Signals) -> None:
                 group["lr"] = group["base"] * rate
             ids = clip.tokenize(batch.captions, config.words, True).to(device)      # [B, W]
             texts = model.encode_text(ids)
-            videos = model.encode_video(training.frames[batch.index].to(device),
-                                        training.mask[batch.index].to(device))
+            frames, mask = training.frames[batch.index], training.mask[batch.index].to(device)
+            if config.train_images:     # jittered by the step's own seed, whatever came before it
+                draw = random.Random(f"{config.seed} {epoch} {step}")
+                frames = model.encode_pixels(
+                    read_pixels(config, batch.videos, draw).to(device), mask)
+            videos = model.encode_video(frames.to(device), mask)
             value = loss(logits(texts, videos, model.logit_scale), config.weight)
 
             optimiser.zero_grad()

@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import pickle
+import random
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 import clip
 import shapes
 import video
-from clip2video import data, evaluate, model as network, search
+from clip2video import data, evaluate, model as network, search, train
 from extras.index import Index
 from support.errors import Mistake
 
@@ -539,6 +540,10 @@ def test_prepare(tmp_path, world, published):
     shutil.copy(tmp_path / "videos" / "a.avi", tmp_path / "videos" / "c.avi")
     run(*arguments)
     assert "t2v R@1" in run(*train)
+    trained = (*train[:-1], tmp_path / "trained", "--train-images", "true")
+    assert "1 of 1 videos of train have no features or no pixels" in run(*trained, status=2)
+    run(*arguments, "--train-images")
+    assert "t2v R@1" in run(*trained)
     assert "--workers must be at least 0" in run(*arguments, "--workers", -1, status=2)
     (tmp_path / "test_list.txt").write_text("a\n")
     assert "both in train and test" in run(*arguments, status=2)
@@ -581,3 +586,130 @@ def test_short_videos_and_stored_zeros(tmp_path, published):
     times = data.frame_times(video.probe_duration(published / "videos" / "test.avi"), 40, 2)
     assert x.shape == (40, 64) and len(times) < 40
     assert ((x != 0).any(1) == (torch.arange(40) < len(times))).all()
+
+
+# ------------------------------------------------------------------------- training the image tower
+
+@pytest.fixture(scope="module")
+def pixels(world, tmp_path_factory):
+    """A root whose whole videos have pixels, and the settings of a run there."""
+    root = tmp_path_factory.mktemp("pixels")
+    (root / "shapes").symlink_to(world / "shapes")
+    config = network.configure(root=str(root), train_images=True, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "FAMILIES", {"train": 4, "val": 1, "test": 1})
+        data.build_shapes(network.configure(root=str(root)))
+        data.build_shapes(config)                               # adds the pixels to the features
+    return root, config
+
+
+def test_jitter_stays_within_its_part():
+    """Stride 0: one of the three candidates of each part, all of which occur; without a draw the
+    second, its centre. By stride: 75 candidates are 6 apart, so that 3 before to 2 after occur, but
+    the ends stay; 37 are 3 apart, which the release does not jitter."""
+    assert data.candidate_times(12, 4, 0).tolist() == [.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5, 8.5,
+                                                       9.5, 10.5, 11.5]
+    assert data.choose(12, 4, 0).tolist() == [1, 4, 7, 10]
+    drawn = np.array([data.choose(12, 4, 0, random.Random(k)) for k in range(50)])
+    assert (drawn // 3 == np.arange(4)).all() and set(drawn[:, 2]) == {6, 7, 8}
+    centres = data.choose(75, 12, 2)
+    moved = np.array([data.choose(75, 12, 2, random.Random(k)) for k in range(100)]) - centres
+    assert set(moved[:, 1:-1].flat) == {-3, -2, -1, 0, 1, 2} and not moved[:, [0, -1]].any()
+    for total, count in ((37, 12), (5, 12), (1, 12), (75, 1), (75, 2)):
+        unmoved = data.choose(total, count, 2)
+        assert (data.choose(total, count, 2, random.Random(0)) == unmoved).all()
+
+
+def test_jitter_depends_on_the_draw_only(pixels):
+    _, config = pixels
+    names = ["train-000-0", "train-003-1"]
+    one, again, other = (data.read_pixels(config, names, random.Random(f"0 {epoch} 0"))
+                         for epoch in (0, 0, 1))
+    assert one.shape == (32, 3, 32, 32) and one.dtype == torch.uint8
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    assert torch.equal(data.read_pixels(config, names[1:]), data.read_pixels(config, names)[16:])
+
+
+def test_an_untrained_tower_gives_the_stored_features(pixels):
+    """To float16's rounding: the stored ones were computed in batches of 32."""
+    _, config = pixels
+    model, _ = train.start(config, torch.device("cpu"))
+    split = data.read_split(config, "val")
+    for v, name in enumerate(split.videos):
+        x = data.encode(model.eval(), data.read_pixels(config, [name]), config).float()
+        assert torch.allclose(x, split.frames[v], atol=2e-3, rtol=2e-3)
+    x = model.encode_pixels(data.read_pixels(config, split.videos), split.mask)
+    assert torch.allclose(x, split.frames, atol=2e-3, rtol=2e-3)
+
+
+def test_gradients_of_the_image_tower(pixels):
+    """The same with recomputation and without, and not 0 for any weight; padding is inert."""
+    _, config = pixels
+    gradients = []
+    for recompute in (True, False):
+        model, optimiser = train.start(config, torch.device("cpu"))
+        for block in () if recompute else model.visual.transformer.resblocks:
+            del block.forward
+        names, mask = ["train-000-0", "train-001-0"], torch.ones(2, 16, dtype=torch.bool)
+        frames, mask[1, 9:] = data.read_pixels(config, names), False
+        x = model.encode_pixels(frames[mask.flatten()], mask)
+        assert not x[1, 9:].any()
+        ids = clip.tokenize(["a red circle rises", "a bar falls"], 40)
+        network.loss(network.logits(model.encode_text(ids), model.encode_video(x, mask),
+                                    model.logit_scale)).backward()
+        gradients.append({name: p.grad for name, p in model.visual.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().max() > 0
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-5), name
+    before = copy.deepcopy(model.visual.state_dict())
+    optimiser.step()
+    assert all(not torch.equal(value, before[name]) for name, value
+               in model.visual.state_dict().items() if value.is_floating_point())
+    tower = {id(p) for p in model.visual.parameters()}
+    assert all(group["base"] == config.text_lr for group in optimiser.param_groups
+               if tower & {id(p) for p in group["params"]})
+
+
+def test_train_the_image_tower_resume_and_search(pixels, world, tmp_path):
+    """Stopped within an epoch and resumed: the same bits. The checkpoint holds a tower that moved,
+    and it alone encodes: index gives a video the vector that the checkpoint does, without the
+    CLIP's file."""
+    root, _ = pixels
+    arguments = ("train", "--root", root, "--epochs", 2, "--batch", 8, "--device", "cpu",
+                 "--train-images", "true", "--out")
+    text = run(*arguments, tmp_path / "whole")
+    script = tmp_path / "stop.py"
+    script.write_text("import os, runpy, signal\n"
+                      "from support import progress\n"
+                      "add, steps = progress.Run.add, []\n"
+                      "def stop(run, values):\n"
+                      "    add(run, values)\n"
+                      "    steps.append(values)\n"
+                      "    if len(steps) == 3: os.kill(os.getpid(), signal.SIGINT)\n"
+                      "progress.Run.add = stop\n"
+                      "runpy.run_module('clip2video', run_name='__main__')\n")
+    run(*arguments, tmp_path / "parts", status=130, command=(script,))
+    assert "resuming after epoch 1 and 1 steps" in run(*arguments, tmp_path / "parts", "--resume")
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+
+    checkpoint = tmp_path / "whole" / "ckpt.pt"
+    assert run("evaluate", checkpoint).strip() in text
+    model, config, _ = evaluate.load(checkpoint)
+    start = clip.read_state(world / "shapes" / "clip.pt")
+    assert all(not torch.equal(value, start[f"visual.{name}"]) for name, value
+               in model.visual.state_dict().items() if value.is_floating_point())
+    shapes.export(tmp_path / "videos", 1, 0)
+    run("index", checkpoint, tmp_path / "videos", "--out", tmp_path / "index", "--root", tmp_path)
+    x = data.encode_file(model, tmp_path / "videos" / "test-0000.mp4", config).float()[None]
+    with torch.no_grad():
+        vector = network.joined(*model.encode_video(x, (x != 0).any(2)))
+    assert torch.allclose(search.read_vectors(tmp_path / "index")[0]["test-0000.mp4"][0], vector[0],
+                          atol=1e-5)
+    (root / "shapes-videos/features/clip2video/pixels/test-000-0.npy").write_bytes(b"no frames")
+    assert "test-000-0.npy is damaged" in run("evaluate", checkpoint, status=2)
+
+
+def test_only_a_vit_is_trained(text):
+    resnet = shapes.small_clip(0, resnet=True).visual
+    with pytest.raises(Mistake, match="is a ViT, not a ResNet"):
+        network.CLIP2Video(copy.deepcopy(text), visual=resnet)
