@@ -488,10 +488,6 @@ def download(name: str, folder: str | os.PathLike | None = None) -> pathlib.Path
     return files.fetch(f"{ADDRESS}/{digest}/{file_name}", digest, folder / file_name)
 
 
-def is_downloaded(name: str) -> bool:
-    return (pathlib.Path("~/.cache/clip").expanduser() / PUBLISHED[name][1]).exists()
-
-
 def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
     """The state dict of a weight file or a published model, under OpenAI's names. Nothing in the
     file is executed: files.read_tensors reads what torch.save wrote, and a TorchScript archive is

@@ -353,15 +353,6 @@ def table(results: dict[str, dict]) -> str:
     return text.aligned(["", *(name.replace("IoU=", "") for name in columns)], rows)
 
 
-def over_runs(runs: list[dict[str, dict]]) -> str:
-    """Mean and standard deviation of several runs' results as text, a line for each split."""
-    splits = [split for split in runs[0] if all(split in run for run in runs)]
-    names = [name for name, value in runs[0][splits[0]].items() if isinstance(value, float)]
-    rows = [[split, *(text.mean_and_deviation([run[split][name] for run in runs], sign="+-")
-                      for name in names)] for split in splits]
-    return text.aligned(["", *(name.replace("IoU=", "") for name in names)], rows)
-
-
 def main() -> None:
     arguments = options.parser("evaluate checkpoints, or score the predictions of any system")
     add = arguments.add_argument
@@ -423,7 +414,7 @@ def evaluate_all(given) -> None:
             print(table(results[-1]))
     if len(results) > 1 and not given.json:
         print(f"{len(results)} runs of {run.config['method']}, query {given.query}: mean and "
-              f"standard deviation\n{over_runs(results)}")
+              f"standard deviation\n{text.over_runs(results)}")
 
 
 if __name__ == "__main__":

@@ -197,9 +197,9 @@ class ZeroShot:
         self.name, self.rate, self.prompt, self.kind = clip_name, rate, prompt, "clip"
         self.limits_sec, self.cache = (shortest_sec, longest_sec), cache
         path = data.clip_file(clip_name, root)
-        if path in clip.PUBLISHED and not clip.is_downloaded(path):
-            print(f"downloading CLIP {path} to ~/.cache/clip, once (ViT-B/32: 338 MB)",
-                  file=sys.stderr)
+        weights = pathlib.Path("~/.cache/clip").expanduser()
+        if path in clip.PUBLISHED and not (weights / clip.PUBLISHED[path][1]).exists():
+            note(f"CLIP {path} is downloaded to {weights}, once (ViT-B/32: 338 MB)")
         self.device = parallel.pick_device(device)
         self.model, self.digest = clip.load(path, self.device), clip.sha256(path)
         self.generic = generic_sentences(clip_name)

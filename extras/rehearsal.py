@@ -84,6 +84,25 @@ def build(root: pathlib.Path, annotations: str, count: int) -> None:
             store.save_manifest()
 
 
+def separate(root: pathlib.Path) -> None:
+    """Features of the width of VGG and C3D, and a small DistilBERT where transformers finds it."""
+    for dataset, frames in DATASETS.items():
+        name, width = reproduce.SEPARATE[dataset], {"charades": 4096, "activitynet": 500}[dataset]
+        store = data.FeatureStore(data.store_folder(dataset, name, root), {
+            "clip": name, "sha256": "", "resolution": 0, "frames": frames, "patch_frames": 0,
+            "width": width, "patch_width": 0, "grid": 0, "precision": "made elsewhere"})
+        for path in data.store_folder(dataset, CLIPS[0], root).glob("*.frames.npy"):
+            store.write(path.name.removesuffix(".frames.npy"), torch.randn(frames, width).half(),
+                        None, 30.0)
+        store.save_manifest()
+    transformers = files.need("transformers", "DistilBERT")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "person", "a", "the", "door", "opens"]
+    config = transformers.DistilBertConfig(vocab_size=len(words), dim=64, n_layers=1, n_heads=2,
+                                           hidden_dim=64)
+    transformers.DistilBertModel(config).save_pretrained(reproduce.BERT)
+    files.save(f"{reproduce.BERT}/vocab.txt", "\n".join(words) + "\n")
+
+
 def svo(folder: pathlib.Path) -> None:
     """SVO-Probes' table and images, of noise: one triplet of each kind."""
     (folder / "images").mkdir(parents=True)
@@ -101,6 +120,7 @@ def rehearse(annotations: str, count: int, only: list[str], protocol: list[str])
     """Runs the tables `only` on both datasets, in the working directory."""
     root = pathlib.Path("data").resolve()
     build(root, annotations, count)
+    separate(root)
     svo(pathlib.Path("svo"))
     reproduce.RESULTS = pathlib.Path("results").resolve()
     for dataset in DATASETS:

@@ -29,3 +29,12 @@ def mean_and_deviation(values: list[float], digits: int = 1, sign: str = "±") -
     """Mean and sample standard deviation, as "65.0 ± 7.1"; of a single value, the value."""
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} {sign} {statistics.stdev(values):.{digits}f}"
+
+
+def over_runs(runs: list[dict[str, dict]]) -> str:
+    """Mean and standard deviation of several runs' results as text, a line for each split."""
+    splits = [split for split in runs[0] if all(split in run for run in runs)]
+    names = [name for name, value in runs[0][splits[0]].items() if isinstance(value, float)]
+    rows = [[split, *(mean_and_deviation([run[split][name] for run in runs], sign="+-")
+                      for name in names)] for split in splits]
+    return aligned(["", *(name.replace("IoU=", "") for name in names)], rows)
