@@ -44,7 +44,7 @@ def queries(path, rates: dict[str, dict[str, list[list[float]]]]) -> None:
                                 squeeze=False)
     for cell, (split, methods) in zip(axes[0], rates.items()):
         for k, (name, values) in enumerate(methods.items()):
-            cell.bar(np.arange(3) + 0.2 * k - 0.3, [np.mean(v) for v in values], 0.2,
+            cell.bar(np.arange(3) + 0.16 * k - 0.32, [np.mean(v) for v in values], 0.16,
                      yerr=[np.std(v) for v in values], label=name.replace("`", "").strip("*"))
         cell.set_xticks(range(3), ["Q", "Q^s", "Q^d"])
         cell.set(title=split, ylabel="R@1, IoU=0.5")

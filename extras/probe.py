@@ -4,9 +4,10 @@
     word_weights   supplement, Fig. 1: which words does the end token of a sentence attend to?
     verb_probes    can the verb of a moment be read off the heatmaps of Eq. 3, and off Eq. 4?
     heat_contrast  Eq. 3: is it warmer on objects than elsewhere?
+    between_verbs  how much of a target's variance tells verbs apart?
 
-All four are run by extras/reproduce.py. The first two work with any CLIP; the last two need to know
-where the objects are, which only the shapes world does.
+All five are run by extras/reproduce.py. The first two work with any CLIP; the others need to know
+which objects are where, as only the shapes world does.
 
 Shapes: V videos, S sentences, T frames, D width of CLIP's joint space, H x W patch grid, L words.
 """
@@ -23,6 +24,7 @@ import clip
 import data
 import inject
 import shapes
+import staged
 import video
 from support.errors import Mistake
 
@@ -253,3 +255,44 @@ def heat_contrast(world: str, root: str, trained: inject.SpatialDynamic | None =
             by_chance.append((covered > 0).double().mean().item())
     return {"contrast": float(np.mean(contrasts)), "warmest on the actor": 100 * np.mean(on_object),
             "random patch on the actor": 100 * np.mean(by_chance), "frames": len(contrasts)}
+
+
+@torch.no_grad()
+def between_verbs(world: str, root: str, seed: int) -> dict[str, float]:
+    """For each target that stage 1 or Eq. 2 could have: the share of its variance over the training
+    sentences that lies between the seven motions, in percent."""
+    store = data.open_store(world, world, root)
+    rows = data.read_annotations(world, "train", root)
+    model = clip.load(data.clip_file(world, root))
+    queries = data.parser_of(world, root).split_all([row.sentence for row in rows])
+    static = F.normalize(torch.cat([model.encode_text(part) for part in clip.tokenize(
+        [query.static for query in queries]).split(1024)]), dim=1)      # x^qs [S, D]
+    names = {row.video: i for i, row in enumerate({row.video: row for row in rows}.values())}
+    frames = F.normalize(torch.stack([torch.from_numpy(store.read(name, "frames")).float()
+                                      for name in names]), dim=2)       # [B, T, D]
+    video_of = torch.tensor([names[row.video] for row in rows])
+    moments_sec = torch.tensor([[row.start_sec, row.end_sec] for row in rows])
+    durations_sec = torch.tensor([row.duration_sec for row in rows])
+    torch.manual_seed(seed)
+    context = inject.VisualContext(static.shape[1], 4)
+    targets = {"x~^qs of Eq. 1, untrained": context(static, frames, video_of)}
+    for target in ("change", "mean", "whole"):
+        targets[TARGETS[target]] = staged.temporal_change(
+            static, frames[video_of], moments_sec, durations_sec, target)
+    motion = {word: i for i, pair in enumerate(shapes.VERBS) for word in pair}
+    verbs = torch.tensor([motion[query.full.split()[-1]] for query in queries])
+    return {name: 100 * share_between(x, verbs) for name, x in targets.items()}
+
+
+TARGETS = {"change": "late minus early half of the moment", "mean": "mean of the moment",
+           "whole": "mean of the whole video"}
+
+
+def share_between(x: Tensor, groups: Tensor) -> float:
+    """Variance of the means of the groups (weighted by their sizes), as a share of that of x [S, D].
+    groups [S]."""
+    centred, between = x - x.mean(0), 0.0
+    for group in groups.unique():
+        members = centred[groups == group]
+        between += len(members) * members.mean(0).square().sum()
+    return float(between / centred.square().sum())

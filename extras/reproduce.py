@@ -41,6 +41,7 @@ import shapes
 import train
 from clip2video import train as clip2video
 from extras import figures, probe, readings
+from extras import zero_shot as contrast
 from support import files, options, parallel, results
 from support.errors import Mistake, reported
 from support.text import markdown, mean_and_deviation
@@ -63,12 +64,14 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """columns: "split metric"; differences: pairs of rows; original: of the original split."""
+    """columns: "split metric"; differences: pairs of rows; original: of the original split;
+    yardsticks: with rows for what needs no training."""
     rows: list[Row]
     columns: list[str]
     differences: list = []
     seeds: int = 3
     original: bool = False
+    yardsticks: bool = False
 
 
 def read_tables() -> dict[str, Table]:
@@ -349,6 +352,48 @@ def paired(ours: list[dict], theirs: list[dict], split: str, draws: int = 2000
     return float(np.mean(means)), low, high, means
 
 
+def zero_shot(what: str, given: argparse.Namespace) -> list[dict]:
+    """The metrics of CLIP alone on the dataset of a table, for each seed: query -> split ->
+    metrics, among them those of a random and of the best fixed moment."""
+    dataset, device = dataset_of(what, given), parallel.pick_device(given.device)
+
+    def make(seed: int) -> dict:
+        world = world_of(dataset, seed)
+        shapes.build_for(train.configure(dataset=world, root=given.root))
+        name = world if dataset == "shapes" else train.Config.clip
+        run = contrast.run_of(world, name, given.root, device)
+        return {query: evaluate.evaluate(run, query=query, device=device, allow_missing=True)
+                for query in evaluate.QUERIES}
+
+    return per_seed("zero-shot-cg" if dataset.endswith("-cg") else "zero-shot", given, make)
+
+
+def yardsticks(what: str, columns: list[tuple[str, str]], runs: list[dict],
+               given: argparse.Namespace) -> list[list[str]]:
+    """The rows of a table that need no training. runs: a trained row's, with both baselines."""
+    trained, rows = [run["results"] for run in runs], []
+    alone = [content["full"] for content in zero_shot(what, given)]
+    for name, seeds, kind in (("a random moment", trained, "random moment"),
+                              ("the best fixed moment", trained, "best prior"),
+                              ("CLIP alone, no training", alone, None)):
+        rows.append([name])
+        for split, metric in columns:
+            values = [metrics[split][kind] if kind else metrics[split] for metrics in seeds]
+            known = all(metric in each for each in values)
+            rows[-1].append(mean_and_deviation([each[metric] for each in values]) if known else "")
+    return rows
+
+
+def clip_alone(given: argparse.Namespace) -> str:
+    """CLIP without any training: it finds actors and is blind to their motions."""
+    seeds = [content["full"] for content in zero_shot("table1", given)]
+    metrics = [name for name in ("R@1,IoU=0.5", "R@1,IoU=0.7", "R@5,IoU=0.5", "mIoU", "noun accuracy",
+                                 "verb accuracy") if name in next(iter(seeds[0].values()))]
+    rows = [[split, *(mean_and_deviation([content[split][metric] for content in seeds])
+                      for metric in metrics)] for split in filter(seeds[0].get, FINAL)]
+    return markdown(["", *(metric.replace(",IoU=", " ") for metric in metrics)], rows)
+
+
 PAPER = {"shapes": ("Charades-STA", "Charades-CG novel-word"),
          "charades": ("Charades-STA", "Charades-CG novel-word"),
          "activitynet": ("ActivityNet-Captions", "ActivityNet-CG novel-word")}
@@ -366,7 +411,10 @@ def show(what: str, given: argparse.Namespace) -> str:
               for row in table.rows]
     if any(papers):
         heads.append(f"paper, {PAPER[family][not table.original]}")
-    lines = []
+    first = next(seeds for seeds in runs if seeds)
+    lines = yardsticks(what, columns, first, given) if table.yardsticks else []
+    for line in lines if any(papers) else ():
+        line.append("")
     for row, seeds, paper in zip(table.rows, runs, papers):
         if not seeds and (family == "shapes" or not paper):
             continue                                    # on shapes nothing is only reported
@@ -379,7 +427,6 @@ def show(what: str, given: argparse.Namespace) -> str:
         if any(papers):
             line.append(" / ".join(f"{value:.2f}" for value in paper or ()))
         lines.append(line)
-    first = next(seeds for seeds in runs if seeds)
     minutes = sum(run["minutes"] for seeds in runs for run in seeds)
     text = [markdown(["", *heads], lines), "",
             f"{len(first)} seeds; {sizes(first, columns)}; {minutes:.0f} minutes of runs."]
@@ -492,6 +539,14 @@ def probes(given: argparse.Namespace) -> str:
     return markdown(["the verb is read off", "accuracy, %"], rows + [["(chance)", "14.3"]])
 
 
+def between(given: argparse.Namespace) -> str:
+    """How much of each target tells verbs apart."""
+    seeds = per_seed("between", given, lambda seed: probe.between_verbs(
+        clip_of(seed, given)[1], given.root, seed))
+    rows = [[name, mean_and_deviation([content[name] for content in seeds])] for name in seeds[0]]
+    return markdown(["target", "variance between verbs, %"], rows)
+
+
 def trained_heat(seed: int, given: argparse.Namespace) -> inject.SpatialDynamic:
     """SpatialDynamic as trained in the seed's `vdi` of Table 1."""
     config = config_of(MAIN[2], "shapes", seed, given)
@@ -536,7 +591,11 @@ def fig3(given: argparse.Namespace) -> str:
     chosen, runs = (0, 1, 2, 4), collect("table1", given)
     chosen = [k for k in chosen if runs[k]]
     rates = {split: {} for split in FINAL[:3] if split in runs[0][0]["results"]}
-    rows = []
+    alone, name, rows = zero_shot("table1", given), "CLIP alone", [["CLIP alone"]]
+    for split, methods in rates.items():
+        methods[name] = [[content[query][split]["R@1,IoU=0.5"] for content in alone]
+                         for query in evaluate.QUERIES]
+        rows[0] += map(mean_and_deviation, methods[name])
     for k in chosen:
         rows.append([MAIN[k].name])
         for split, methods in rates.items():
@@ -585,8 +644,9 @@ def blocks(given: argparse.Namespace) -> str:
         only_kept=not given.figures))
 
 
-OTHERS = {"fig2": fig2, "fig3": fig3, "s-table1": s_table1, "s-fig1": s_fig1, "collapse": collapse,
-          "probes": probes, "heat": heat, "clip2video": blocks}
+OTHERS = {"fig2": fig2, "fig3": fig3, "zero-shot": clip_alone, "s-table1": s_table1,
+          "s-fig1": s_fig1, "collapse": collapse, "probes": probes, "between": between,
+          "heat": heat, "clip2video": blocks}
 FIGURES = ("fig3", "s-fig1", "collapse", "heat", "curve")       # assets/<name>.png
 NEEDS = {"fig3": "table1", "collapse": "table1", "heat": "table1"}      # whose runs they show
 
@@ -688,7 +748,7 @@ def main() -> None:
 def reproduce(given: argparse.Namespace) -> None:
     if bool(given.svo) != bool(given.images):
         raise Mistake("--svo and --images must be given together: the table, and its images")
-    shapes_only = {"fig2", "probes", "heat", "clip2video"} & set(given.what)
+    shapes_only = {"fig2", "probes", "between", "heat", "clip2video"} & set(given.what)
     if given.dataset != "shapes" and shapes_only:
         raise Mistake(f"{', '.join(sorted(shapes_only))}: available for the shapes world only")
     if given.dataset != "shapes" and "s-table1" in given.what and not given.svo:

@@ -85,7 +85,8 @@ def drawable(text: str) -> str:
     known = glyphs(font_manager.findfont("DejaVu Sans"))
     families, missing = ["DejaVu Sans"], {ord(c) for c in text} - known
     for font in font_manager.fontManager.ttflist if missing else ():
-        if more := missing & glyphs(font.fname):
+        more = missing & glyphs(font.fname)
+        if more and not font.name.startswith("Last Resort"):    # which has a box for everything
             families.append(font.name)
             missing -= more
     matplotlib.rcParams["font.family"] = families

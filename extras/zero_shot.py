@@ -31,7 +31,8 @@ class Contrast(mmn.MomentMap):
 
     def __init__(self, num_clips: int, power: float = retrieve.POWER, smooth: int = 1,
                  longest: float = 0.5):
-        super().__init__(num_clips, 1, 1, (max(1, int(num_clips * longest)) - 1,))
+        diagonals = min(num_clips - 2, max(1, int(num_clips * longest)) - 1)
+        super().__init__(num_clips, 1, 1, (diagonals,))
         self.power, self.smooth = power, smooth
 
     def scores(self, frames: Tensor, text: Tensor, video_of: Tensor) -> Tensor:

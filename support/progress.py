@@ -96,8 +96,8 @@ def locked(folder: pathlib.Path, resume: bool):
 
 def same_configuration(theirs: dict, ours: dict, folder: pathlib.Path) -> None:
     """Mistake if the run in `folder` has another configuration than the one that resumes it."""
-    different = [name for name in ours
-                 if theirs.get(name) != ours[name] and name not in ELSEWHERE]
+    different = [name for name in ours if name in theirs        # a newer field has its default
+                 and theirs[name] != ours[name] and name not in ELSEWHERE]
     if different:
         raise Mistake(f"{folder} holds a run with another {', '.join(different)}; resume it with "
                       f"its own settings, or choose another --out")

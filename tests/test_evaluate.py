@@ -7,7 +7,7 @@ import torch
 
 import data
 import evaluate
-from support import parallel
+from support import parallel, text
 
 
 def test_recall_by_hand():
@@ -78,7 +78,7 @@ def test_a_device_that_is_not_there_is_an_error():
 def test_over_runs_by_hand():
     """60 and 70: mean 65, standard deviation sqrt(50) = 7.1."""
     runs = [{"test": {"queries": 5, "mIoU": value, "best prior": {}}} for value in (60.0, 70.0)]
-    assert "65.0 +- 7.1" in evaluate.over_runs(runs)
+    assert "65.0 +- 7.1" in text.over_runs(runs)
 
 
 # ----------------------------------------------------------------------- predictions of any system

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import extras.index
 import mmn
 import retrieve
-from extras.index import Index
+from extras.index import Index, made_with
 from support.errors import Mistake
 from test_retrieve import HERE, SENTENCES, checkpoint, command, retriever, videos   # noqa: F401
 
@@ -46,15 +46,15 @@ def brute_force(retriever, folder, sentence, top_k, per_video):
 
 @pytest.mark.parametrize("per_video", [1, 3])
 def test_search_is_exact(retriever, checkpoint, folder, tmp_path, per_video):
-    index = Index(tmp_path / "index", checkpoint)
+    index = Index(tmp_path / "index", made_with(retriever, checkpoint))
     assert list(index.update(retriever, folder)) == ["broken.mp4"]
     iou, contrastive = retriever.read(SENTENCES)
     for s, sentence in enumerate(SENTENCES):
         expected = brute_force(retriever, folder, sentence, 5, per_video)
         for block in (7, 100, 1 << 16):
             found = index.search(iou[s], contrastive[s], top_k=5, per_video=per_video, block=block)
-            assert [name for name, _ in found] == [name for name, _ in expected]
-            assert torch.allclose(torch.tensor([m for _, m in found]),
+            assert [hit.video for hit in found] == [name for name, _ in expected]
+            assert torch.allclose(torch.tensor([hit.moment for hit in found]),
                                   torch.tensor([m for _, m in expected]), atol=1e-4)
 
 
@@ -67,12 +67,12 @@ def large(tmp_path):
     """An index of 20 videos with 100 rows each, whose scores for QUERY are nearly equal. Video 7,
     which would be best, has been removed."""
     (tmp_path / "ckpt.pt").write_bytes(b"any file")
-    index, rng = Index(tmp_path / "index", tmp_path / "ckpt.pt"), np.random.default_rng(3)
+    index, rng = Index(tmp_path / "index", made_with(None, tmp_path / "ckpt.pt")), np.random.default_rng(3)
     for i in range(20):
         noise = torch.from_numpy(rng.normal(0, 5e-4, (2, 100, len(QUERY)))).float()
         iou, contrastive = F.normalize((QUERY if i == 7 else AROUND) + noise, dim=2)
         spans = torch.from_numpy(np.sort(rng.uniform(0, 30, (100, 2)))).float()
-        index.add(f"{i}.mp4", {"duration_sec": 30.0}, spans, iou, contrastive)
+        index.add(f"{i}.mp4", {"duration_sec": 30.0}, [iou, spans, contrastive])
     del index.content["videos"]["7.mp4"]
     index.save()
     return index
@@ -113,9 +113,9 @@ def test_search_is_exact_when_many_scores_are_nearly_equal(large, monkeypatch, t
     gaps = -np.diff([score for score, *_ in expected[:top_k + 1]])
     assert (gaps > 2e-7).all()                          # float32 cannot confuse their order
     actual = large.search(QUERY, QUERY, top_k, per_video, 300, among)
-    assert [(name, tuple(moment[:2])) for name, moment in actual] == [
+    assert [(hit.video, tuple(hit.moment[:2])) for hit in actual] == [
         answer[1:] for answer in expected[:top_k]]
-    assert [moment.score for _, moment in actual] == pytest.approx(
+    assert [hit.moment.score for hit in actual] == pytest.approx(
         [score for score, *_ in expected[:top_k]], abs=1e-6)
     if among is None:
         assert scored[:3] == [128, 256, 512]
@@ -131,7 +131,7 @@ def test_a_search_among_few_videos_reads_only_their_rows(large, monkeypatch):
 
 def test_an_update_reads_only_what_changed(retriever, checkpoint, folder, videos, tmp_path,
                                            capsys):
-    index = Index(tmp_path / "index", checkpoint)
+    index = Index(tmp_path / "index", made_with(retriever, checkpoint))
     index.update(retriever, folder)
     read = []
     encode = retriever.encode
@@ -140,7 +140,7 @@ def test_an_update_reads_only_what_changed(retriever, checkpoint, folder, videos
         (folder / "0.mp4").unlink()
         shutil.copy(videos / "test-0005.mp4", folder / "1.mp4")
         shutil.copy(videos / "test-0006.mp4", folder / "9.mp4")
-        again = Index(tmp_path / "index", checkpoint)
+        again = Index(tmp_path / "index", made_with(retriever, checkpoint))
         again.update(retriever, folder)
     finally:
         del retriever.encode
@@ -150,14 +150,14 @@ def test_an_update_reads_only_what_changed(retriever, checkpoint, folder, videos
     iou, contrastive = retriever.read(SENTENCES)
     found = again.search(iou[0], contrastive[0], top_k=6, per_video=2)
     expected = brute_force(retriever, folder, SENTENCES[0], 6, 2)
-    assert [name for name, _ in found] == [name for name, _ in expected]
+    assert [hit.video for hit in found] == [name for name, _ in expected]
 
 
 def test_an_interrupted_addition_leaves_no_trace(retriever, checkpoint, folder, tmp_path,
                                                  monkeypatch):
     """The disk is full after the second video's vectors have been written: the index is as before,
     and the next update completes it."""
-    index = Index(tmp_path / "index", checkpoint)
+    index = Index(tmp_path / "index", made_with(retriever, checkpoint))
     save, calls = Index.save, []
 
     def full(self):
@@ -170,11 +170,11 @@ def test_an_interrupted_addition_leaves_no_trace(retriever, checkpoint, folder, 
     with pytest.raises(OSError):
         index.update(retriever, folder)
     monkeypatch.setattr(Index, "save", save)
-    index = Index(tmp_path / "index", checkpoint)
+    index = Index(tmp_path / "index", made_with(retriever, checkpoint))
     assert list(index.content["videos"]) == ["0.mp4"]
     index.update(retriever, folder)
     iou, contrastive = retriever.read(SENTENCES)
-    assert [name for name, _ in index.search(iou[0], contrastive[0])] == [
+    assert [hit.video for hit in index.search(iou[0], contrastive[0])] == [
         name for name, _ in brute_force(retriever, folder, SENTENCES[0], 10, 3)]
 
 
@@ -182,7 +182,7 @@ def test_an_interruption_after_a_removal_keeps_the_others(retriever, checkpoint,
                                                           tmp_path, monkeypatch):
     """The last video was removed, another one overwrites its rows, and the disk is full: nothing is
     found under the name of the removed one."""
-    index = Index(tmp_path / "index", checkpoint)
+    index = Index(tmp_path / "index", made_with(retriever, checkpoint))
     index.update(retriever, folder)
     (folder / "2.mp4").unlink()
     shutil.copy(videos / "test-0007.mp4", folder / "7.mp4")
@@ -193,10 +193,10 @@ def test_an_interruption_after_a_removal_keeps_the_others(retriever, checkpoint,
 
 
 def test_an_empty_folder_does_not_empty_the_index(retriever, checkpoint, folder, tmp_path):
-    index = Index(tmp_path / "index", checkpoint)
+    index = Index(tmp_path / "index", made_with(retriever, checkpoint))
     index.update(retriever, folder)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(Mistake, match="contains no video, but the index has 3"):
+    with pytest.raises(Mistake, match="contains no video; .* check that its disk is mounted"):
         index.update(retriever, tmp_path / "empty")
     assert len(Index(tmp_path / "index").content["videos"]) == 3
 

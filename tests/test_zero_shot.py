@@ -1,0 +1,355 @@
+"""Moments by CLIP alone: the scores against plain loops, the exact search, the index and its server,
+and what "nothing found" means."""
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import clip
+import evaluate
+import retrieve
+import shapes
+from extras import search as search_command
+from extras import serve, show, zero_shot
+from extras.index import Index, made_with
+from support.errors import Mistake
+from test_retrieve import HERE, Browser, command, videos                # noqa: F401
+
+
+def unit(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
+
+
+def plain(similarity, start, end, power):
+    """The score of frames [start, end), by the words of its definition."""
+    values = [float(s) for s in similarity]
+    inside, outside = values[start:end], values[:start] + values[end:]
+    if not inside or not outside:
+        return -math.inf
+    phi = sum(inside) / len(inside) - sum(outside) / len(outside)
+    return phi * (len(inside) * len(outside) / len(values)) ** power
+
+
+@pytest.mark.parametrize("power", [0.0, 0.25, 0.5])
+@pytest.mark.parametrize("T, N", [(8, 4), (10, 4), (4, 4), (7, 3)])
+def test_scores_are_the_contrast_of_each_moment(T, N, power):
+    frames, text = unit(T, 6), unit(3, 6, seed=1)
+    scores = retrieve.zero_shot_scores(frames, text, N, power)
+    edges = [round(i * T / N) for i in range(N + 1)]
+    for s in range(3):
+        similarity = (frames @ text[s]).tolist()
+        for i in range(N):
+            for j in range(N):
+                expected = plain(similarity, edges[i], edges[j + 1], power) if j >= i else -math.inf
+                assert scores[s, i, j] == pytest.approx(expected, abs=1e-5)
+    assert scores[0, 0, N - 1] == -math.inf             # the whole video has no outside
+
+
+def test_contrast_by_hand():
+    """Cosines 0.3, 0.3, 0.1, 0.1: the first half has phi = 0.2, and 0.2 * sqrt(2 * 2 / 4) = 0.2;
+    the first frame alone phi = 0.3 - 0.5 / 3 = 0.1333, times sqrt(1 * 3 / 4) = 0.1155."""
+    text = torch.tensor([[1.0, 0.0]])
+    frames = torch.tensor([[c, math.sqrt(1 - c * c)] for c in (0.3, 0.3, 0.1, 0.1)])
+    scores = retrieve.zero_shot_scores(frames, text, 4)[0]
+    assert scores[0, 1] == pytest.approx(0.2, abs=1e-6)
+    assert scores[0, 0] == pytest.approx(0.1155, abs=1e-4)
+
+
+def test_too_few_frames_are_an_error():
+    with pytest.raises(ValueError, match="3 frames cannot be divided into 4 clips"):
+        retrieve.zero_shot_scores(unit(3, 5), unit(1, 5), 4)
+
+
+def brute_force(similarity, shortest, longest, top_k):
+    """Greedy NMS over all intervals by plain loops."""
+    n = len(similarity)
+    left = sorted(((plain(similarity, a, b, 0.5), a, b) for a in range(n) for b in range(a + 1, n + 1)
+                   if shortest <= b - a <= longest and b - a < n), reverse=True)
+    kept = []
+    for score, a, b in left:
+        if len(kept) < top_k and all((min(b, d) - max(a, c)) / (max(b, d) - min(a, c)) <= 0.5
+                                     for _, c, d in kept):
+            kept.append((score, a, b))
+    return kept
+
+
+@pytest.mark.parametrize("block", [1, 50, 1 << 22])
+@pytest.mark.parametrize("shortest, longest", [(1, 20), (3, 7), (1, 1), (5, 100)])
+def test_the_search_is_exact(shortest, longest, block):
+    """In one block, in many, and for rows of different lengths at once."""
+    similarity, counts = torch.rand(4, 20, generator=torch.Generator().manual_seed(2)), [20, 13, 7, 2]
+    found = retrieve.search_intervals(similarity, shortest, longest, 4, torch.tensor(counts),
+                                      block=block)
+    for row, count, best in zip(similarity, counts, found):
+        expected = brute_force(row[:count].tolist(), shortest, min(longest, count), 4)
+        actual = [moment for moment in best.tolist() if moment[2] > -math.inf]
+        assert [(a, b) for a, b, _ in actual] == [(a, b) for _, a, b in expected]
+        assert [m[2] for m in actual] == pytest.approx([score for score, *_ in expected])
+
+
+@pytest.mark.parametrize("shortest, longest", [(1, 11), (3, 6), (2, 2)])
+def test_the_best_score_at_each_frame(shortest, longest):
+    similarity = torch.rand(2, 12, generator=torch.Generator().manual_seed(3))
+    best = retrieve.best_at(similarity, shortest, longest)
+    for row, values in zip(similarity, best):
+        for t in range(12):
+            expected = max((plain(row, a, b, 0.5) for a in range(t + 1) for b in range(t + 1, 13)
+                            if shortest <= b - a <= longest), default=-math.inf)
+            assert values[t] == pytest.approx(expected)
+
+
+def test_a_planted_moment_is_found():
+    """Frames 30 to 44 of 200 point to the sentence; the others are noise."""
+    text = unit(1, 32)
+    frames = unit(200, 32, seed=1)
+    frames[30:45] = F.normalize(frames[30:45] + text, dim=1)
+    start, end, _ = retrieve.search_intervals(text @ frames.T, 1, 100)[0, 0].tolist()
+    assert abs(start - 30) <= 1 and abs(end - 45) <= 1
+
+
+# ------------------------------------------------------------------------------------ the evaluation
+
+def test_the_evaluation_uses_the_same_scores(world):
+    run = zero_shot.run_of("shapes", "shapes", str(world), torch.device("cpu"))
+    frames, text, video_of = unit(2, 32, 64), unit(3, 64, seed=1), torch.tensor([1, 0, 1])
+    scores = run.retriever.scores(frames, text, video_of)
+    for s, video in enumerate(video_of):
+        expected = retrieve.zero_shot_scores(frames[video], text[s:s + 1], 16)[0]
+        inside = run.retriever.candidates
+        assert torch.allclose(scores[s][inside], expected[inside]) and not scores[s][~inside].any()
+    lengths = [int(j - i + 1) for i, j in run.retriever.candidates.nonzero()]
+    assert max(lengths) == 8 and len(lengths) == sum(16 - i for i in range(8))
+
+
+def test_evaluate_zero_shot(world, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--zero-shot", "--dataset", "shapes", "--clip",
+                                      "shapes", "--root", str(world), "--device", "cpu", "--json"])
+    evaluate.main()
+    content = json.loads(capsys.readouterr().out)
+    assert content["method"] == "zero-shot" and content["splits"]["test"]["queries"] == 24
+    for arguments in (["--zero-shot"], ["x.pt", "--zero-shot", "--dataset", "shapes"]):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+        with pytest.raises(SystemExit) as error:
+            evaluate.main()
+        assert error.value.code == 2 and "name a checkpoint" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------- a video file
+
+@pytest.fixture(scope="module")
+def retriever(world, tmp_path_factory):                                 # noqa: F811
+    """CLIP alone, with the world's small CLIP."""
+    return retrieve.ZeroShot("shapes", "cpu", cache=tmp_path_factory.mktemp("cache"),
+                             root=str(world))
+
+
+def test_any_length_and_both_limits(retriever, videos):                 # noqa: F811
+    encoded = retriever.encode(videos / "test-0000.mp4")
+    assert len(encoded.frames) == round(encoded.duration_sec * 2)
+    moments = retriever.predict(encoded, "the red circle rises")
+    assert len(moments) == 5 and moments == sorted(moments, key=lambda m: -m.score)
+    for m in moments:
+        assert 0 <= m.start_sec < m.end_sec <= encoded.duration_sec + 1e-6
+        assert 0.9 < m.end_sec - m.start_sec <= encoded.duration_sec / 2 + 1e-6
+    curve = retriever.curve(encoded, ["the red circle rises"])[0]
+    assert float(curve.max()) == pytest.approx(moments[0].score)
+
+
+def test_nothing_found(retriever, videos, monkeypatch):                 # noqa: F811
+    """z is the best score in units of those of the generic sentences; a generic sentence that is
+    the best of them all is found, and the worst is not."""
+    encoded = retriever.encode(videos / "test-0001.mp4")
+    generic = retriever.generic_best(encoded)
+    assert len(generic) == len(retriever.generic) == 40
+    best, worst = int(generic.argmax()), int(generic.argmin())
+    sentences = [retriever.generic[best], retriever.generic[worst]]
+    answers = retrieve.answers_of(retriever, encoded, sentences)
+    for answer, k in zip(answers, (best, worst)):
+        z = (generic[k] - generic.mean()) / generic.std()
+        assert answer.z == pytest.approx(float(z), abs=1e-4) and answer.found == (z >= 1.0)
+    assert [answer.found for answer in answers] == [True, False]
+    text = show.as_text(encoded, retriever, answers)
+    assert text.count("nothing here fits; the least bad:") == 1
+    content = show.as_json(encoded, retriever, answers)
+    assert [result["found"] for result in content["results"]] == [True, False]
+
+
+def test_both_lists_of_generic_sentences():
+    for name in ("ViT-B/32", "shapes-1"):
+        sentences = retrieve.generic_sentences(name)
+        assert len(set(sentences)) == len(sentences) == 40 and all(sentences)
+
+
+def test_command_line_without_a_checkpoint(world, videos, tmp_path):    # noqa: F811
+    small = world / "shapes" / "clip.pt"
+    film, options = videos / "test-0000.mp4", ("--clip", small, "--cache", "")
+    long = "the red circle " * 40
+    text = command(film, "the red circle rises", long, *options, "--top", 2, "--plot",
+                   tmp_path / "out.png", "--html", tmp_path / "out.html")
+    assert "neither direction nor order" in text and "on a grid of 0.50 s" in text
+    assert long.strip() not in text                     # a long sentence is not printed back whole
+    assert (tmp_path / "out.png").stat().st_size > 10_000
+    answer = json.loads(command(film, "the red circle rises", *options, "--json"))
+    assert answer["scorer"] == "clip" and len(answer["results"][0]["moments"]) == 5
+    for more, sentence in ((("--rate", 0), "--rate must be positive"),
+                           (("--shortest", 9, "--longest", 3), "--shortest at most"),
+                           (("--prompt", "a video"), "must contain {} once")):
+        assert sentence in command(film, "a", *options, *more, status=2)
+    assert "name a video and what to look for" in command(film, *options, status=2)
+    # before a download would start
+    assert "there is no video" in command(tmp_path / "no.mp4", "a", "--clip", "RN50", status=2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_any_script_in_a_plot(retriever, videos, tmp_path):             # noqa: F811
+    """No warning about a missing glyph; what no font has is a white square."""
+    encoded = retriever.encode(videos / "test-0002.mp4")
+    answers = [retrieve.Answer(sentence, [retrieve.Moment(1.0, 3.0, 0.1)], 0.2, False)
+               for sentence in ("ドアを開ける", "a \N{CAT FACE} sleeps", "\N{TIFINAGH LETTER YA}")]
+    show.plot(tmp_path / "p.png", retriever, encoded, answers, 1.0)
+    assert show.drawable("abc") == "abc"
+    assert "\N{WHITE SQUARE}" in show.drawable("\U0010fffd")
+
+
+def test_what_a_browser_cannot_play_is_said(videos, tmp_path):          # noqa: F811
+    assert show.unplayable(videos / "test-0000.mp4") == ""
+    other = shutil.copy(videos / "test-0000.mp4", tmp_path / "a.mkv")
+    assert "many browsers cannot play" in show.unplayable(other)
+
+
+# --------------------------------------------------------------------------------- index and server
+
+@pytest.fixture(scope="module")
+def index(retriever, videos, tmp_path_factory):                         # noqa: F811
+    """Four videos of different lengths, and a file of another kind."""
+    folder = tmp_path_factory.mktemp("folder")
+    for i in range(4):
+        shutil.copy(videos / f"test-000{i}.mp4", folder / f"{i} <b>.mp4")
+    (folder / "notes.txt").write_text("no video")
+    index = Index(tmp_path_factory.mktemp("index") / "i", made_with(retriever, None))
+    assert not index.update(retriever, folder)
+    return index
+
+
+@pytest.mark.parametrize("top, per_video", [(1, 1), (5, 2), (12, 3), (50, 4)])
+def test_search_without_a_checkpoint_is_exact(index, retriever, top, per_video):
+    """Against every video by itself, with its frames rounded as in the index."""
+    for sentence in ("the red circle rises", "the pink heart drops"):
+        found = search_command.search(index, retriever, [sentence], top, per_video)[0]
+        expected, text = [], retriever.text([sentence])
+        for name, about in index.content["videos"].items():
+            first = about["first"]
+            frames = index.map_files()[0][first:first + about["rows"]].float()
+            encoded = retrieve.Encoded(name, about["duration_sec"],
+                                       about["duration_sec"] / len(frames), frames, [0])
+            for start, end, score in retriever.search(encoded, text @ frames.T,
+                                                      per_video)[0].tolist():
+                expected.append(((score - about["generic"]) / about["deviation"], name, start, end))
+        expected = sorted(expected, reverse=True)[:top]
+        assert [hit.video for hit in found] == [name for _, name, *_ in expected]
+        assert [hit.z for hit in found] == pytest.approx([z for z, *_ in expected], abs=1e-5)
+        assert [hit.moment[:2] for hit in found] == [pytest.approx(e[2:], abs=1e-5)
+                                                     for e in expected]
+
+
+def test_an_index_of_other_settings_is_refused(index, retriever):
+    made = made_with(retriever, None)
+    with pytest.raises(Mistake, match="another checkpoint or setting"):
+        Index(index.folder, made | {"rate": 4.0})
+    with pytest.raises(Mistake, match="another checkpoint or setting"):
+        Index(index.folder, made | {"sha256": "0"})
+
+
+def test_the_page_of_a_folder(index, retriever, tmp_path):
+    hits = search_command.search(index, retriever, ["<script>"], 3)
+    text = search_command.as_page(index, ["<script>"], hits, tmp_path / "page.html")
+    assert "&lt;script&gt;" in text and "<b>" not in text and "&lt;b&gt;.mp4" in text
+    assert text.count("data:image/jpeg") == 3
+
+
+@pytest.fixture
+def client(index, retriever):
+    testclient = pytest.importorskip("starlette.testclient")
+    return testclient.TestClient(serve.application(index, retriever, ["127.0.0.1", "localhost"]),
+                                 base_url="http://127.0.0.1")
+
+
+def test_the_server_serves_the_page_and_the_indexed_videos_only(client, index):
+    text = client.get("/").text
+    assert "4 videos" in text and "type=\"search\"" in text and "data-source=" not in text
+    text = client.get("/", params={"q": "the <i>red</i> circle"}).text
+    assert "&lt;i&gt;red&lt;/i&gt;" in text and "<i>" not in text
+    assert text.count("data-source=\"/video/") == 10
+    assert client.get("/", params={"q": "x" * 10_000}).text.count("x" * 301) == 0
+    whole = client.get("/video/1")
+    names = list(index.content["videos"])
+    path = f"{index.content['folder']}/{names[1]}"
+    assert whole.content == open(path, "rb").read()
+    part = client.get("/video/1", headers={"Range": "bytes=100-199"})
+    assert part.status_code == 206 and part.content == whole.content[100:200]
+    assert client.get("/frame/0/1500").content[:3] == b"\xff\xd8\xff"
+    for address in ("/video/4", "/video/-1", "/video/..%2f..%2fetc%2fpasswd", "/notes.txt",
+                    "/videos.json", "/frame/9/0"):
+        assert client.get(address).status_code == 404, address
+
+
+def test_another_host_header_is_refused(client):
+    """A page of another site cannot read the answers by pointing its name to this machine."""
+    assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
+    assert client.get("/", headers={"Host": "localhost:8000"}).status_code == 200
+
+
+@pytest.mark.skipif(not shutil.which("chromedriver"),
+                    reason="Chromium and chromedriver are not installed (Debian: chromium-driver)")
+def test_search_and_play_in_a_browser(index, world, tmp_path):
+    """Typed with real keys; a click plays the moment; Enter on the next button plays that one."""
+    content = json.loads((index.folder / "videos.json").read_text())
+    folder = tmp_path / "index"
+    shutil.copytree(index.folder, folder)
+    (folder / "videos.json").write_text(json.dumps(
+        content | {"checkpoint": str(world / "shapes" / "clip.pt")}))
+    server = subprocess.Popen([sys.executable, "-m", "extras.serve", folder, "--port", "8765",
+                               "--device", "cpu"], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    browser = Browser(tmp_path / "profile")
+    try:
+        assert "open http://127.0.0.1:8765" in server.stdout.readline()
+        for _ in range(100):
+            browser.call("POST", f"{browser.session}/url", {"url": "http://127.0.0.1:8765"})
+            if browser.run("return document.querySelectorAll('input').length"):
+                break
+            time.sleep(0.1)
+        find = lambda css: [next(iter(e.values())) for e in browser.call(       # noqa: E731
+            "POST", f"{browser.session}/elements", {"using": "css selector", "value": css})]
+        browser.call("POST", f"{browser.session}/element/{find('input')[0]}/value",
+                     {"text": "the red circle rises\ue007"})
+        for _ in range(100):
+            if buttons := find("section button"):
+                break
+            time.sleep(0.1)
+        start = float(browser.run("return document.querySelector('section button').dataset.start"))
+        browser.call("POST", f"{browser.session}/element/{buttons[0]}/click", {})
+        state = "const v = document.querySelector('video'); return [v.currentTime, v.paused, v.src]"
+        for _ in range(100):
+            now, paused, source = browser.run(state)
+            if not paused and now >= start:
+                break
+            time.sleep(0.1)
+        assert not paused and start <= now < start + 10 and "/video/" in source
+        browser.call("POST", f"{browser.session}/element/{buttons[1]}/value", {"text": "\ue007"})
+        time.sleep(0.3)
+        assert browser.run("return [...document.querySelectorAll('section button')].map("
+                           "b => b.getAttribute('aria-pressed'))")[:2] == ["false", "true"]
+        assert browser.run("return [...document.querySelectorAll('img')].every("
+                           "i => !i.complete || i.naturalWidth > 0)")
+    finally:
+        browser.close()
+        server.terminate()
+        server.wait()
