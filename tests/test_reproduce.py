@@ -124,13 +124,19 @@ def test_the_papers_figures_stand_beside_the_same_dataset(what, dataset, figures
     given, splits = real(dataset), ("test", "trivial", "novel-word", "novel-composition")
     metrics = {"queries": 4, "mIoU": 1.0} | {f"R@{k},IoU={mu}": 25.0 for k in (1, 5)
                                              for mu in (0.5, 0.7)}
+    lowest = {"R@1,IoU=0.5": 5.0, "R@1,IoU=0.7": 1.0, "mIoU": 9.0}
+    metrics |= {"random moment": lowest, "best prior": lowest}
     run = {"results": dict.fromkeys(splits, metrics), "minutes": 1.0,
            "config": {"dataset": dataset},
            "hits": {"full": dict.fromkeys(splits, "1000")},
            "coverage": dict.fromkeys(splits, [3, 4, 1, 2])}
     monkeypatch.setattr(reproduce, "collect", lambda what, given: [
         [run] if config else [] for config in reproduce.configs_of(what, 0, given)])
+    monkeypatch.setattr(reproduce, "zero_shot",
+                        lambda *_: [{"full": dict.fromkeys(splits, metrics)}])
     text = reproduce.show(what, given)
+    assert re.search(r"^\| a random moment \| 5.0 \| 1.0 \|", text, flags=re.M)
+    assert re.search(r"^\| CLIP alone, no training \| 25.0 \|", text, flags=re.M)
     other = {"charades": "ActivityNet", "activitynet": "Charades"}[dataset]
     assert figures in text and other not in text
     assert "MMN, text rate 1 |" in text and "tuned on validation" not in text
