@@ -39,10 +39,11 @@ FILES = {"checkpoint": {"iou.f16": torch.half, "spans.f32": torch.float32,
 
 
 class Hit(NamedTuple):
-    """An answer from an index; z as in retrieve.Answer."""
+    """An answer from an index; z as in retrieve.Answer; order: what the answers are ordered by."""
     video: str
     moment: Moment
     z: float
+    order: float
 
 
 class Index:
@@ -171,7 +172,8 @@ class Index:
         return (score - about.get("generic", math.nan)) / about.get("deviation", math.nan)
 
     def hit(self, name: str, moment: Moment) -> Hit:
-        return Hit(name, moment, self.z(self.content["videos"][name], moment.score))
+        z = self.z(self.content["videos"][name], moment.score)
+        return Hit(name, moment, z, z if self.kind == "clip" else moment.score)
 
     def search_frames(self, text: Tensor, top_k: int = 10, per_video: int = 3,
                       among: set[str] | None = None) -> list[Hit]:

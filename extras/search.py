@@ -82,7 +82,7 @@ def as_page(index: Index, sentences: list[str], results: list[list[Hit]], out: s
             middle = (hit.moment.start_sec + hit.moment.end_sec) / 2
             picture = base64.b64encode(show.jpeg(path, middle)).decode()
             rows.append((show.address_of(path, out), hit.video,
-                         f"data:image/jpeg;base64,{picture}", hit.moment))
+                         f"data:image/jpeg;base64,{picture}", hit.moment, hit.order))
         sections.append(show.section(i, sentence, is_found(hits), rows))
     return show.fill_page("Moments", f"{summary(index)}. {show.PLAYING}", sections)
 
@@ -131,7 +131,7 @@ def run(given) -> None:
         if not is_found(hits):
             print("nothing here fits; the least bad:")
         print("       start       end   score  video")
-        for k, (name, m, _) in enumerate(hits, 1):
+        for k, (name, m, *_) in enumerate(hits, 1):
             print(f"{k:3d} {show.clock(m.start_sec):>8s}  {show.clock(m.end_sec):>8s}   "
                   f"{m.score:.3f}  {printable(name)}")
     order = ("; ordered by how far a moment is above unrelated sentences in its video"

@@ -39,7 +39,8 @@ def application(index: Index, retriever, hosts: list[str]):
         for hit in hits:
             number, m = numbers[hit.video], hit.moment
             middle_ms = round(500 * (m.start_sec + m.end_sec))
-            rows.append((f"/video/{number}", hit.video, f"/frame/{number}/{middle_ms}", m))
+            rows.append((f"/video/{number}", hit.video, f"/frame/{number}/{middle_ms}", m,
+                         hit.order))
         return show.section(0, query, is_found(hits), rows)
 
     def page(request):

@@ -177,15 +177,15 @@ def jpeg(path: str | os.PathLike, time_sec: float, side: int = 160) -> bytes:
 
 def section(number: int, sentence: str, found: bool, rows: list[tuple]) -> str:
     """The answers to a sentence. rows: (address of the video, its name, address of a thumbnail,
-    Moment), best first; empty addresses and names are left out."""
-    best = max((moment.score for *_, moment in rows), default=0) or 1e-9
+    Moment, what orders them), best first; empty addresses and names are left out."""
+    best = max((value for *_, value in rows), default=0)
     lines = [f"<section aria-labelledby=\"s{number}\"><h2 id=\"s{number}\">"
              f"{html.escape(short(sentence, 300))}</h2>"]
     if not found:
         lines.append("<p class=\"none\">Nothing here fits; the least bad:</p>")
-    for address, name, thumbnail, m in rows:
+    for address, name, thumbnail, m, value in rows:
         picture = f"<img alt=\"\" loading=\"lazy\" src=\"{html.escape(thumbnail)}\">"
-        share = max(0.0, min(1.0, m.score / best))
+        share = max(0.0, value / best) if best > 0 else 0.0
         lines.append(
             f"<button type=\"button\" aria-pressed=\"false\" data-source=\"{html.escape(address)}\""
             f" data-start=\"{m.start_sec:.3f}\" data-end=\"{m.end_sec:.3f}\">"
@@ -200,7 +200,7 @@ def fill_page(title: str, note: str, sections: list[str], source: str = "", form
     """assets/page.html with its parts; `title` and `note` are escaped here."""
     return string.Template(PAGE.read_text(encoding="utf-8")).substitute(
         title=html.escape(title), note=html.escape(note), sections="\n".join(sections),
-        source=html.escape(source), form=form)
+        source=f"src=\"{html.escape(source)}\"" if source else "hidden", form=form)
 
 
 def address_of(path: pathlib.Path, out: str | os.PathLike) -> str:
@@ -215,7 +215,7 @@ def as_page(out: str, encoded, grid_sec: float, answers: list) -> str:
     """One html page with the video, the sentences, and a button for each moment."""
     path = pathlib.Path(encoded.path)
     note = f"{PLAYING} Moments begin and end on steps of {grid_sec:.2f} s. {unplayable(path)}"
-    sections = [section(i, a.sentence, a.found, [("", "", "", m) for m in a.moments])
+    sections = [section(i, a.sentence, a.found, [("", "", "", m, m.score) for m in a.moments])
                 for i, a in enumerate(answers)]
     return fill_page(f"Moments of {printable(path.name)}", note, sections, address_of(path, out))
 

@@ -3,13 +3,15 @@
     python evaluate.py --zero-shot --dataset shapes --clip shapes           # a row of the evaluation
     python -m extras.zero_shot choose                   # which score: phi, or the scan statistic?
     python -m extras.zero_shot found                    # "nothing found": the trade-off as a curve
+    python -m extras.zero_shot names DIR                # real CLIP vectors of a video and of names
 
 Shapes: B videos, S sentences, T frames, N clips, D width of CLIP's joint space, G generic sentences.
 """
 import support  # first, for a Ctrl-C while torch is imported
-import functools
 import json
+import pathlib
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +22,7 @@ import evaluate
 import mmn
 import retrieve
 import shapes
-from support import files, options, parallel
+from support import options, parallel
 from support.errors import Mistake, reported
 from support.text import markdown
 
@@ -139,18 +141,47 @@ def found(root: str, device: torch.device, checkpoints: list[str]) -> str:
                      *(f"z >= {t}" for t in thresholds)], rows)
 
 
+def names(folder: str, shown: list[str]) -> str:
+    """Where CLIP alone finds things in a video, from vectors made elsewhere: VIDEO.frames.npy
+    [F, D], lvis_names.json and lvis_text.npy [1203, D]. z is over all names."""
+    place = pathlib.Path(folder)
+    path = next(place.glob("*.frames.npy"))
+    frames, text = (F.normalize(torch.from_numpy(np.load(each)).float(), dim=1)
+                    for each in (path, place / "lvis_text.npy"))
+    known = json.loads((place / "lvis_names.json").read_text())
+    similarity = text @ frames.T                                        # [1203, F]
+    best = retrieve.search_intervals(similarity, 1, len(frames) // 2)[:, 0]     # [1203, 3]
+    z = (best[:, 2] - best[:, 2].mean()) / best[:, 2].std()
+    rows = []
+    for k in map(known.index, shown):
+        start, end = (round(float(v) / len(frames), 2) for v in best[k, :2])
+        rows.append([known[k], f"{similarity[k].max():.3f}", f"{start:.2f} to {end:.2f}",
+                     f"{z[k]:+.1f}", "yes" if z[k] >= retrieve.FOUND else "no"])
+    return markdown(["name", "highest cosine", "moment, share of the video", "z", "found"], rows)
+
+
+NAMES = ["doorknob", "poster", "cup", "bottle", "sweatshirt", "chair", "elephant", "airplane",
+         "bicycle", "walking_cane"]
+
+
 def main() -> None:
     arguments = options.parser("CLIP alone, without training", prog="python -m extras.zero_shot")
     add = arguments.add_argument
-    add("what", choices=("choose", "found"), help="the score, or the threshold")
-    add("checkpoints", nargs="*", help="found: ckpt.pt of runs on shapes worlds, too")
+    add("what", choices=("choose", "found", "names"), help="the score, the threshold, an example")
+    add("inputs", nargs="*", help="found: ckpt.pt of runs on shapes worlds, too; names: a folder")
     add("--root", default="data", help="folder of datasets")
     add("--device", **options.DEVICE)
     given = arguments.parse_intermixed_args()
     with reported():
         device = parallel.pick_device(given.device)
-        print(choose(given.root, device) if given.what == "choose" else
-              found(given.root, device, given.checkpoints))
+        if given.what == "choose":
+            print(choose(given.root, device))
+        elif given.what == "found":
+            print(found(given.root, device, given.inputs))
+        elif len(given.inputs) != 1:
+            raise Mistake("names needs the folder of the vectors")
+        else:
+            print(names(given.inputs[0], NAMES))
 
 
 if __name__ == "__main__":
