@@ -2,10 +2,14 @@
 
     walk        the equations on a small example, what a video or an image looks like to CLIP
     prepare     annotations and features of a dataset (the command of data.py)
-    index       an index over a folder of videos; search: by sentences
+    index       an index over a folder of videos; search: by sentences; serve: in a browser
+    show        what retrieve.py found: text, json, plot, page, clips
+    zero_shot   CLIP alone, without training: a row of the evaluation, and its choices
     tan         2D-TAN, a second retriever
     distilbert  DistilBERT, a text tower that is not a CLIP's
     probe       what CLIP's features and Eq. 3-5 contain
     reproduce   every table and figure (figures), ours beside the paper's; tables.json: their rows
+    readings    other literal readings of Eq. 1-5; rehearsal: every table without the videos
+    real        real features of Charades videos
     bench       speed, in ratios
 """
