@@ -105,6 +105,19 @@ def test_average_precision_by_hand():
         assert evaluate.average_precision(torch.tensor(answers), truth, 0.5) == pytest.approx(value)
 
 
+def test_the_published_metrics_of_moment_detr(published):
+    """Its sample predictions on QVHighlights' validation split, against its own evaluator."""
+    folder = published / "predictions"
+    scores = evaluate.score_predictions(
+        evaluate.read_rows(folder / "moment_detr_val_preds.jsonl", "pred_relevant_windows"),
+        evaluate.read_rows(folder / "qvhighlights_val.jsonl", "relevant_windows"))
+    theirs = json.loads((folder / "moment_detr_val_metrics.json").read_text())["brief"]
+    for ours, name in (("R@1,IoU=0.5", "MR-full-R1@0.5"), ("R@1,IoU=0.7", "MR-full-R1@0.7"),
+                       ("mAP", "MR-full-mAP"), ("mAP@0.5", "MR-full-mAP@0.5"),
+                       ("mAP@0.75", "MR-full-mAP@0.75")):
+        assert scores[ours] == pytest.approx(theirs[name], abs=0.005)
+
+
 def test_predictions_of_other_sentences_are_refused():
     one = [{"qid": 1, "pred_relevant_windows": [[0, 1, 0.5]]}]
     with pytest.raises(ValueError, match="1 of its 1 .* have no prediction, and 1 predictions"):
