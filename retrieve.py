@@ -185,11 +185,13 @@ class ZeroShot:
     shortest_sec            of a moment
     longest_sec             of a moment, and never more than half the video
     prompt                  a template such as "a video of {}"
+    gelu                    the weights were trained with GELU (LAION's), not OpenAI's QuickGELU,
+                            which cannot be read off them
     """
 
     def __init__(self, clip_name: str = "ViT-B/32", device: str = "auto", rate: float = 2.0,
                  shortest_sec: float = 1.0, longest_sec: float = 300.0, prompt: str = "{}",
-                 cache: str | os.PathLike | None = CACHE, root: str = "data"):
+                 cache: str | os.PathLike | None = CACHE, root: str = "data", gelu: bool = False):
         if not (rate > 0 and 0 < shortest_sec <= longest_sec):
             raise Mistake("--rate must be positive, and --shortest at most --longest")
         if prompt.count("{}") != 1:
@@ -201,7 +203,8 @@ class ZeroShot:
         if path in clip.PUBLISHED and not (weights / clip.PUBLISHED[path][1]).exists():
             note(f"CLIP {path} is downloaded to {weights}, once (ViT-B/32: 338 MB)")
         self.device = parallel.pick_device(device)
-        self.model, self.digest = clip.load(path, self.device), clip.sha256(path)
+        self.model = clip.load(path, self.device, torch.nn.GELU if gelu else clip.QuickGELU)
+        self.digest = clip.sha256(path) + ("-gelu" if gelu else "")
         self.generic = generic_sentences(clip_name)
 
     def encode(self, path: str | os.PathLike) -> Encoded:
@@ -527,6 +530,7 @@ def add_options(arguments) -> None:
     add("--longest", type=float, default=300.0,
         help="length of a moment, seconds; at most half the video")
     add("--prompt", default="{}", help="template, such as \"a video of {}\"")
+    add("--gelu", action="store_true", help="weights trained with GELU, as LAION's are")
 
 
 def main() -> None:
@@ -566,7 +570,7 @@ def run(given) -> None:
         retriever = Retriever(given.checkpoint, given.device, given.clip, given.cache or None)
     else:
         retriever = ZeroShot(given.clip or "ViT-B/32", given.device, given.rate, given.shortest,
-                             given.longest, given.prompt, given.cache or None)
+                             given.longest, given.prompt, given.cache or None, gelu=given.gelu)
     encoded = retriever.encode(path)
     answers = answers_of(retriever, encoded, sentences, given.top)
     if given.json:

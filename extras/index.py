@@ -330,7 +330,7 @@ def retriever_of(given) -> Retriever | ZeroShot:
     """The retriever that the options name. Mistake if its moments depend on the sentence."""
     if not given.checkpoint:
         return ZeroShot(given.clip or "ViT-B/32", given.device, given.rate, given.shortest,
-                        given.longest, given.prompt, cache=None)
+                        given.longest, given.prompt, cache=None, gelu=given.gelu)
     retriever = Retriever(given.checkpoint, given.device, given.clip, cache=None)
     if retriever.run.config["retriever"] != "mmn":
         raise Mistake(f"an index needs MMN, whose moments do not depend on the sentence, but "

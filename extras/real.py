@@ -192,7 +192,7 @@ TRAINED = {                                     # fields of train.Config
     "**`vdi-staged`**": dict(method="vdi-staged"),
 }
 # learning rate, text rate and epochs: chosen for MMN on the validation videos of the first fold
-COMMON: dict = dict(clip="real-0", lr=1e-3, text_lr=0.3, epochs=8)
+COMMON: dict = dict(clip="real-0", lr=3e-4, text_lr=1.0, epochs=10)
 
 
 def truth_of(rows: list[data.Sample]) -> Tensor:

@@ -41,7 +41,7 @@ def retriever_of(index: Index, device: str) -> Retriever | ZeroShot:
     made = index.content
     if index.kind == "clip":
         retriever = ZeroShot(made["checkpoint"], device, made["rate"], *made["limits_sec"],
-                             made["prompt"], None)
+                             made["prompt"], None, gelu=made["sha256"].endswith("-gelu"))
         if retriever.digest == made["sha256"]:
             return retriever
     else:

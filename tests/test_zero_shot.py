@@ -182,6 +182,14 @@ def test_nothing_found(retriever, videos, monkeypatch):                 # noqa: 
     assert [result["found"] for result in content["results"]] == [True, False]
 
 
+def test_the_activation_is_part_of_what_made_the_features(world, videos, tmp_path):     # noqa: F811
+    plain, other = (retrieve.ZeroShot("shapes", "cpu", cache=tmp_path, root=str(world), gelu=gelu)
+                    for gelu in (False, True))
+    path = videos / "test-0000.mp4"
+    assert not torch.allclose(plain.encode(path).frames, other.encode(path).frames)
+    assert len(list(tmp_path.iterdir())) == 2 and plain.digest != other.digest
+
+
 def test_both_lists_of_generic_sentences():
     for name in ("ViT-B/32", "shapes-1"):
         sentences = retrieve.generic_sentences(name)
