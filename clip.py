@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support import files, hugging_face
-from support.errors import Mistake
+from support.errors import Mistake, naming
 
 # ----------------------------------------------------------------------------------- text -> tokens
 
@@ -395,7 +395,8 @@ def load_text(name: str, state: dict[str, Tensor] | None = None) -> nn.Module:
         if path.name.startswith(start) or (path / "config.json").is_file():
             module, _, class_name = place.rpartition(".")
             return getattr(importlib.import_module(module), class_name).load(name, state)
-    return build_text(read_state(name) if state is None else state)
+    with naming(name):
+        return build_text(read_state(name) if state is None else state)
 
 
 def build(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> CLIP:
@@ -471,8 +472,8 @@ def fill(make, state: dict[str, Tensor], what: str = "a CLIP") -> nn.Module:
 
 
 ADDRESS = "https://openaipublic.azureedge.net/clip/models"
-# lines "name, SHA-256 of the file (which is also in its address), file name"
-PUBLISHED = {name: (digest, file) for name, digest, file in map(
+# lines "name, SHA-256 of the file (which is also in its address), file name, D, resolution"
+PUBLISHED = {name: (digest, file, int(D), int(R)) for name, digest, file, D, R in map(
     str.split, (files.ASSETS / "clip.txt").read_text().splitlines())}
 
 
@@ -483,7 +484,7 @@ def sha256(path: str | os.PathLike) -> str:
 
 def download(name: str, folder: str | os.PathLike | None = None) -> pathlib.Path:
     """The verified file of a published model; downloaded to `folder` (~/.cache/clip) if need be."""
-    digest, file_name = PUBLISHED[name]
+    digest, file_name, *_ = PUBLISHED[name]
     folder = pathlib.Path(folder or "~/.cache/clip").expanduser()
     return files.fetch(f"{ADDRESS}/{digest}/{file_name}", digest, folder / file_name)
 
@@ -497,7 +498,7 @@ def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
         raise Mistake(f"{path} is neither a weight file nor the name of a published "
                       f"CLIP: {', '.join(PUBLISHED)}")
     if zipfile.is_zipfile(path) and any("/code/" in n for n in zipfile.ZipFile(path).namelist()):
-        if sha256(path) not in {digest for digest, _ in PUBLISHED.values()}:
+        if sha256(path) not in {digest for digest, *_ in PUBLISHED.values()}:
             raise Mistake(f"{path} is a TorchScript archive, which contains code, and its SHA-256 "
                           f"is not that of a published CLIP; save its state dict with torch.save "
                           f"and load that")
@@ -517,4 +518,5 @@ def load(name_or_path: str | os.PathLike, device: str | torch.device = "cpu",
          activation: type[nn.Module] = QuickGELU) -> CLIP:
     """A CLIP in float32 and evaluation mode, by a published name (downloaded once) or from a file:
     OpenAI's archive, a plain or open_clip state dict, Hugging Face's pytorch_model.bin."""
-    return build(read_state(name_or_path), activation).to(device)
+    with naming(name_or_path):
+        return build(read_state(name_or_path), activation).to(device)

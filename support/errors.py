@@ -63,6 +63,17 @@ def reported():
             signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def naming(path: str | os.PathLike):
+    """Around the reading of a file: a Mistake that does not name the file begins with its name."""
+    try:
+        yield
+    except Mistake as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error
+
+
 def reason(error: BaseException) -> str:
     """The type of an exception and the first line of its message."""
     return f"{type(error).__name__} {(str(error).strip().splitlines() or [''])[0]}".strip()

@@ -197,6 +197,23 @@ def test_sizes_of_the_published_models_are_read_off():
             {k: v.shape for k, v in original.state_dict().items()}
 
 
+def test_what_is_known_of_the_published_models_without_their_weights():
+    """Width of the joint space and resolution: clip/model.py's build_model on OpenAI's archives."""
+    assert {name: tuple(sizes) for name, (_, _, *sizes) in clip.PUBLISHED.items()} == {
+        "RN50": (1024, 224), "RN101": (512, 224), "RN50x4": (640, 288), "RN50x16": (768, 384),
+        "RN50x64": (1024, 448), "ViT-B/32": (512, 224), "ViT-B/16": (512, 224),
+        "ViT-L/14": (768, 224), "ViT-L/14@336px": (768, 336)}
+
+
+def test_a_file_that_does_not_fit_is_named(tmp_path, state):
+    torch.save({key: value for key, value in state.items() if key != "ln_final.bias"},
+               tmp_path / "x.pt")
+    for load in (clip.load, lambda path: clip.load_text(str(path))):
+        with pytest.raises(Mistake, match="x.pt: these are not the weights of a CLIP: the key "
+                                          "'ln_final.bias' is missing"):
+            load(tmp_path / "x.pt")
+
+
 def test_text_tower_alone_is_the_same(model, state):
     text = clip.build_text({k: v for k, v in state.items() if not k.startswith("visual.")})
     with torch.no_grad():
