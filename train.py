@@ -127,12 +127,12 @@ PRESETS = {
 
 
 def preset(dataset: str, retriever: str = "mmn") -> dict:
-    """The fields that differ from the defaults; for your own datasets as for the shapes world."""
+    """The fields that differ from the defaults; for your own datasets those of the shapes world."""
     family, own = dataset.removesuffix("-cg"), {}
     if dataset.startswith("shapes"):
         family, own = "shapes", {"clip": dataset}
     elif family not in PRESETS:
-        family, own = "shapes", {"clip": "shapes", "limit_videos": 0}
+        family, own = "shapes", {"limit_videos": 0}
     return {**PRESETS[family], **own, **PRESETS.get(f"{family} {retriever}", {})}
 
 
