@@ -30,7 +30,7 @@ import clip
 import mmn
 import parse
 from support import files, loading
-from support.errors import Mistake
+from support.errors import Mistake, reason
 from support.generated import Event, read_dict, read_events       # noqa: F401
 
 
@@ -77,8 +77,7 @@ def annotation_file(dataset: str, split: str, root: str | os.PathLike) -> pathli
     if dataset not in FILES:
         return folder / f"{split}.jsonl"
     if split not in FILES[dataset]:
-        raise Mistake(f"{dataset} has no split {split!r}; it has "
-                      f"{', '.join(splits(dataset, root))}")
+        raise Mistake(f"{dataset} has no split {split!r}; it has {', '.join(FILES[dataset])}")
     names = FILES[dataset][split]
     return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
 
@@ -134,21 +133,9 @@ def training_samples(dataset: str, select_on: str, limit: int,
 def read_file(path: str | os.PathLike) -> list[Sample]:
     """An annotation file in its published form: text, json or jsonl. Unknown durations are nan."""
     path = pathlib.Path(path)
-    if not path.exists():
+    if not path.is_file():
         raise Mistake(f"there is no annotation file {path}")
     return {".txt": read_charades, ".jsonl": read_jsonl}.get(path.suffix, read_json)(path)
-
-
-def read_text(path: pathlib.Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise Mistake(f"{path} is not UTF-8 text") from error
-
-
-def numbered_lines(path: pathlib.Path) -> list[tuple[int, str]]:
-    """(number from 1, line) of all lines that are not empty."""
-    return [(i, line) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
 
 
 def read_charades(path: pathlib.Path) -> list[Sample]:
@@ -156,8 +143,7 @@ def read_charades(path: pathlib.Path) -> list[Sample]:
     durations_sec = {}
     for table in (path.parent / name for name in CSV):
         if not table.exists():
-            raise Mistake(f"{table} is missing: it holds the durations of Charades-STA's videos "
-                          f"and is part of the annotations of the Charades dataset")
+            raise Mistake(f"{table} of the Charades dataset is missing; it has the durations")
         with open(table, newline="", encoding="utf-8") as file:
             try:
                 durations_sec |= {row["id"]: float(row["length"]) for row in csv.DictReader(file)}
@@ -169,7 +155,7 @@ def read_charades(path: pathlib.Path) -> list[Sample]:
         name, start, end = place.split()
         return [to_sample(name, sentence, (start, end), durations_sec[name])]
 
-    return read_lines(path, numbered_lines(path), sample)
+    return read_lines(path, files.numbered_lines(path), sample)
 
 
 def read_jsonl(path: pathlib.Path) -> list[Sample]:
@@ -185,12 +171,12 @@ def read_jsonl(path: pathlib.Path) -> list[Sample]:
                 raise ValueError(f"[{sample.start_sec}, {sample.end_sec}] ends before it begins")
         return result
 
-    return read_lines(path, numbered_lines(path), samples)
+    return read_lines(path, files.numbered_lines(path), samples)
 
 
 def read_json(path: pathlib.Path) -> list[Sample]:
     """2D-TAN's, MMN's and ActivityNet's form, {video: {"duration", "timestamps", "sentences"}}."""
-    text = read_text(path)
+    text = files.read_text(path)
     try:
         videos = json.loads(text).items()
     except (ValueError, AttributeError, RecursionError) as error:
@@ -287,11 +273,13 @@ def open_store(dataset: str, clip_name: str, root: str | os.PathLike,
     folder = store_folder(dataset, clip_name, root)
     if not list(folder.glob("manifest*.json")):
         others = ", ".join(path.name for path in sorted(folder.parent.glob("*")))
-        others = f" (only those by {others})" if others else ""
+        others = f" (only those by {others}; see --clip)" if others else ""
+        meant = files.did_you_mean(dataset, root, (*FILES, "shapes"))
         own = "" if dataset in FILES else f" --annotations FILE (published: {', '.join(FILES)})"
         how = "shapes.py" if dataset.startswith("shapes") else (
             f"data.py {dataset.removesuffix('-cg')} --videos DIR --clip {clip_name}{own}")
-        raise Mistake(f"there are no features in {folder}{others}; make them with: python {how}")
+        raise Mistake(f"there are no features in {folder}{others}; {meant}make them with: python "
+                      f"{how}")
     store = FeatureStore(folder)
     if frames and store.manifest["frames"] != frames:
         raise Mistake(f"{folder} has {store.manifest['frames']} features per video, not {frames}; "
@@ -327,10 +315,10 @@ class FeatureStore:
         for path in parts:
             try:
                 existing = json.loads(path.read_text())
-                existing["videos"].items()
+                existing["videos"].items(), int(existing["frames"]), int(existing["width"])
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise Mistake(f"{path} is damaged ({error}); remove it and run data.py again, "
-                              f"which makes what is missing") from error
+                raise Mistake(f"{path} is damaged ({reason(error)}); remove it and run data.py "
+                              f"again, which makes what is missing") from error
             if made is None and not self.manifest["videos"]:
                 self.manifest = {**existing, "videos": {}}
             if not existing["videos"]:                  # every video failed: nothing was made
@@ -378,10 +366,15 @@ class FeatureStore:
 
     def read(self, video: str, kind: str) -> np.ndarray:
         """`kind` is "frames" or "patches"; float16."""
-        path = self.path(video, kind)
+        path, made = self.path(video, kind), self.manifest
+        shape = (made["frames"], made["width"]) if kind == "frames" else tuple(
+            made.get(name) for name in ("patch_frames", "patch_width", "grid", "grid"))
         try:
             # not memory-mapped: that takes twice as long, and keeps a file descriptor
-            return np.load(path, allow_pickle=False)
+            x = np.asarray(np.load(path, allow_pickle=False))
+            if x.shape != shape or x.dtype.kind != "f":
+                raise ValueError(f"{x.dtype} {x.shape}, not float16 {shape}")
+            return x
         except FileNotFoundError as error:
             raise VideoError(f"{path} is missing: the features of {video!r} have not been "
                              f"made") from error

@@ -184,7 +184,7 @@ def read_rows(path: str | pathlib.Path, key: str) -> list[dict]:
         return [{"qid": content.get("qid", numbered[0]), key: windows,
                  **{name: content[name] for name in ("vid", "query") if name in content}}]
 
-    lines = enumerate(data.numbered_lines(path))
+    lines = enumerate(files.numbered_lines(path))
     return data.read_lines(path, ((i, (k, line)) for k, (i, line) in lines), row)
 
 
@@ -227,7 +227,8 @@ def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
     if path.is_dir():
         raise Mistake(f"{path} is a folder; the checkpoint in it is {path / 'ckpt.pt'}")
     if not path.is_file():
-        raise Mistake(f"there is no checkpoint {path}; python train.py makes one")
+        raise Mistake(f"there is no checkpoint {path}; "
+                      f"{options.training_command(path, mmn.RETRIEVERS)} makes one")
     try:
         saved = files.read_tensors(path)
         config, sizes, weights, tower, *_ = (saved[key] for key in (
@@ -296,6 +297,8 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
     split, ten moments per sentence in QVHighlights' submission form."""
     dataset, root = run.config["dataset"], root or run.config["root"]
     train = data.read_annotations(dataset, "train", root)
+    if not train:
+        raise Mistake(f"the training split of {dataset} contains no moment; add some")
     moments_sec = torch.tensor([[s.start_sec, s.end_sec] for s in train])
     durations_sec = torch.tensor([s.duration_sec for s in train])
     candidates = run.retriever.cells.cpu()
@@ -310,6 +313,8 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
         iou = torch.cat([videos.iou(part).flatten(1)[:, candidates]     # [S, P]
                          for part in torch.arange(len(videos.samples)).split(1024)])
         metrics = {"queries": len(videos.samples)}
+        if split == "train" and run.config["method"] != "zero-shot":
+            metrics["trained on"] = True
         if videos.missing:
             metrics |= {"videos missing": len(videos.missing), "queries missing": videos.lost}
         metrics |= recall(predicted[..., :2], videos.moments_sec)
@@ -343,10 +348,11 @@ def submission(qid: int, sentence: str, name: str, moments: list) -> str:
 def table(results: dict[str, dict]) -> str:
     """Results as text: a line for each split and for each of its two baselines."""
     columns = list(dict.fromkeys(name for metrics in results.values() for name, value
-                                 in metrics.items() if isinstance(value, (int, float))))
+                                 in metrics.items() if type(value) in (int, float)))
     rows = []
     for split, metrics in results.items():
-        for name, values in ((split, metrics), ("  random moment", metrics["random moment"]),
+        for name, values in ((text.split_name(split, metrics), metrics),
+                             ("  random moment", metrics["random moment"]),
                              ("  best prior", metrics["best prior"])):
             cells = [values.get(column, "") for column in columns]
             rows.append([name, *(f"{v:.2f}" if isinstance(v, float) else str(v) for v in cells)])
@@ -405,8 +411,7 @@ def evaluate_all(given) -> None:
             "parser": given.parser or run.checkpoint["parser"]}
         methods.add(title["method"])
         if len(methods) > 1:
-            raise Mistake(f"a mean is taken over runs of one method, not of "
-                          f"{' and '.join(sorted(methods))}; name those of one")
+            raise Mistake(f"a mean needs runs of one method, not {' and '.join(sorted(methods))}")
         if given.json:
             print(json.dumps(title | {"splits": results[-1]}))
         elif len(given.checkpoint) < 2:

@@ -474,7 +474,7 @@ def is_exported(frame: Tensor) -> bool:
 def seed_of(dataset: str) -> int:
     """The seed in a name: "shapes" -> 0, "shapes-3" -> 3."""
     number = dataset.removeprefix("shapes").removeprefix("-") or "0"
-    if not dataset.startswith("shapes") or not number.isdigit():
+    if not (dataset.startswith("shapes") and number.isdecimal() and int(number) <= options.LARGEST):
         raise Mistake(f"{dataset!r} is not a shapes world; use shapes, shapes-1, shapes-2, ...")
     return int(number)
 
@@ -516,6 +516,8 @@ def main() -> None:
     add("--pretrain", metavar="FILE", help="train world 0's small CLIP instead")
     given = arguments.parse_args()
     with reported():
+        if not 0 <= given.seed <= options.LARGEST:
+            raise Mistake(f"--seed must be between 0 and {options.LARGEST}")
         if given.show:
             show(given.show, given.seed)
             print(f"wrote {given.show}")

@@ -1,4 +1,5 @@
 """Files: written atomically, downloaded and verified, and read without executing anything."""
+import difflib
 import hashlib
 import http.client
 import importlib
@@ -9,6 +10,7 @@ import pickletools
 import urllib.error
 import urllib.request
 import zipfile
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -47,6 +49,8 @@ def save(path: str | os.PathLike, content) -> None:
 
     content    text, bytes, or a function that writes to the file object it is given"""
     path = pathlib.Path(path)
+    if path.is_dir():
+        raise Mistake(f"{path} is a folder; name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -67,6 +71,27 @@ def save_tensors(path: str | os.PathLike, content: object) -> None:
     buffer = io.BytesIO()       # torch would hide a full disk behind an exception of its own
     torch.save(content, buffer)
     save(path, buffer.getbuffer())
+
+
+def read_text(path: pathlib.Path) -> str:
+    """The text of a UTF-8 file. Mistake for another encoding."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise Mistake(f"{path} is not UTF-8 text") from error
+
+
+def numbered_lines(path: pathlib.Path) -> list[tuple[int, str]]:
+    """(number from 1, line) of all lines that are not empty."""
+    return [(i, line) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+
+
+def did_you_mean(dataset: str, root: str | os.PathLike, published: Iterable[str]) -> str:
+    """"did you mean charades? If not, " for the name of no dataset that resembles a published one
+    or a folder below the root; else empty."""
+    names = {*published, *(path.name for path in pathlib.Path(root).glob("*/"))}
+    near = difflib.get_close_matches(dataset, sorted(names), 1)
+    return f"did you mean {near[0]}? If not, " if near and dataset not in names else ""
 
 
 def sha256(path: str | os.PathLike) -> str:

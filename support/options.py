@@ -2,8 +2,12 @@
 its default, and the value in every preset."""
 import argparse
 import dataclasses
+import pathlib
+import re
+import shlex
 import sys
 import textwrap
+from collections.abc import Iterable
 
 from support.errors import Mistake
 
@@ -22,6 +26,7 @@ def parser(text: str, **more) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=text, formatter_class=Formatter, **more)
 
 
+LARGEST = 2 ** 31 - 1           # of an integer option; torch cannot seed from arbitrary ones
 DEVICE = dict(default="auto", help="auto, cpu, cuda, cuda:N or mps")
 
 
@@ -43,6 +48,21 @@ def settings(config) -> str:
     return textwrap.fill("  ".join(shown), 100, break_long_words=False, break_on_hyphens=False)
 
 
+def training_command(checkpoint: pathlib.Path, retrievers: Iterable[str]) -> str:
+    """The train.py command whose run is the folder of a checkpoint, as far as its name tells:
+    <dataset>-<method> or <dataset>-<method>-<retriever>, in runs/ unless it is --out."""
+    folder, arguments = checkpoint.parent, ["python", "train.py"]
+    if checkpoint.name != "ckpt.pt" or not folder.name:
+        return shlex.join(arguments)
+    name = re.fullmatch(rf"(.+?)-(mmn|vdi|vdi-staged)(?:-({'|'.join(retrievers)}))?", folder.name)
+    if name:
+        arguments += ["--dataset", name[1], "--method", name[2]]
+        arguments += ["--retriever", name[3]] if name[3] else []
+    if not name or folder.parent != pathlib.Path("runs"):
+        arguments += ["--out", str(folder)]
+    return shlex.join(arguments)
+
+
 def check_options(config) -> None:
     """Mistake for a field with a value that its option does not allow."""
     for field in dataclasses.fields(config):
@@ -51,6 +71,8 @@ def check_options(config) -> None:
             raise Mistake(f"{name_of(field)} must be one of {', '.join(choices)}, not {value!r}")
         if field.metadata.get("least") is not None and value < field.metadata["least"]:
             raise Mistake(f"{name_of(field)} must be at least {field.metadata['least']}")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise Mistake(f"{name_of(field)} must be between {-LARGEST} and {LARGEST}")
 
 
 def unread(config, given: dict) -> list[str]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from support import files, parallel
-from support.errors import Mistake, Stopped
+from support.errors import Mistake, Stopped, reason
 
 try:
     import fcntl
@@ -135,13 +135,27 @@ class Run:
         if len(set(exists)) > 1:
             raise Mistake(f"only some of the processes see {path}; give all machines the same "
                           f"folder")
-        best = self.folder / "ckpt.pt"
         if not exists[0]:
-            if best.exists():
-                same_configuration(files.read_tensors(best)["config"], self.config, self.folder)
-            return False
+            path = self.folder / "ckpt.pt"
+            if not path.exists():
+                return False
         saved = files.read_tensors(path)
-        same_configuration(saved["config"], self.config, self.folder)
+        try:
+            same_configuration(saved["config"], self.config, self.folder)
+            if not exists[0]:
+                return False
+            self._set_state(saved)
+        except Mistake:
+            raise
+        except Exception as error:      # torch raises several types for what does not fit
+            raise Mistake(f"{path} is not of a run that can be resumed here: {reason(error)}; "
+                          f"choose another --out") from error
+        print(f"resuming after epoch {self.epoch}"
+              + (f" and {self.done} steps" if self.done else ""))
+        return True
+
+    def _set_state(self, saved: dict) -> None:
+        """Continues from the content of last.pt."""
         self.model.load_state_dict(saved["model"])
         self.optimiser.load_state_dict(saved["optimiser"])
         torch.set_rng_state(saved["rng"])
@@ -149,9 +163,8 @@ class Run:
         self.history, self.before = saved["history"], saved["before"]
         self.epoch, self.done, self.skipped = saved["epoch"], saved["done"], saved["skipped"]
         self.sums = {name: value.to(device) for name, value in saved["sums"].items()}
-        print(f"resuming after epoch {self.epoch}"
-              + (f" and {self.done} steps" if self.done else ""))
-        return True
+        json.dumps([float(row["minutes"]) for row in self.history] + self.before)
+        self.best_epoch()
 
     def _rewrite_log(self) -> None:
         """Drops what a killed run logged after its last checkpoint: it will be logged again."""

@@ -31,10 +31,18 @@ def mean_and_deviation(values: list[float], digits: int = 1, sign: str = "±") -
     return mean if len(values) == 1 else f"{mean} {sign} {statistics.stdev(values):.{digits}f}"
 
 
+def split_name(split: str, metrics: dict) -> str:
+    """The name of a split in a table, which marks results on what was trained on."""
+    return f"{split} (trained on)" if metrics.get("trained on") else split
+
+
 def over_runs(runs: list[dict[str, dict]]) -> str:
     """Mean and standard deviation of several runs' results as text, a line for each split."""
     splits = [split for split in runs[0] if all(split in run for run in runs)]
     names = [name for name, value in runs[0][splits[0]].items() if isinstance(value, float)]
-    rows = [[split, *(mean_and_deviation([run[split][name] for run in runs], sign="+-")
-                      for name in names)] for split in splits]
+    rows = []
+    for split in splits:
+        cells = [mean_and_deviation([run[split][name] for run in runs], sign="+-")
+                 for name in names]
+        rows.append([split_name(split, runs[0][split]), *cells])
     return aligned(["", *(name.replace("IoU=", "") for name in names)], rows)

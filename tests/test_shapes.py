@@ -1,5 +1,6 @@
 """shapes.py: the world is what its description says, and the same every time."""
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -112,6 +113,19 @@ def test_names_and_seeds():
     assert [shapes.seed_of(name) for name in ("shapes", "shapes-1", "shapes-12")] == [0, 1, 12]
     with pytest.raises(ValueError, match="is not a shapes world"):
         shapes.seed_of("shapes-x")
+    for name in ("shapes--1", "shapes-\u00b2", f"shapes-{10 ** 30}"):
+        with pytest.raises(ValueError, match="is not a shapes world"):
+            shapes.seed_of(name)
+
+
+@pytest.mark.parametrize("seed", [-1, 10 ** 30])
+def test_a_seed_out_of_range_is_one_sentence(seed, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["shapes.py", "--seed", str(seed), "--show",
+                                      str(tmp_path / "x.png")])
+    with pytest.raises(SystemExit) as left:
+        shapes.main()
+    assert left.value.code == 2 and "error: --seed must be between 0" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_gates():

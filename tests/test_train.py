@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import evaluate
 import inject
 import mmn
 import train
-from support import progress
+from support import options, progress, text
 from support.errors import Mistake
 
 HERE = pathlib.Path(__file__).parent.parent
@@ -297,6 +298,9 @@ def test_mistakes_are_one_sentence(run, world, tmp_path):
                                                 tmp_path, "--out",
                                                 tmp_path / "r", status=2)
     assert "no checkpoint" in command("evaluate.py", tmp_path / "none.pt", status=2)
+    assert "did you mean shapes? If not, make them with" in command(
+        "train.py", "--dataset", "shape", "--root", world, "--out", tmp_path / "r", status=2)
+    assert "--seed must be between" in command("train.py", "--seed", 10 ** 30, status=2)
     (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
     assert "is not a checkpoint" in command("evaluate.py", tmp_path / "bad.pt", status=2)
     if not torch.cuda.is_available():
@@ -337,6 +341,68 @@ def test_a_checkpoint_of_an_older_version_is_one_sentence(run, tmp_path):
     torch.save(saved, tmp_path / "ckpt.pt")
     assert "is not a checkpoint of train.py: KeyError 'window_sec'" in command(
         "evaluate.py", tmp_path / "ckpt.pt", status=2)
+
+
+def test_results_on_the_training_split_say_so(run):
+    _, folder, _ = run
+    results = evaluate.evaluate(evaluate.load(folder / "ckpt.pt"), ["train", "test"])
+    assert results["train"]["trained on"] is True and "trained on" not in results["test"]
+    for table in (evaluate.table(results), text.over_runs([results, results])):
+        names = [re.split("  +", line.strip())[0] for line in table.splitlines()]
+        assert "train (trained on)" in names and "test" in names
+        assert "trained on" not in table.splitlines()[0]        # not a column
+
+
+@pytest.mark.parametrize("place, told", [
+    ("runs/charades-vdi/ckpt.pt", "python train.py --dataset charades --method vdi makes one"),
+    ("runs/mine-vdi-staged/ckpt.pt", "--dataset mine --method vdi-staged makes one"),
+    ("runs/charades-cg-mmn-2d-tan/ckpt.pt", "--dataset charades-cg --method mmn --retriever 2d-tan"),
+    ("a b/mine-mmn/ckpt.pt", "--dataset mine --method mmn --out 'a b/mine-mmn' makes one"),
+    ("runs/x/ckpt.pt", "python train.py --out runs/x makes one"),
+    ("runs/mine-mmn-x/ckpt.pt", "python train.py --out runs/mine-mmn-x makes one"),
+    ("ckpt.pt", "python train.py makes one"), ("runs/mine-mmn/x.pt", "python train.py makes one")])
+def test_a_missing_checkpoint_names_the_command_that_makes_it(place, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Mistake) as error:
+        evaluate.load(place)
+    assert str(error.value).startswith(f"there is no checkpoint {place}; ") and told in str(
+        error.value)
+
+
+def test_the_suggested_command_makes_that_checkpoint(tmp_path):
+    for dataset, method, retriever in (("charades", "mmn", "mmn"), ("mine", "vdi-staged", "2d-tan"),
+                                       ("shapes-1", "vdi", "mmn")):
+        config = train.configure(dataset=dataset, method=method, retriever=retriever)
+        line = options.training_command(config.folder / "ckpt.pt", mmn.RETRIEVERS)
+        assert train.parse_arguments(line.split()[2:])[0].folder == config.folder
+
+
+@pytest.mark.parametrize("change", [lambda saved: saved.pop("model"),
+                                    lambda saved: saved.pop("config"),
+                                    lambda saved: saved["model"].popitem(),
+                                    lambda saved: saved.update(history=[{"epoch": 1}]),
+                                    lambda saved: saved.update(optimiser={}),
+                                    lambda saved: saved.update(sums=3)])
+def test_a_last_pt_that_does_not_fit_is_one_sentence(tmp_path, change):
+    model = torch.nn.Linear(2, 2)
+    arguments = tmp_path, {"lr": 1.0}, model, torch.optim.AdamW(model.parameters()), 3, train.quality
+    progress.Run(*arguments).save()
+    assert not progress.Run(*arguments, resume=True).is_new
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    change(saved)
+    torch.save(saved, tmp_path / "last.pt")
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(Mistake, match="last.pt is not of a run that can be resumed here: .*; "
+                                      "choose another --out"):
+        progress.Run(*arguments, resume=True)
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_an_empty_training_split_is_one_sentence(run, world, tmp_path):
+    shutil.copytree(world / "shapes", tmp_path / "shapes")
+    (tmp_path / "shapes" / "train.jsonl").write_text("")
+    assert "the training split of shapes contains no moment; add some" in command(
+        "evaluate.py", run[1] / "ckpt.pt", "--root", tmp_path, "--device", "cpu", status=2)
 
 
 @pytest.mark.parametrize("options, told", [
@@ -391,6 +457,11 @@ def test_the_papers_presets():
     assert train.parse_arguments(["--dataset", "shapes-3"])[0].clip == "shapes-3"
 
 
+def test_your_own_datasets_use_the_clip_that_data_py_uses_by_default():
+    own = train.parse_arguments(["--dataset", "mine"])[0]
+    assert (own.clip, own.method, own.limit_videos) == ("ViT-B/32", "vdi-staged", 0)
+
+
 def test_real_videos_go_through_extraction_training_and_evaluation(published, world, tmp_path):
     """The pipeline on real video: a pipeline test, no claim about retrieval. Its three training
     videos are learned by heart, R@1 IoU=0.5 of 100%; the video that does not decode is reported and
@@ -408,7 +479,7 @@ def test_real_videos_go_through_extraction_training_and_evaluation(published, wo
     assert "corrupted" in (root / "mine" / "features" / "shapes" / "failed.txt").read_text()
     text = command("train.py", "--dataset", "mine", "--root", root, "--out", tmp_path / "run",
                    "--epochs", 400,
-                   "--method", "mmn", "--device", "cpu")
+                   "--method", "mmn", "--clip", "shapes", "--device", "cpu")
     assert "1 videos with 1 sentences have no features" in text
     assert "--allow-missing" in command("evaluate.py", tmp_path / "run" / "ckpt.pt", status=2)
     answer = json.loads(command("evaluate.py", tmp_path / "run" / "ckpt.pt", "--json",
