@@ -35,7 +35,8 @@ from support.errors import Mistake, reason
 
 # -------------------------------------------------------------------------------- folders of videos
 
-VIDEOS = {".mp4", ".mkv", ".avi", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp"}
+VIDEOS = {".mp4", ".mkv", ".avi", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp",
+          ".ts", ".mts", ".m2ts"}
 
 
 def video_files(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
@@ -394,8 +395,9 @@ def read_features(path: pathlib.Path | Entry) -> np.ndarray:
 
 def made_elsewhere(name: str, path: str | os.PathLike, features: dict[str, pathlib.Path | Entry],
                    names: list[str], frames: int) -> dict:
-    """`made_by` for features of another network than a CLIP, which resolution 0 marks. Their width
-    is that of the first video of `names` that can be read; Mistake if there is none."""
+    """`made_by` for features of a published CLIP, without its weights, or of another network, which
+    resolution 0 marks. Their width is that of the first video of `names` that can be read; Mistake
+    if there is none, or if it is not that CLIP's."""
     width = 0
     for video in names:
         with contextlib.suppress(KeyError, VideoError):         # `adopt_features` reports it
@@ -404,13 +406,20 @@ def made_elsewhere(name: str, path: str | os.PathLike, features: dict[str, pathl
     if not width:
         raise Mistake(f"{path} has no features of the {len(names)} videos of this dataset that can "
                       f"be read")
-    if pathlib.Path(path).is_dir():
+    resolution = 0
+    if name in clip.PUBLISHED:
+        digest, _, expected, resolution = clip.PUBLISHED[name]
+        if width != expected:
+            raise Mistake(f"{path} has features of width {width}, but those of {name} have "
+                          f"{expected}; name the CLIP that made them with --clip")
+    elif pathlib.Path(path).is_dir():
         sizes = sorted((each.name, each.stat().st_size) for each in features.values())
         digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
     else:
         digest = files.sha256(path)
-    return {"clip": name, "sha256": digest, "resolution": 0, "frames": frames, "patch_frames": 0,
-            "width": width, "patch_width": 0, "grid": 0, "precision": "made elsewhere"}
+    return {"clip": name, "sha256": digest, "resolution": resolution, "frames": frames,
+            "patch_frames": 0, "width": width, "patch_width": 0, "grid": 0,
+            "precision": "made elsewhere"}
 
 
 def stretch_means(x: np.ndarray, count: int) -> np.ndarray:

@@ -116,12 +116,19 @@ def describe(dataset: str, root: str | os.PathLike) -> str:
                     "moments per video", "clamped", "dropped"], lines, 2)
 
 
+def plain_name(name: str, videos: dict[str, pathlib.Path]) -> str:
+    """The name of a video as features are stored under it: "a" for "a.mp4" if that is a file."""
+    stem = pathlib.Path(name).stem
+    return stem if name not in videos and stem in videos and videos[stem].name == name else name
+
+
 def adopt(dataset: str, split: str, path: str, videos: dict[str, pathlib.Path], root: str,
           features: bool = False) -> None:
-    """Your own annotation file becomes <root>/<dataset>/<split>.jsonl: missing durations are
-    probed, moments cleaned, and the counts printed. A video that cannot be read is assumed to end
-    with its last moment."""
+    """Your own annotation file becomes <root>/<dataset>/<split>.jsonl: videos lose their file
+    endings, missing durations are probed, moments cleaned, and the counts printed. A video that
+    cannot be read is assumed to end with its last moment."""
     rows, durations_sec = data.read_file(path), {}
+    rows = [row._replace(video=plain_name(row.video, videos)) for row in rows]
     unknown = {row.video for row in rows if math.isnan(row.duration_sec)}
     if unknown and not videos:
         videos_help = "" if features else ", or name their folder with --videos"
@@ -142,7 +149,8 @@ def adopt(dataset: str, split: str, path: str, videos: dict[str, pathlib.Path], 
           f"{counts.clamped} moments clamped to their video, {counts.dropped} empty ones dropped")
 
 
-def prepare(dataset: str, given: argparse.Namespace) -> dict[str, list[Sample]]:
+def prepare(dataset: str, given: argparse.Namespace,
+            videos: dict[str, pathlib.Path]) -> dict[str, list[Sample]]:
     """Installs the annotations, prints their counts, and returns them by dataset and split."""
     # the compositional splits are other sentences on the same videos: one store for both
     original = dataset.removesuffix("-cg")
@@ -158,7 +166,6 @@ def prepare(dataset: str, given: argparse.Namespace) -> dict[str, list[Sample]]:
                               f"--annotations") from error
             print(f"note: {name} is skipped: {error}", file=sys.stderr)
     if not family and given.annotations:
-        videos = video.find_files(given.videos, video.VIDEOS) if given.videos else {}
         adopt(dataset, given.split, given.annotations, videos, given.root, bool(given.features))
     samples = {}
     for name in family or [dataset]:
@@ -167,8 +174,9 @@ def prepare(dataset: str, given: argparse.Namespace) -> dict[str, list[Sample]]:
                 samples[f"{name} {split}"] = data.read_annotations(name, split, given.root)
     if not samples:
         path = data.annotation_file(dataset, "train", given.root)
-        raise Mistake(f"{dataset} has no annotations: there is no {path}; name your own with "
-                      f"--annotations FILE")
+        meant = files.did_you_mean(dataset, given.root, data.FILES)
+        raise Mistake(f"{dataset} has no annotations: there is no {path}; {meant}name your own "
+                      f"with --annotations FILE")
     for name in family or [dataset]:
         print(describe(name, given.root))
     return samples
@@ -176,17 +184,17 @@ def prepare(dataset: str, given: argparse.Namespace) -> dict[str, list[Sample]]:
 
 # ----------------------------------------------------------------------------------------- features
 
-def make_features(dataset: str, samples: dict[str, list[Sample]],
-                  given: argparse.Namespace) -> None:
+def make_features(dataset: str, samples: dict[str, list[Sample]], given: argparse.Namespace,
+                  videos: dict[str, pathlib.Path], features: dict) -> None:
     """Features of all videos of `samples` (split -> rows), from video files or made elsewhere.
     Under torchrun, process r of n takes every n-th video."""
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, processes = parallel.number_from("RANK", 0), parallel.number_from("WORLD_SIZE", 1)
     T = given.frames or (256 if dataset == "activitynet" else 32)
     rows = [sample for part in samples.values() for sample in part]
     names = sorted({sample.video for sample in rows})
-    features = video.find_features(given.features) if given.features else {}
-    if given.backbone:
-        made = video.made_elsewhere(given.backbone, given.features, features, names, T)
+    if given.features and (given.backbone or given.clip in clip.PUBLISHED):
+        made = video.made_elsewhere(given.backbone or given.clip, given.features, features, names,
+                                    T)
     else:
         device = parallel.pick_device(given.device)
         path = data.clip_file(given.clip, given.root)
@@ -210,8 +218,7 @@ def make_features(dataset: str, samples: dict[str, list[Sample]],
         training = {sample.video for split, part in samples.items() for sample in part
                     if split.endswith("train")}
         workers = max(1, (os.cpu_count() or 2) - 1) if given.workers is None else given.workers
-        failed = video.extract(store, model, video.find_files(given.videos, video.VIDEOS), names,
-                               training, workers,
+        failed = video.extract(store, model, videos, names, training, workers,
                                given.batch or (256 if device.type == "cuda" else 32),
                                video.PRECISIONS[precision])
     for name, reason in sorted(failed.items()):
@@ -232,8 +239,9 @@ def check(which: str | None, root: str) -> bool:
     stores = sorted(path for path in pathlib.Path(root).glob(f"{family or '*'}/features/*")
                     if list(path.glob("manifest*.json")))
     if not stores:
-        raise Mistake(f"there are no features in {root}/{family or '*'}/features; make them with: "
-                      f"python data.py DATASET --videos DIR")
+        meant = files.did_you_mean(which, root, data.FILES) if which else ""
+        raise Mistake(f"there are no features in {root}/{family or '*'}/features; {meant}make them "
+                      f"with: python data.py DATASET --videos DIR")
     well = True
     for folder in stores:
         store, dataset = data.FeatureStore(folder), folder.parts[-3]
@@ -254,21 +262,19 @@ def check(which: str | None, root: str) -> bool:
 def file_problems(store: data.FeatureStore) -> Iterator[str]:
     """A sentence for every file of a store that is not as the manifest says."""
     made, known = store.manifest, set()
-    shapes = {"frames": (made["frames"], made["width"]),
-              "patches": (made["patch_frames"], made["patch_width"], made["grid"], made["grid"])}
     for name, about in tqdm(made["videos"].items(), desc="check", unit="video", disable=None):
         duration_sec, each_sec = about["duration_sec"], about["seconds_per_feature"]
         if not (0 < duration_sec < math.inf
                 and math.isclose(each_sec * made["frames"], duration_sec, rel_tol=1e-6)):
             yield f"{name} is {duration_sec} s long, but its features are {each_sec} s each"
-        for kind, shape in shapes.items():
+        for kind in ("frames", "patches"):
             known.add(path := store.path(name, kind))
             if kind == "patches" and not path.exists():
                 continue
             try:
                 x = store.read(name, kind)
-                if x.shape != shape or x.dtype != np.float16:
-                    yield f"{path.name} is {x.dtype} {x.shape}, not float16 {shape}"
+                if x.dtype != np.float16:
+                    yield f"{path.name} is {x.dtype}, not float16"
                 elif not np.isfinite(x).all():
                     yield f"{path.name} is not finite"
             except data.VideoError as error:
@@ -363,11 +369,16 @@ def run(given: argparse.Namespace) -> None:
                           f"digits, - and _, and not the name of a CLIP")
         if not given.features:
             raise Mistake("--backbone names the network that made --features; add --features")
-    with contextlib.redirect_stdout(None if int(os.environ.get("RANK", 0)) else sys.stdout):
-        samples = prepare(dataset, given)
-    if given.videos or given.features:
+    # before anything is downloaded, loaded or written
+    videos = video.find_files(given.videos, video.VIDEOS) if given.videos else {}
+    features = video.find_features(given.features) if given.features else {}
+    if given.videos and not videos:
+        raise Mistake(f"{given.videos} contains no video; name the folder that has them")
+    with contextlib.redirect_stdout(None if parallel.number_from("RANK", 0) else sys.stdout):
+        samples = prepare(dataset, given, videos)
+    if videos or given.features:
         family = dataset.removesuffix("-cg") if dataset in data.FILES else dataset
-        make_features(family, samples, given)
+        make_features(family, samples, given, videos, features)
 
 
 if __name__ == "__main__":

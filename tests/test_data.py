@@ -387,6 +387,124 @@ def test_a_video_that_was_replaced_is_read_again(tmp_path, world):
     assert before["a.frames.npy"] != after["a.frames.npy"]
 
 
+def test_names_with_the_ending_of_the_file(tmp_path, capsys):
+    """"a.mp4" and "a" are the video a.mp4; "b.mp4" is not b.mkv, and "c.mp4" is c.mp4.mkv."""
+    (tmp_path / "v").mkdir()
+    for name in ("a.mp4", "b.mkv", "c.mp4.mkv", "d.v2.MTS"):
+        make_video(tmp_path / "v" / "x.mp4", range(0, 200, 10))
+        (tmp_path / "v" / "x.mp4").rename(tmp_path / "v" / name)
+    names = ("a.mp4", "a", "b.mp4", "c.mp4", "d.v2.MTS")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(
+        {"vid": name, "query": "q", "relevant_windows": [[0, 1]]}) + "\n" for name in names))
+    prepare.adopt("mine", "train", tmp_path / "a.jsonl",
+                  video.find_files(tmp_path / "v", video.VIDEOS), tmp_path)
+    samples = data.read_annotations("mine", "train", tmp_path)
+    assert [sample.video for sample in samples] == ["a", "a", "b.mp4", "c.mp4", "d.v2"]
+    assert "5 sentences of 4 videos" in capsys.readouterr().out
+    assert [sample.duration_sec for sample in samples] == pytest.approx([2, 2, 1, 2, 2])
+
+
+@pytest.mark.parametrize("ending", [".ts", ".mts", ".m2ts"])
+def test_transport_streams_are_videos(tmp_path, ending):
+    import av
+    with av.open(str(tmp_path / f"a{ending}"), "w", format="mpegts") as container:
+        stream = container.add_stream("mpeg2video", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        for level in range(0, 200, 4):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), level, dtype=np.uint8),
+                                               format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    path = video.find_files(tmp_path, video.VIDEOS)["a"]
+    pixels, duration_sec = video.sample_frames(path, 4, 32)
+    assert pixels.shape == (4, 3, 32, 32) and duration_sec == pytest.approx(2.0, abs=0.1)
+
+
+def leave(*arguments):
+    """The exit status of data.py."""
+    before, sys.argv = sys.argv, ["data.py", *map(str, arguments)]
+    try:
+        prepare.main()
+    except SystemExit as left:
+        return left.code
+    finally:
+        sys.argv = before
+    return 0
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """A CLIP that is loaded or downloaded is an error."""
+    for name in ("load", "download", "read_state"):
+        monkeypatch.setattr(clip, name, lambda *arguments: 1 / 0)
+
+
+def test_folders_are_checked_before_a_clip_is_downloaded(tmp_path, capsys, no_weights):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "a.mp4").write_text("a video")
+    (tmp_path / "a.jsonl").write_text('{"vid": "a", "query": "q", "duration": 9, '
+                                      '"relevant_windows": [[0, 1]]}\n')
+    for arguments, told in (
+            (("--annotations", tmp_path / "a.jsonl", "--videos", tmp_path / "no"), "no folder"),
+            (("--annotations", tmp_path / "a.jsonl", "--videos", tmp_path / "empty"),
+             "contains no video; name the folder that has them"),
+            (("--annotations", tmp_path / "a.jsonl", "--features", tmp_path / "no"), "no folder"),
+            (("--annotations", tmp_path / "no.jsonl", "--videos", tmp_path / "v"),
+             "there is no annotation file"),
+            (("--annotations", tmp_path / "v", "--videos", tmp_path / "v"),
+             "there is no annotation file")):
+        for dataset in ("mine", "charades") if "no annotation" not in told else ("mine",):
+            assert leave(dataset, *arguments, "--root", tmp_path / "data") == 2
+            shown = capsys.readouterr().err
+            assert told in shown and len(shown.splitlines()) == 1
+    assert not (tmp_path / "data").exists()
+
+
+def test_features_of_a_published_clip_need_no_weights(tmp_path, capsys, no_weights):
+    """Its SHA-256 and width are known. Features of another width are refused."""
+    (tmp_path / "a.jsonl").write_text('{"vid": "a", "query": "q", "duration": 9, '
+                                      '"relevant_windows": [[0, 1]]}\n')
+    (tmp_path / "f").mkdir()
+    arguments = ("mine", "--annotations", tmp_path / "a.jsonl", "--features", tmp_path / "f",
+                 "--root", tmp_path / "data")
+    assert leave(*arguments) == 2
+    assert "has no features of the 1 videos" in capsys.readouterr().err
+    np.save(tmp_path / "f" / "a.npy", np.random.default_rng(0).standard_normal((40, 512)))
+    assert leave(*arguments, "--clip", "RN50") == 2
+    assert ("has features of width 512, but those of RN50 have 1024; name the CLIP that made them "
+            "with --clip") in capsys.readouterr().err
+    assert leave(*arguments) == 0
+    made = data.open_store("mine", "ViT-B/32", tmp_path / "data", 32).manifest
+    assert made["sha256"] == clip.PUBLISHED["ViT-B/32"][0] and made["resolution"] == 224
+    assert made["width"] == 512 and made["clip"] == "ViT-B/32" and list(made["videos"]) == ["a"]
+    assert not (tmp_path / "data/mine/features/RN50").exists()
+
+
+def test_a_dataset_with_a_typo(tmp_path, capsys):
+    (tmp_path / "kitchen").mkdir()
+    for name, meant in (("charade", "charades"), ("activitnet", "activitynet"),
+                        ("kitchens", "kitchen")):
+        for arguments in ((name,), ("check", name)):
+            assert leave(*arguments, "--root", tmp_path) == 2
+            assert f"; did you mean {meant}? If not, " in capsys.readouterr().err
+        with pytest.raises(Mistake, match=rf"; did you mean {meant}\? If not, make them with"):
+            data.open_store(name, "ViT-B/32", tmp_path)
+    for name in ("charades-cg", "kitchen", "garden"):
+        with pytest.raises(Mistake, match="ViT-B-32; make them with"):
+            data.open_store(name, "ViT-B/32", tmp_path)
+
+
+@pytest.mark.parametrize("variable, value", [("RANK", "x"), ("RANK", "-1"), ("WORLD_SIZE", "0")])
+def test_the_variables_of_torchrun(tmp_path, capsys, monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    (tmp_path / "f").mkdir()
+    np.save(tmp_path / "f" / "a.npy", np.ones((4, 512)))
+    data.write_jsonl(tmp_path / "mine" / "train.jsonl", [data.Sample("a", "q", 0, 1, 8.0)])
+    assert leave("mine", "--features", tmp_path / "f", "--root", tmp_path) == 2
+    assert f"the environment variable {variable} must be a number" in capsys.readouterr().err
+
+
 def test_mistakes_on_the_command_line_leave_nothing_behind(published, world, tmp_path):
     """--frames below 1; no readable video; annotations of one dataset, in its own folder, are
     installed without those of its sibling."""
@@ -559,7 +677,8 @@ def test_check_lists_every_problem(tmp_path, capsys):
     store.save_manifest()
     assert not prepare.check(None, root)
     out = capsys.readouterr().out
-    for problem in ("a.frames.npy is float16 (5, 64), not float16 (4, 64)", "b.patches.npy is not",
+    for problem in ("a.frames.npy is damaged (float16 (5, 64), not float16 (4, 64))",
+                    "b.patches.npy is not",
                     "c.frames.npy is missing", "d.frames.npy is damaged",
                     "e is 9.0 s long, but its",
                     "e: its file is 9.00 s long, but its annotations say 8.00 s",
@@ -569,6 +688,24 @@ def test_check_lists_every_problem(tmp_path, capsys):
     assert "g" not in [line.split()[0].split(".")[0].strip(":") for line in out.splitlines()[1:]]
     with pytest.raises(Mistake, match="no features in"):
         prepare.check("other", root)
+
+
+def test_a_manifest_without_frames_or_width_is_damaged(tmp_path):
+    store = data.FeatureStore(tmp_path / "mine/features/x", MADE)
+    store.write("a", torch.randn(4, 64).half(), None, 8.0)
+    store.save_manifest()
+    path = store.folder / "manifest.json"
+    content = json.loads(path.read_text())
+    for key in ("frames", "width", "videos"):
+        path.write_text(json.dumps({name: content[name] for name in content if name != key}))
+        with pytest.raises(Mistake, match=f"manifest.json is damaged .KeyError '{key}'.; remove it"):
+            prepare.check("mine", tmp_path)
+
+
+def test_a_folder_cannot_be_overwritten(tmp_path):
+    for place in ("/", tmp_path):
+        with pytest.raises(Mistake, match=f"{place} is a folder; name a file in it"):
+            files.save(place, "text")
 
 
 def test_two_files_of_the_same_name_are_rejected(tmp_path):
@@ -617,6 +754,17 @@ def test_spawned_workers_read_the_same(videos):
     again = pickle.loads(pickle.dumps(videos))
     ours, theirs = (next(iter(v.batches(3))) for v in (videos, again))
     assert torch.equal(ours.frames, theirs.frames) and torch.equal(ours.patches, theirs.patches)
+
+
+@pytest.mark.parametrize("x", [np.zeros((5, 64), np.float16), np.zeros((32, 64), np.int64),
+                               np.array(["text"])])
+def test_a_file_of_another_shape_is_reported_by_name(damaged, x):
+    path = damaged.store.path(damaged.videos[1], "frames")
+    damaged.store.path(damaged.videos[0], "frames").unlink()
+    damaged.videos = damaged.videos[1:4]
+    np.save(path, x)
+    with pytest.raises(data.VideoError, match=rf"{path.name} is damaged .*not float16 \(32, 64\)"):
+        list(damaged.batches(2))
 
 
 @pytest.fixture
