@@ -158,6 +158,7 @@ def test_hostile_files(world, tmp_path, monkeypatch, capsys, fault):
     (tmp_path / "answers.jsonl").write_text(
         '{"qid": 0, "query": "a", "vid": "v", "pred_relevant_windows": [[0, 1, 1]]}\n')
     (tmp_path / "videos").mkdir()
+    (tmp_path / "video.mp4").touch()        # retrieve.py looks for it before it reads a checkpoint
     rows = '{"vid": "v", "query": "a door", "relevant_windows": [[0, 1]], "duration": 9}\n'
     (tmp_path / "good.jsonl").write_text(rows)
     features = tmp_path / "features"
