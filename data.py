@@ -473,11 +473,10 @@ class Videos(Dataset):
                      self.tokens[:, index], self.spoken[:, index], video_of,
                      self.moments_sec[index], self.durations_sec[index], self.iou(index), index)
 
-    def batches(self, size: int, generator: torch.Generator | None = None,
-                workers: int = 0) -> loading.Loader:
-        """Batches of `size` videos: this process's share, shuffled; all of them in order without
-        `generator`."""
-        return loading.batches(self, self.collate, size, generator, workers)
+    def batches(self, size: int, generator: torch.Generator | None = None, workers: int = 0,
+                device: torch.device | str = "cpu") -> loading.Loader:
+        """Batches of `size` videos, on the CPU, for `device`: see loading.batches."""
+        return loading.batches(self, self.collate, size, generator, workers, device)
 
 
 def training_videos(config, store: FeatureStore, tokenize) -> tuple[dict[str, Videos], str]:

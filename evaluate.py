@@ -197,7 +197,7 @@ def predict(tower: clip.TextTower, retriever: mmn.MomentMap, videos: data.Videos
     was_training = retriever.training
     tower.eval(), retriever.eval()
     result = []
-    for b in videos.batches(batch):
+    for b in videos.batches(batch, device=device):
         b = b.to(device)
         x = F.normalize(tower.encode_text(b.tokens[QUERIES[query]]), dim=1)     # [S, D]
         scores = retriever.scores(b.frames, x, b.video_of)              # [S, N, N]

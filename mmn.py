@@ -253,9 +253,9 @@ def iou_loss(scores: Tensor, iou: Tensor, floor: float = 0.5) -> Tensor:
     # UNSPECIFIED: the overlap is scaled as in MMN's code: (iou - 0.5) / (1 - 0.5), at least 0
     target = ((iou - floor) / (1 - floor)).clamp(min=0)
     # subtle: BCE aborts on NaN (on a GPU for good); returned, it stops the run with its name
-    if not scores.isfinite().all():
-        return scores.mean(1)
-    return F.binary_cross_entropy(scores, target, reduction="none").mean(1)
+    bad = scores.isnan()
+    loss = F.binary_cross_entropy(scores.masked_fill(bad, 0.5), target, reduction="none")
+    return loss.masked_fill(bad, float("nan")).mean(1)
 
 
 def contrastive_loss(moments: Tensor, text: Tensor, iou: Tensor, video_of: Tensor,

@@ -89,7 +89,7 @@ def stage_targets(text: clip.TextTower, videos: data.Videos, config,
     static = torch.cat([text.encode_text(part.to(device))               # x^qs of the original tower
                         for part in videos.tokens[row or 0].split(1024)])
     static, target = F.normalize(static, dim=1), []                     # [S, D]
-    for batch in videos.batches(64):
+    for batch in videos.batches(64, device=device):
         batch = batch.to(device)
         asking = None if row is None else static[batch.index]
         target.append(temporal_change(asking, batch.frames[batch.video_of], batch.moments_sec,

@@ -220,6 +220,7 @@ def terms(model: Model, batch: data.Batch,
 def injection_loss(form: str, projected: Tensor, seen: Tensor, video_of: Tensor,
                    which: Tensor) -> Tensor:
     """Eq. (2) ("con") or Eq. (5) ("rel") of the sentences `which` [S] bool. Each side [S, D]."""
+    which = which.nonzero()[:, 0]       # a mask would make a GPU wait at each of its uses
     if form == "con":
         return inject.visual_context_loss(projected[which], seen[which])
     return inject.spatial_dynamic_loss(seen[which], projected[which], video_of[which])
@@ -299,7 +300,7 @@ def algorithm_1(config: Config, resume: bool, signals: progress.Signals) -> None
         # UNSPECIFIED: whether the text tower waits; MMN freezes it for the first epochs
         model.text.requires_grad_(epoch >= config.text_from_epoch)
         shuffle = torch.Generator().manual_seed(1_000_003 * config.seed + epoch)
-        loader = videos["train"].batches(config.batch, shuffle, config.workers)
+        loader = videos["train"].batches(config.batch, shuffle, config.workers, device)
         for step, batch in run.steps(loader):                   # those left, if it was interrupted
             batch = batch.to(device)
             set_learning_rate(optimiser, config, epoch + step / len(loader))
@@ -308,11 +309,10 @@ def algorithm_1(config: Config, resume: bool, signals: progress.Signals) -> None
             loss = total_loss(losses, config, epoch)            # Eq. 11
 
             optimiser.zero_grad()
-            run.check_finite(losses)                            # else the run stops here
             loss.backward()
             parallel.sum_gradients(model)
             norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-            if run.is_finite(norm):                             # under bf16 a step may be skipped
+            if run.is_finite(losses, norm):         # else the run stops; under bf16 it may go on
                 optimiser.step()
             run.add(losses | spread | {"L": loss})              # means for the log
         if run.end_epoch(validate(model, videos, config, device)):      # the best so far

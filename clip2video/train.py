@@ -96,12 +96,11 @@ def loop(config: Config, resume: bool, signals: progress.Signals) -> None:
             value = loss(logits(texts, videos, model.logit_scale), config.weight)
 
             optimiser.zero_grad()
-            run.check_finite({"loss": value})                           # else the run stops here
             value.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for p in model.parameters():                # and each by itself, as CLIP4Clip does
                 nn.utils.clip_grad_norm_(p, 1.0)
-            if run.is_finite(norm):
+            if run.is_finite({"loss": value}, norm):                    # else the run stops here
                 optimiser.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(max=MAX_SCALE)

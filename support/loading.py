@@ -37,10 +37,11 @@ def ignore_interrupts(worker: int) -> None:
 
 
 def batches(items: Dataset, collate, size: int, generator: torch.Generator | None,
-            workers: int) -> Loader:
+            workers: int, device: torch.device | str = "cpu") -> Loader:
     """Batches of `size` items: this process's share, shuffled; all of them in order without
-    `generator`."""
-    more = dict(collate_fn=collate, num_workers=workers, worker_init_fn=ignore_interrupts)
+    `generator`. For a GPU they lie in pinned memory, without which non_blocking copies wait."""
+    more = dict(collate_fn=collate, num_workers=workers, worker_init_fn=ignore_interrupts,
+                pin_memory=torch.device(device).type == "cuda")
     if generator is None:
         return Loader(items, size, **more)
     order = RandomSampler(items, generator=generator)

@@ -158,8 +158,9 @@ class Run:
         """Continues from the content of last.pt."""
         self.model.load_state_dict(saved["model"])
         self.optimiser.load_state_dict(saved["optimiser"])
-        torch.set_rng_state(saved["rng"])
         device = next(self.model.parameters()).device
+        torch.set_rng_state(saved["rng"])
+        set_device_rng(device, saved.get("device rng", {}))
         self.history, self.before = saved["history"], saved["before"]
         self.epoch, self.done, self.skipped = saved["epoch"], saved["done"], saved["skipped"]
         self.sums = {name: value.to(device) for name, value in saved["sums"].items()}
@@ -178,7 +179,8 @@ class Run:
                 "config": self.config, "epoch": self.epoch, "done": self.done,
                 "skipped": self.skipped, "sums": self.sums, "history": self.history,
                 "before": self.before, "model": self.model.state_dict(),
-                "optimiser": self.optimiser.state_dict(), "rng": torch.get_rng_state()})
+                "optimiser": self.optimiser.state_dict(), "rng": torch.get_rng_state(),
+                "device rng": device_rng(next(self.model.parameters()).device)})
 
     def begin_with(self, rows: list[dict]) -> None:
         """Logs and saves what was done before the first epoch (stage 1 of vdi-staged)."""
@@ -231,20 +233,17 @@ class Run:
             if not self.signals.received:
                 raise
 
-    def check_finite(self, losses: dict[str, Tensor]) -> None:
-        """Mistake, naming the term and the videos, if a loss is not finite."""
-        for name, value in losses.items():
-            if not torch.isfinite(value):
+    def is_finite(self, losses: dict[str, Tensor], norm: Tensor) -> bool:
+        """Are the losses and the norm of the gradient finite? If not, the run stops, naming the
+        term and the videos. In reduced precision a step is skipped if only the norm is not."""
+        values = {**losses, "the gradient's norm": norm}
+        # subtle: a GPU runs ahead of Python until Python reads a value, so all are read at once
+        finite = torch.stack([value.detach().isfinite() for value in values.values()]).tolist()
+        for (name, value), good in zip(values.items(), finite):
+            if not good and (name in losses or not self.reduced):
                 self._fail(name, value)
-
-    def is_finite(self, norm: Tensor) -> bool:
-        """Is the norm of this step's gradient finite? If not, the run stops; in reduced precision
-        the step is only to be skipped."""
-        overflow = not torch.isfinite(norm)
-        if overflow and not self.reduced:
-            self._fail("the gradient's norm", norm)
-        self.skipped += overflow
-        return not overflow
+        self.skipped += not finite[-1]
+        return finite[-1]
 
     def _fail(self, name: str, value: Tensor) -> None:
         path = self.folder / f"nonfinite-{parallel.rank()}.pt"
@@ -283,6 +282,20 @@ class Run:
         if not qualities or qualities[0] is None:
             return len(qualities)
         return 1 + qualities.index(max(qualities))
+
+
+def device_rng(device: torch.device) -> dict[str, Tensor]:
+    """The state of a device's own random generator, which dropout uses, by kind of device. That of
+    the CPU is torch's."""
+    if device.type == "cpu":
+        return {}
+    return {device.type: torch.get_device_module(device).get_rng_state()}
+
+
+def set_device_rng(device: torch.device, states: dict[str, Tensor]) -> None:
+    """Restores it, if the run was on this kind of device."""
+    if device.type in states:
+        torch.get_device_module(device).set_rng_state(states[device.type])
 
 
 def cosine(progress: float) -> float:

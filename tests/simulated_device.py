@@ -56,6 +56,8 @@ class Backend(backend_registration._DummyBackendModule):
 BACKEND = Backend()
 backend_registration._setup_privateuseone_for_python_backend(NAME, BACKEND)
 DEVICE = torch.device(NAME, 0)
+AUTOCAST = torch.library.Library("_", "IMPL")
+AUTOCAST.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 
 
 class Simulated(torch.Tensor):

@@ -152,9 +152,15 @@ def test_batch_mates_do_not_change_a_sentences_scores(step):
 def test_a_term_that_is_not_finite_is_named(step, tmp_path):
     _, batch, _ = step
     run = progress.Run.__new__(progress.Run)
-    run.folder, run.batch = tmp_path, batch
+    run.folder, run.batch, run.reduced, run.skipped = tmp_path, batch, True, 0
+    one, nan, inf = (torch.tensor(float(x)) for x in ("1", "nan", "inf"))
     with pytest.raises(Mistake, match=f"L_vc is nan for the videos {batch.videos[0]}"):
-        run.check_finite({"L_iou": torch.tensor(1.0), "L_vc": torch.tensor(float("nan"))})
+        run.is_finite({"L_iou": one, "L_vc": nan}, nan)
+    assert run.is_finite({"L_iou": one}, one) and not run.is_finite({"L_iou": one}, inf)
+    assert run.skipped == 1                     # in reduced precision; else it is named, too
+    run.reduced = False
+    with pytest.raises(Mistake, match="the gradient's norm is inf"):
+        run.is_finite({"L_iou": one}, inf)
 
 
 def test_learning_rates():
