@@ -59,11 +59,13 @@ def same(ours: Tensor, theirs: Tensor, what: str, tolerance: float = 1e-5) -> No
     assert difference <= tolerance, f"{what}: the two ways differ by {difference:.2g}"
 
 
-def random_vit_b32(device: torch.device = torch.device("cpu")) -> clip.CLIP:
-    """A CLIP of the size of ViT-B/32."""
+def random_vit_b32(device: torch.device = torch.device("cpu"), small: bool = False) -> clip.CLIP:
+    """A CLIP of the size of ViT-B/32; `small`: of two narrow layers, with features as wide."""
     torch.manual_seed(0)
-    visual = clip.VisionTransformer(224, 32, 768, 12, 12, 512, clip.QuickGELU)
-    model = clip.CLIP(visual, 49408, 77, 512, 12, 8, 512, clip.QuickGELU)
+    resolution, patch, width, layers, C = (32, 8, 64, 2, 64) if small else (224, 32, 768, 12, 512)
+    visual = clip.VisionTransformer(resolution, patch, width, layers, width // 64, 512,
+                                    clip.QuickGELU)
+    model = clip.CLIP(visual, 49408, 77, C, layers, C // 64, 512, clip.QuickGELU)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
     return model.to(device).eval()

@@ -3,7 +3,7 @@
     with simulated_device.mode() as mode:
         x = torch.ones(3, device="simulated")
         x + torch.ones(3)                       # WrongDevice, as on a GPU
-        mode.synchronisations                   # Counter of the lines that waited for the device
+        mode.synchronisations                   # Counter of the functions that waited for it
 
 A tensor "on" it is a wrapper around a CPU tensor, with which every operation is computed. What it
 shows is where tensors lie: an operation on tensors of both devices raises, unless it is one that a
@@ -86,6 +86,9 @@ class Simulated(torch.Tensor):
     def tolist(self) -> list:
         return self.cpu().tolist()
 
+    def numpy(self, **options):
+        raise TypeError(f"can't convert {NAME} tensor to numpy")
+
 
 def check(function, args: tuple, kwargs: dict) -> None:
     """WrongDevice if the operation needs tensors of one device and has some of both."""
@@ -128,7 +131,7 @@ def run(function, args: tuple, kwargs: dict):
 
 class mode(TorchDispatchMode):
     """Inside the block, factories such as torch.zeros know the device and `--device simulated`
-    exists. `synchronisations` counts, per line of the product, how often it waits."""
+    exists. `synchronisations` counts how often each function of the product waits."""
     current = None
 
     def __init__(self):
@@ -137,13 +140,15 @@ class mode(TorchDispatchMode):
 
     def count(self) -> None:
         frame = sys._getframe(1)
-        while frame and (pathlib.Path(frame.f_code.co_filename).parent.parent != ROOT
-                         and pathlib.Path(frame.f_code.co_filename).parent != ROOT
-                         or frame.f_code.co_filename == __file__):
+        while frame:
+            code = frame.f_code
+            path = pathlib.Path(code.co_filename)
+            # not a test, nor a comprehension, which has a frame of its own before Python 3.12
+            if ROOT in (path.parent, path.parent.parent) and path.parent.name != "tests" \
+                    and not code.co_name.startswith("<"):
+                self.synchronisations[f"{path.relative_to(ROOT)}:{code.co_name}"] += 1
+                return
             frame = frame.f_back
-        if frame:
-            path = pathlib.Path(frame.f_code.co_filename).relative_to(ROOT)
-            self.synchronisations[f"{path}:{frame.f_code.co_name}"] += 1
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return run(function, args, kwargs or {})
@@ -153,7 +158,9 @@ class mode(TorchDispatchMode):
         make = torch.tensor
 
         def tensor(data, *, device=None, **more):       # torch's own bypasses the dispatcher
-            return make(data, **more).to(device or "cpu")
+            if device is None or torch.device(device).type != NAME:
+                return make(data, device=device, **more)
+            return make(data, **more).to(device)
 
         self.patches.enter_context(unittest.mock.patch("torch.tensor", tensor))
         before = torch.__future__.get_overwrite_module_params_on_conversion()
