@@ -106,6 +106,22 @@ def random_batch(config: train.Config) -> tuple[Tensor, ...]:
     return frames, text, torch.arange(B).repeat_interleave(2), iou, moments_sec
 
 
+def random_tokens(count: int) -> Tensor:
+    """Sentences of twelve random words, [count, 77]."""
+    words = torch.randint(1, 49406, (count, 12), generator=torch.Generator().manual_seed(0))
+    return F.pad(F.pad(F.pad(words, (1, 0), value=49406), (0, 1), value=49407), (0, 63))
+
+
+def whole_batch(config: train.Config, patches: bool) -> data.Batch:
+    """random_batch as train.terms reads it, each query with the same number of words."""
+    frames, _, video_of, iou, moments_sec = random_batch(config)
+    S, generator = len(video_of), torch.Generator().manual_seed(1)
+    seen = F.normalize(torch.randn(config.batch, 8, 512, 7, 7, generator=generator), dim=2)
+    return data.Batch([str(i) for i in range(config.batch)], frames, seen if patches else None,
+                      random_tokens(3 * S).view(3, S, 77), torch.ones(3, S, dtype=torch.bool),
+                      video_of, moments_sec, torch.full((S,), 30.0), iou, torch.arange(S))
+
+
 def retriever_of(config: train.Config) -> mmn.MMN:
     torch.manual_seed(0)
     pool = config.frames // config.num_clips

@@ -32,7 +32,7 @@ import simulated_device
 import staged
 import train
 import video
-from extras import index, probe, reproduce, search, zero_shot
+from extras import gpu_day, index, probe, reproduce, search, zero_shot
 from simulated_device import BACKEND, DEVICE, NAME, WrongDevice
 from support import errors, parallel, progress
 
@@ -485,3 +485,38 @@ def test_bfloat16_in_both_towers_and_the_retriever(world):
     ours, theirs = results[True], results[False]
     assert F.cosine_similarity(ours.pop("x"), theirs.pop("x")).min() > 0.999
     assert ours == pytest.approx(theirs, rel=2e-2) and ours != theirs
+
+
+def test_gpu_day(world, tmp_path, monkeypatch, capsys):
+    """On the CPU, on its smallest scale: no difference, a row for each setting; and a part that
+    fails is listed, while the others run."""
+    monkeypatch.setattr(gpu_day, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gpu_day", "--device", "cpu", "--small", "--root",
+                                      str(world)])
+    gpu_day.main()
+    result = json.loads((tmp_path / "cpu.json").read_text())
+    assert len(result["equality"]) == 13 and not any(result["equality"].values())
+    assert len(result["runs"]) == 8 and max(result["runs"].values()) < 1e-5
+    assert len(result["training"]) == 36 and all(row["steps/s"] > 0 for row in result["training"])
+    assert "| activitynet | 2d-tan | bf16, channels-last |" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_day, "whole_runs", lambda *arguments: {"x": 1.0})
+    monkeypatch.setattr(gpu_day, "training", lambda *arguments: 1 / 0)
+    with pytest.raises(SystemExit):
+        gpu_day.main()
+    shown = capsys.readouterr().err
+    assert "training: ZeroDivisionError" in shown and "x differs by 1.0e+00" in shown
+
+
+def test_gpu_day_compares_two_devices(device, monkeypatch):
+    """Its comparisons on the simulated device; a product that is 1 % too large is noticed."""
+    assert max(gpu_day.equality(DEVICE, small=True).values()) < gpu_day.TOLERANCE
+    run = simulated_device.run
+
+    def wrong(function, args, kwargs):
+        result = run(function, args, kwargs)
+        if function is torch.ops.aten.mm.default and isinstance(result, simulated_device.Simulated):
+            result.held.mul_(1.01)
+        return result
+
+    monkeypatch.setattr(simulated_device, "run", wrong)
+    assert max(gpu_day.equality(DEVICE, small=True).values()) > gpu_day.TOLERANCE
