@@ -410,6 +410,10 @@ class Retriever:
     def encode(self, path: str | os.PathLike) -> Encoded:
         """The features of a video file, cached or made. VideoError if it cannot be read."""
         path = checked(path)
+        if self.run.config["dataset"].startswith("shapes") and not shapes.is_exported(
+                next(video.frames_at(path, np.zeros(1)))):
+            note("this checkpoint has only ever seen the shapes world, so its answers mean nothing "
+                 "on this video; without a checkpoint, CLIP alone needs no training")
         extractor = [self.run.checkpoint["clip_sha256"], self.T, self.window_sec]
         frames, duration_sec = cached_features(self.cache, path, extractor,
                                                lambda: self.extract(path))
@@ -421,10 +425,6 @@ class Retriever:
         """A video file -> F features [F, D], float16, and its duration. F is T; for a long video it
         is larger, so that the features are as dense as in training."""
         model, duration_sec = self.load_image_tower(), video.probe_duration(path)
-        frame = next(video.frames_at(path, np.zeros(1)))
-        if self.run.config["dataset"].startswith("shapes") and not shapes.is_exported(frame):
-            note("this checkpoint has only ever seen the shapes world, so its answers mean nothing "
-                 "on this video; without a checkpoint, CLIP alone needs no training")
         count = self.T
         if duration_sec > LONGER * self.window_sec:
             count = round(self.T * duration_sec / self.window_sec)

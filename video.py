@@ -114,7 +114,8 @@ def probe_duration(path: str | os.PathLike) -> float:
             return container.duration / 1e6                     # the container counts microseconds
         times = []
         with contextlib.suppress(av.FFmpegError):       # reported when the frames are read
-            times = [time_sec for time_sec, _ in decoded(container)]
+            times = [time_sec for time_sec, _ in tqdm(decoded(container), desc="duration",
+                                                      unit="frame", disable=None)]
         if not times:
             raise VideoError(f"{path} cannot be decoded: no frame could be read")
         return times[-1] + (times[-1] / (len(times) - 1) if len(times) > 1 else 0.04)

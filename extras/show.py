@@ -9,6 +9,7 @@ import mimetypes
 import os
 import pathlib
 import string
+import sys
 import urllib.parse
 
 import numpy as np
@@ -222,7 +223,7 @@ def as_page(out: str, encoded, grid_sec: float, answers: list) -> str:
 
 def write_page(out: str, encoded, retriever, answers: list) -> None:
     if reason := unplayable(encoded.path):
-        print(f"note: {reason}")
+        print(f"note: {reason}", file=sys.stderr)
     files.save(out, as_page(out, encoded, retriever.grid_sec(encoded), answers))
 
 

@@ -95,9 +95,14 @@ def did_you_mean(dataset: str, root: str | os.PathLike, published: Iterable[str]
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hexadecimal SHA-256 of a file, with a progress bar above a gigabyte."""
+    digest, size = hashlib.sha256(), os.path.getsize(path)
+    with open(path, "rb") as file, tqdm(total=size, unit="B", unit_scale=True, desc="SHA-256",
+                                        disable=None if size > 1 << 30 else True) as bar:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------- downloads

@@ -560,19 +560,20 @@ def test_moments_in_chosen_videos_only(tmp_path):
     """With all videos among the chosen the answers are those of the exact search; with some, those
     of these."""
     index = Index.__new__(Index)
-    index.folder, index.mapped, J = tmp_path, None, 8
+    index.folder, index.mapped, index.kind, J = tmp_path, None, "checkpoint", 8
     index.table = tmp_path / "videos.json"
     index.content = {"joint": J, "videos": {}}
     generator = torch.Generator().manual_seed(0)
     for k in range(6):
         rows = [F.normalize(torch.randn(20, J, generator=generator), dim=1) for _ in range(2)]
         spans = (30 * torch.rand(20, 2, generator=generator)).sort(1).values
-        index.add(f"{k}.mp4", {"duration_sec": 30.0}, spans, *rows)
+        about = {"duration_sec": 30.0, "generic": 0.1, "deviation": 0.2}
+        index.add(f"{k}.mp4", about, [rows[0], spans, rows[1]])
     q = F.normalize(torch.randn(2, J, generator=generator), dim=1)
     exact = index.search(*q, top_k=8)
     assert index.search(*q, top_k=8, among={f"{k}.mp4" for k in range(6)}) == exact
     some = index.search(*q, top_k=8, among={"2.mp4", "5.mp4"})
-    assert {name for name, _ in some} <= {"2.mp4", "5.mp4"} and some
+    assert {hit.video for hit in some} <= {"2.mp4", "5.mp4"} and some
     mine = [answer for answer in index.search(*q, top_k=100) if answer[0] in ("2.mp4", "5.mp4")]
     assert some == mine[:len(some)]
     assert index.search(*q, among=set()) == [] == index.search(*q, among={"gone.mp4"})

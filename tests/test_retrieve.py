@@ -227,6 +227,17 @@ def test_a_damaged_cache_is_made_again(retriever, videos):
         assert torch.equal(retriever.encode(videos / "test-0008.mp4").frames, first.frames)
 
 
+def test_a_checkpoint_knows_what_it_was_trained_on(retriever, videos, tmp_path, capsys):
+    """On a video of another size than the exported ones, made or cached, a note says so, once."""
+    for path, said in ((videos / "test-0009.mp4", 0), (tmp_path / "other.mp4", 1)):
+        if said:
+            video.write_video(path, [torch.zeros(3, 96, 128, dtype=torch.uint8)] * 8, 4)
+        for _ in range(2):
+            retrieve.note.cache_clear()
+            retriever.encode(path), retriever.encode(path)
+            assert capsys.readouterr().err.count("only ever seen the shapes world") == said
+
+
 # ----------------------------------------------------------------------------------------- the page
 
 def page(videos, sentences=("the <b>red</b> circle & \"more\"",)):
