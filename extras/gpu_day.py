@@ -10,7 +10,6 @@ and search. Weights, features and sentences are random and of true shape. Prints
 results/gpu/<name>.json. What fails is listed at the end, and the exit status is 1.
 """
 import support  # first, for a Ctrl-C while torch is imported
-import argparse
 import contextlib
 import copy
 import functools
