@@ -3,6 +3,7 @@
 devices from the code, and shows that it would have noticed."""
 import argparse
 import contextlib
+import dataclasses
 import inspect
 import json
 import shutil
@@ -32,7 +33,7 @@ import simulated_device
 import staged
 import train
 import video
-from extras import gpu_day, index, probe, reproduce, search, zero_shot
+from extras import gpu_day, index, probe, readings, reproduce, search, zero_shot
 from simulated_device import BACKEND, DEVICE, NAME, WrongDevice
 from support import errors, parallel, progress
 
@@ -165,6 +166,31 @@ def test_training(world, tmp_path, device, name):
     for i, (owner, function, text, *instead) in enumerate(MOVES[name]):
         is_caught(lambda: trained(settings(world, tmp_path / f"{i}", NAME, **RUNS[name])),
                   owner, function, text, *instead)
+
+
+def test_a_step_of_every_row_of_every_table(world, device):
+    """Stage 1's target and the losses with their gradients, on the world's own CLIP and features
+    (without the LSTM, which this device lacks)."""
+    given = reproduce.parse_arguments(["table1", "--root", str(world), "--device", NAME])
+    steps = {}
+    for what in reproduce.TABLES:
+        for config in filter(None, reproduce.configs_of(what, 0, given)):
+            text = config.text_clip if config.text_clip == "shuffled" else ""
+            config = dataclasses.replace(config, clip="shapes", text_clip=text, lr=1.0, text_lr=1.0,
+                                         epochs=1, text_from_epoch=0, limit_videos=4, batch=4, out="")
+            if config.sequence != "lstm":
+                steps[repr(config)] = config
+    store = data.open_store("shapes", "shapes", str(world))
+    assert len(steps) >= 30
+    for config in steps.values():
+        with readings.applied(config):
+            model, _ = train.start(config, store.manifest, DEVICE)
+            videos = data.training_videos(config, store, model.text.tokenize)[0]["train"]
+            if config.method == "vdi-staged":
+                assert staged.stage_targets(model.text, videos, config, DEVICE)[0].device == DEVICE
+            losses, _ = train.terms(model, next(iter(videos.batches(4))).to(DEVICE), config)
+            train.total_loss(losses, config, 0).backward()
+            assert all(torch.isfinite(loss.cpu()) for loss in losses.values())
 
 
 @pytest.mark.parametrize("first, second", [(NAME, "cpu"), ("cpu", NAME), (NAME, NAME)])
