@@ -305,14 +305,14 @@ def cosine(progress: float) -> float:
 
 def versions() -> dict[str, str]:
     """What a result depends on besides its configuration."""
-    commit = ""
+    commit, program = "", pathlib.Path(sys.argv[0])
     if shutil.which("git"):
         asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
                                cwd=pathlib.Path(__file__).parent)
         commit = asked.stdout.strip()
     return {"python": platform.python_version(), "torch": str(torch.__version__),
             "numpy": np.__version__, "platform": platform.platform(), "commit": commit,
-            "command": " ".join(sys.argv)}
+            "command": " ".join([f"{program.parent.name}/{program.name}", *sys.argv[1:]])}
 
 
 def environment(device: torch.device) -> str:
