@@ -320,7 +320,7 @@ def best_cell(scores: Tensor) -> tuple[Tensor, Tensor]:
 
         t~s = argmax(cmax(Y~)),  t~e = argmax(y~_{t~s})
 
-    scores [S, N, N] with -inf where there is no moment; returns two LongTensors [S]"""
+    scores [S, N, N] with -inf in cells that are no candidates; returns two LongTensors [S]"""
     start = scores.amax(2).argmax(1)                            # row maxima, then the best row
     return start, scores[torch.arange(len(scores), device=scores.device), start].argmax(1)
 

@@ -1,7 +1,7 @@
 """Your video and your sentence: when does it happen?
 
-    python retrieve.py video.mp4 "a person opens the door"                  # CLIP alone, no training
-    python retrieve.py video.mp4 "a person opens the door" --checkpoint ckpt.pt     # trained
+    python retrieve.py video.mp4 "a person opens the door"              # CLIP alone, no training
+    python retrieve.py video.mp4 "a person opens the door" --checkpoint ckpt.pt         # trained
     python retrieve.py video.mp4 "a person opens the door" --plot out.png --html out.html
 
     r = ZeroShot()                                              # or Retriever("ckpt.pt")
@@ -142,14 +142,14 @@ def search_intervals(similarity: Tensor, shortest: int, longest: Tensor | int, t
     step = max(1, block // (S * len(length)))
     result = torch.full((S, top_k, 3), float("-inf"), dtype=torch.double)
     result[..., :2] = 0
-    each = [x[:, None, None] for x in (sums[:, -1], counts, longest)]           # [S, 1, 1]
+    total, counts, longest = (x[:, None, None] for x in (sums[:, -1], counts, longest))
     for k in range(top_k):
         for first in range(0, n, step):
             start = torch.arange(first, min(first + step, n))[:, None]          # [B, 1]
             end = start + length                                                # [B, L]
             inside = sums[:, end.clamp(max=n)] - sums[:, start]                 # [S, B, L]
-            score = contrast(each[0], inside, length, each[1], power)
-            score = score.masked_fill((end > each[1]) | (length > each[2]), float("-inf"))
+            score = contrast(total, inside, length, counts, power)
+            score = score.masked_fill((end > counts) | (length > longest), float("-inf"))
             spans = torch.stack(torch.broadcast_tensors(start, end), -1).double()       # [B, L, 2]
             for chosen in range(k):
                 near = mmn.interval_iou(spans, result[:, chosen, None, None, :2]) > NMS
@@ -166,14 +166,16 @@ def best_at(similarity: Tensor, shortest: int, longest: int, power: float = POWE
     similarity [S, F]; returns [S, F]."""
     S, n = similarity.shape
     sums = F.pad(similarity.double().cumsum(1), (1, 0))                         # [S, F + 1]
-    best = similarity.new_full((S, 0), float("-inf"), dtype=torch.double)
+    # the best score of an interval that contains each one of a length, from the longest to 1
+    best = torch.full((S, n - longest), float("-inf"), dtype=torch.double)
     for length in range(longest, 0, -1):
-        # an interval of this length is within two that are one longer, or is one itself
-        inner = F.pad(best, (1, 1), value=float("-inf")).unfold(1, 2, 1).amax(2) if length < \
-            longest else best.new_full((S, n - length + 1), float("-inf"))
-        score = contrast(sums[:, -1:], sums[:, length:] - sums[:, :-length],
-                         torch.tensor(length), n, power)                        # [S, F - length + 1]
-        best = torch.maximum(inner, score) if length >= shortest else inner
+        # it lies within two intervals that are one frame longer
+        best = F.pad(best, (1, 1), value=float("-inf"))
+        best = torch.maximum(best[:, 1:], best[:, :-1])                 # [S, F - length + 1]
+        if length >= shortest:
+            score = contrast(sums[:, -1:], sums[:, length:] - sums[:, :-length],
+                             torch.tensor(length), n, power)
+            best = torch.maximum(best, score)
     return best
 
 
@@ -209,7 +211,7 @@ class ZeroShot:
 
     def encode(self, path: str | os.PathLike) -> Encoded:
         """The features of a video file, cached or made. VideoError if it cannot be read."""
-        path = checked(path)
+        path = checked_video(path)
 
         def make() -> tuple[Tensor, float]:
             duration_sec = video.probe_duration(path)
@@ -288,17 +290,19 @@ def answers_of(retriever, encoded: Encoded, sentences: list[str], top_k: int = 5
 
 # ------------------------------------------------------------------------------- a video's features
 
-def checked(path: str | os.PathLike) -> pathlib.Path:
+def checked_video(path: str | os.PathLike) -> pathlib.Path:
+    """The path of a file. Mistake if it is a folder or does not exist."""
     path = pathlib.Path(path)
     if path.is_dir():
         raise Mistake(f"{path} is a folder; to search the videos in it, see: python -m "
                       f"extras.index --help")
     if not path.is_file():
-        raise Mistake(f"there is no video {path}")
+        raise Mistake(f"{path} does not exist; name a video file")
     return path
 
 
 def checked_tokens(sentences: list[str], tokenize=clip.tokenize) -> Tensor:
+    """Sentences -> [S, 77]. Mistake for an empty one; a note for one that is cut off."""
     for sentence in sentences:
         if not sentence.strip():
             raise Mistake("a sentence is empty; say what to look for")
@@ -362,7 +366,7 @@ def note_shape(frame: Tensor) -> None:
         note(f"CLIP sees the central square only, {share:.0%} of the picture")
 
 
-# ---------------------------------------------------------------------------------- with a checkpoint
+# -------------------------------------------------------------------------------- with a checkpoint
 
 class Retriever:
     """A checkpoint of train.py, ready for videos. The checkpoint names its CLIP, whose image tower
@@ -409,7 +413,7 @@ class Retriever:
 
     def encode(self, path: str | os.PathLike) -> Encoded:
         """The features of a video file, cached or made. VideoError if it cannot be read."""
-        path = checked(path)
+        path = checked_video(path)
         if self.run.config["dataset"].startswith("shapes") and not shapes.is_exported(
                 next(video.frames_at(path, np.zeros(1)))):
             note("this checkpoint has only ever seen the shapes world, so its answers mean nothing "
@@ -565,7 +569,7 @@ def run(given) -> None:
         raise Mistake("name a video and what to look for: python retrieve.py video.mp4 \"a person "
                       "opens the door\"")
     path, *sentences = inputs
-    checked(path), checked_tokens(sentences)    # before a download starts
+    checked_video(path), checked_tokens(sentences)    # before a download starts
     if given.checkpoint:
         retriever = Retriever(given.checkpoint, given.device, given.clip, given.cache or None)
     else:

@@ -166,7 +166,7 @@ class Model(nn.Module):
             # UNSPECIFIED: the number of heads; 64 wide as in CLIP, but at least 4
             heads = max(4, width // 64)
             self.context = inject.VisualContext(width, heads)
-            if config.lambda_sd and made["patch_frames"]:       # data.Videos rejects none
+            if config.lambda_sd and made["patch_frames"]:   # without patches data.Videos complains
                 size = made["patch_width"], made["grid"], made["patch_frames"]
                 self.dynamic = inject.SpatialDynamic(width, *size, heads, config.sequence == "lstm")
 

@@ -297,7 +297,7 @@ def extract(store: FeatureStore, model: clip.CLIP, videos: dict[str, pathlib.Pat
             if not stored or store.manifest["videos"][name].get("bytes", size) != size:
                 paths[name], sizes[name] = videos[name], size
         elif not stored:
-            failed[name] = f"there is no video file named {name}"
+            failed[name] = f"no video file is named {name}"
     group, waited_sec, started = [], 0.0, time.monotonic()
     decoding = decode_all(paths, T, R, workers)
     bar = tqdm(total=len(paths), desc="features", unit="video", disable=None)
@@ -443,7 +443,7 @@ def adopt_features(store: FeatureStore, paths: dict[str, pathlib.Path | Entry], 
     for name in tqdm(names, desc="features", unit="video", disable=None):
         try:
             if name not in paths:
-                raise VideoError(f"there is no feature file named {name}")
+                raise VideoError(f"no feature file is named {name}")
             x = read_features(paths[name])
             if x.shape[1] != D:
                 whose = "that of the others" if foreign else "this CLIP's width"

@@ -250,7 +250,7 @@ def prepare(config: Config, annotations: str, videos: str, workers: int) -> None
         if name in found:
             paths[name] = found[name]
         else:
-            failed[name] = f"there is no video file named {name}"
+            failed[name] = f"no video file is named {name}"
     times = candidate_times if config.train_images else frame_times
     decoding = video.decode_all(paths, config.frames, model.visual.resolution, workers,
                                 functools.partial(times, stride=config.stride))

@@ -215,7 +215,8 @@ def bench_search(given: argparse.Namespace) -> list[dict]:
         best = max(float(mmn.fuse(torch.sigmoid(mmn.SCORE_SCALE * a.float() @ q[0]),
                                   b.float() @ q[1]).max())
                    for a, b in zip(iou.split(1 << 16), contrastive.split(1 << 16)))
-        same(torch.tensor(index.search(*q)[0].moment.score), torch.tensor(best), "best moment", 1e-6)
+        ours = index.search(*q)[0].moment.score
+        same(torch.tensor(ours), torch.tensor(best), "best moment", 1e-6)
         raw = [x.view(torch.int16).numpy() for x in (iou, contrastive)]
         reading = seconds_of(lambda: [part.max() for x in raw for part in np.array_split(x, 32)])
         searching = seconds_of(lambda: index.search(*q))

@@ -9,7 +9,8 @@ depends on the sentence (Eq. 6, 9), so its index stores those of all moments of 
 search is a product with two vectors. Without a checkpoint the score of a moment is linear in its
 frames (retrieve.contrast), so the index stores the frames.
 
-Shapes: R rows of an index (moments, or frames), J width of MMN's joint space, D of CLIP's, V videos.
+Shapes: R rows of an index (moments, or frames), J width of MMN's joint space, D of CLIP's, V
+videos.
 """
 import support  # first, for a Ctrl-C while torch is imported
 import bisect
@@ -209,7 +210,8 @@ class Index:
             each_sec = torch.tensor([a["duration_sec"] / a["rows"] for a in part])
             shortest = max(1, round(limits_sec[0] / float(each_sec.median())))
             longest = torch.minimum((limits_sec[1] / each_sec).long(), counts // 2).clamp(min=1)
-            found = search_intervals(rows, min(shortest, int(longest.min())), longest, top_k, counts)
+            shortest = min(shortest, int(longest.min()))
+            found = search_intervals(rows, shortest, longest, top_k, counts)
             found[..., :2] *= each_sec[:, None, None]
             result[order[i:i + 256]] = found
         return result

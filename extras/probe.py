@@ -289,8 +289,8 @@ TARGETS = {"change": "late minus early half of the moment", "mean": "mean of the
 
 
 def share_between(x: Tensor, groups: Tensor) -> float:
-    """Variance of the means of the groups (weighted by their sizes), as a share of that of x [S, D].
-    groups [S]."""
+    """Variance of the means of the groups, weighted by their sizes, as a share of that of x.
+    x [S, D], groups [S]."""
     centred, between = x - x.mean(0), 0.0
     for group in groups.unique():
         members = centred[groups == group]

@@ -2,8 +2,8 @@
 `python -m extras.reproduce readings`.
 
     printed     as in inject.py
-    mean        Eq. 2: the squared norm is averaged over D instead of summed. With the decoder's last
-                LayerNorm the sum starts at D = 512, and dominates Eq. 11
+    mean        Eq. 2: the squared norm is averaged over D instead of summed. With the decoder's
+                last LayerNorm the sum starts at D = 512, and dominates Eq. 11
     bare        Eq. 1: TransDecoder is one cross-attention, without residual, norm or feed-forward
     detached    "we only update the parameters of the text encoder": x^qs asks without gradient, so
                 that L^vc and L^sd reach the text tower through x^qd alone

@@ -126,8 +126,9 @@ def rehearse(annotations: str, count: int, only: list[str], protocol: list[str])
     for dataset in DATASETS:
         for what in only:
             more = ["--svo", "svo/svo.csv", "--images", "svo/images"] if what == "s-table1" else []
-            given = reproduce.parse_arguments([what, "--dataset", dataset, "--device", "cpu", "--jobs", "1",
-                                     "--seeds", "1", "--root", str(root), *protocol, *more])
+            given = reproduce.parse_arguments([
+                what, "--dataset", dataset, "--device", "cpu", "--jobs", "1", "--seeds", "1",
+                "--root", str(root), *protocol, *more])
             given.fields = SMALL
             reproduce.reproduce(given)
 

@@ -5,10 +5,10 @@
     python -m extras.reproduce docs                     # writes the tables into docs/ and README.md
 
 A row of extras/tables.json is a name, a base and what it changes (fields of train.Config), and the
-paper's figures; without a base, another method's figures as the paper reports them. It runs once per
-seed (shapes: world and training have the same seed) and is kept in results/<dataset>/<name>.json:
-configuration, metrics, log, and what each query hits. A kept row is not run again, except with
---fresh. Choices are made on validation splits; tables show test splits.
+paper's figures; without a base, another method's figures as the paper reports them. It runs once
+per seed (shapes: world and training have the same seed) and is kept in
+results/<dataset>/<name>.json: configuration, metrics, log, and what each query hits. A kept row is
+not run again, except with --fresh. Choices are made on validation splits; tables show test splits.
 """
 import support  # first, for a Ctrl-C while torch is imported
 import argparse
@@ -40,8 +40,7 @@ import parse
 import shapes
 import train
 from clip2video import train as clip2video
-from extras import figures, probe, readings
-from extras import zero_shot as contrast
+from extras import figures, probe, readings, zero_shot
 from support import files, options, parallel, results
 from support.errors import Mistake, reported
 from support.text import markdown, mean_and_deviation
@@ -81,8 +80,10 @@ def read_tables() -> dict[str, Table]:
         rows = []
         for row, base, changes, *paper in table.pop("rows"):
             paper = paper[0] if paper else {}
-            if isinstance(paper, list):
+            if isinstance(paper, list):                 # of Charades; on shapes for orientation
                 paper = {"charades": paper}
+            if "charades" in paper:
+                paper = {"shapes": paper["charades"], **paper}
             rows.append(Row(row, content["bases"][base] | changes if base else None, paper))
         tables[name] = Table(rows, **table)
     return tables
@@ -234,23 +235,22 @@ def check(what: str, given: argparse.Namespace) -> None:
                       f"{', '.join(TABLES[what].columns)}")
     if given.dataset == "shapes":
         return
-    without = []
+    can_be_shown = False
     for row, config in zip(TABLES[what].rows, configs_of(what, 0, given)):
-        if config is None or kept(config):
+        if config is None:
             continue
         try:
-            counts = coverage(config)
+            counts = (kept(config) or {}).get("coverage") or coverage(config)
         except Mistake as error:                        # its features have not been made
             print(f"note: \"{row.name}\" is not run: {error}", file=sys.stderr)
-            without.append(row)
             continue
-        lost = {split: f"{videos} videos ({sentences} sentences) of {split}"
-                for split, (_, _, videos, sentences) in counts.items() if videos}
+        can_be_shown = True
+        lost = [f"{videos} videos ({sentences} sentences) of {split}"
+                for split, (_, _, videos, sentences) in counts.items() if videos]
         if lost and not given.allow_missing:
-            raise Mistake(f"{' and '.join(lost.values())} have no features, so the results could "
-                          f"not be compared with the paper's; make them, or use --allow-missing")
-    if all(config is None or row in without for row, config
-           in zip(TABLES[what].rows, configs_of(what, 0, given))):
+            raise Mistake(f"{' and '.join(lost)} have no features, so the results could not be "
+                          f"compared with the paper's; make them, or use --allow-missing")
+    if not can_be_shown:
         raise Mistake(f"no row of {what} can be run: see above")
 
 
@@ -339,20 +339,25 @@ def found(run: dict, split: str, query: str = "full") -> np.ndarray:
     return np.array([float(int(digit) >= 1) for digit in run["hits"][query][split]])
 
 
-def paired(ours: list[dict], theirs: list[dict], split: str, draws: int = 2000
-           ) -> tuple[float, float, float, list[float]]:
-    """R@1, IoU=0.5 of one row minus that of another, in points: mean over seeds, its 95% interval
-    by a bootstrap over the sentences (drawn with replacement within each seed, the same for both
-    rows), and the difference of each seed."""
-    rng = np.random.default_rng(0)
+def paired(ours: list[dict], theirs: list[dict],
+           split: str) -> tuple[float, float, float, list[float]]:
+    """R@1, IoU=0.5 of one row minus that of another, in points: mean over seeds, its 95% interval,
+    and the difference of each seed."""
     differences = [100 * (found(a, split) - found(b, split)) for a, b in zip(ours, theirs)]
+    means = [float(d.mean()) for d in differences]
+    return float(np.mean(means)), *interval(differences), means
+
+
+def interval(differences: list[np.ndarray], draws: int = 2000) -> tuple[float, float]:
+    """95% interval of the mean over seeds, by a bootstrap over the sentences, drawn with
+    replacement within each seed. differences: of each sentence, an array per seed."""
+    rng = np.random.default_rng(0)
     drawn = np.mean([d[rng.integers(len(d), size=(draws, len(d)))].mean(1) for d in differences], 0)
     low, high = np.percentile(drawn, (2.5, 97.5))
-    means = [float(d.mean()) for d in differences]
-    return float(np.mean(means)), low, high, means
+    return low, high
 
 
-def zero_shot(what: str, given: argparse.Namespace) -> list[dict]:
+def clip_alone_of(what: str, given: argparse.Namespace) -> list[dict]:
     """The metrics of CLIP alone on the dataset of a table, for each seed: query -> split ->
     metrics, among them those of a random and of the best fixed moment."""
     dataset, device = dataset_of(what, given), parallel.pick_device(given.device)
@@ -361,7 +366,7 @@ def zero_shot(what: str, given: argparse.Namespace) -> list[dict]:
         world = world_of(dataset, seed)
         shapes.build_for(train.configure(dataset=world, root=given.root))
         name = world if dataset == "shapes" else train.Config.clip
-        run = contrast.run_of(world, name, given.root, device)
+        run = zero_shot.run_of(world, name, given.root, device)
         return {query: evaluate.evaluate(run, query=query, device=device, allow_missing=True)
                 for query in evaluate.QUERIES}
 
@@ -372,7 +377,7 @@ def yardsticks(what: str, columns: list[tuple[str, str]], runs: list[dict],
                given: argparse.Namespace) -> list[list[str]]:
     """The rows of a table that need no training. runs: a trained row's, with both baselines."""
     trained, rows = [run["results"] for run in runs], []
-    alone = [content["full"] for content in zero_shot(what, given)]
+    alone = [content["full"] for content in clip_alone_of(what, given)]
     for name, seeds, kind in (("a random moment", trained, "random moment"),
                               ("the best fixed moment", trained, "best prior"),
                               ("CLIP alone, no training", alone, None)):
@@ -386,12 +391,17 @@ def yardsticks(what: str, columns: list[tuple[str, str]], runs: list[dict],
 
 def clip_alone(given: argparse.Namespace) -> str:
     """CLIP without any training: it finds actors and is blind to their motions."""
-    seeds = [content["full"] for content in zero_shot("table1", given)]
-    metrics = [name for name in ("R@1,IoU=0.5", "R@1,IoU=0.7", "R@5,IoU=0.5", "mIoU", "noun accuracy",
-                                 "verb accuracy") if name in next(iter(seeds[0].values()))]
-    rows = [[split, *(mean_and_deviation([content[split][metric] for content in seeds])
-                      for metric in metrics)] for split in filter(seeds[0].get, FINAL)]
-    return markdown(["", *(metric.replace(",IoU=", " ") for metric in metrics)], rows)
+    seeds = [content["full"] for content in clip_alone_of("table1", given)]
+    metrics, rows = ["R@1,IoU=0.5", "R@1,IoU=0.7", "R@5,IoU=0.5", "mIoU"], []
+    if given.dataset == "shapes":
+        metrics += ["noun accuracy", "verb accuracy"]
+    for split in filter(seeds[0].get, FINAL):
+        cells = [[content[split][metric] for content in seeds] for metric in metrics]
+        missing = seeds[0][split].get("queries missing", 0)
+        rows.append([split, *map(mean_and_deviation, cells), str(seeds[0][split]["queries"]),
+                     str(missing)])
+    heads = [metric.replace(",IoU=", " ") for metric in metrics]
+    return markdown(["", *heads, "sentences", "missing"], rows)
 
 
 PAPER = {"shapes": ("Charades-STA", "Charades-CG novel-word"),
@@ -407,14 +417,13 @@ def show(what: str, given: argparse.Namespace) -> str:
     columns = columns_of(what, given)
     heads = [f"{split} {metric.replace(',IoU=', ' ')}" for split, metric in columns]
     family = given.dataset
-    papers = [row.paper.get(family, row.paper.get("charades") if family == "shapes" else None)
-              for row in table.rows]
+    papers = [row.paper.get(family) for row in table.rows]
     if any(papers):
         heads.append(f"paper, {PAPER[family][not table.original]}")
     first = next(seeds for seeds in runs if seeds)
     lines = yardsticks(what, columns, first, given) if table.yardsticks else []
-    for line in lines if any(papers) else ():
-        line.append("")
+    if any(papers):
+        lines = [[*line, ""] for line in lines]
     for row, seeds, paper in zip(table.rows, runs, papers):
         if not seeds and (family == "shapes" or not paper):
             continue                                    # on shapes nothing is only reported
@@ -455,7 +464,8 @@ def label(name: str, dataset: str) -> str:
 
 
 def sizes(runs: list[dict], columns: list[tuple[str, str]]) -> str:
-    """How many sentences, and on a real dataset videos, each split has; and how many are missing."""
+    """How many sentences each split has; on a real dataset also videos, and how many are missing.
+    """
     parts = []
     for split in dict.fromkeys(split for split, _ in columns):
         queries = np.mean([run["results"][split]["queries"] for run in runs])
@@ -500,11 +510,12 @@ def s_table1(given: argparse.Namespace) -> str:
     for name, theirs in paper.items():
         row = [name.replace("ahead", "ahead, %")]
         for kind in kinds:
-            shown = [[content[kind]] if kind in content else
-                     content.values() if kind == "overall" else [] for content in seeds]
-            values = [np.average([part[name] for part in parts],
-                                 weights=[part["triplets"] for part in parts])
-                      for parts in map(list, shown) if parts]
+            values = []
+            for content in seeds:
+                parts = [part for k, part in content.items() if kind in (k, "overall")]
+                if parts:
+                    counts = [part["triplets"] for part in parts]
+                    values.append(np.average([part[name] for part in parts], weights=counts))
             row.append(f"{np.mean(values):.2f}" if values else "no images")
         rows.append([*row, *theirs])
     return markdown(["score", *kinds, *(f"paper, {kind}" for kind in kinds)], rows)
@@ -591,7 +602,7 @@ def fig3(given: argparse.Namespace) -> str:
     chosen, runs = (0, 1, 2, 4), collect("table1", given)
     chosen = [k for k in chosen if runs[k]]
     rates = {split: {} for split in FINAL[:3] if split in runs[0][0]["results"]}
-    alone, name, rows = zero_shot("table1", given), "CLIP alone", [["CLIP alone"]]
+    alone, name, rows = clip_alone_of("table1", given), "CLIP alone", [["CLIP alone"]]
     for split, methods in rates.items():
         methods[name] = [[content[query][split]["R@1,IoU=0.5"] for content in alone]
                          for query in evaluate.QUERIES]
@@ -605,7 +616,7 @@ def fig3(given: argparse.Namespace) -> str:
     if given.figures:
         figures.queries(figure_path("fig3", given), rates)
     heads = [f"{split}, {name}" for split in rates for name in ("Q", "Q^s", "Q^d")]
-    return markdown(["", *heads], rows)
+    return f"{markdown(['', *heads], rows)}\n\n{sizes(runs[chosen[0]], [*rates.items()])}."
 
 
 def collapse(given: argparse.Namespace) -> str:
@@ -630,6 +641,17 @@ def collapse(given: argparse.Namespace) -> str:
     return markdown(["", "first", "last"], rows)
 
 
+def readings_logs(given: argparse.Namespace) -> str:
+    """What becomes of both sides of Eq. 2, and of the verbs, under other readings."""
+    names, rows = ("L_vc", "var x~^qs", "cos x^qd"), []
+    for row, runs in zip(TABLES["readings"].rows, collect("readings", given)):
+        rows.append([row.name])
+        for name in names:
+            first, last = ([run["log"][k].get(name) for run in runs] for k in (0, -1))
+            rows[-1].append("" if None in first else f"{np.mean(first):.3g} to {np.mean(last):.3g}")
+    return markdown(["", *(f"{name}, epoch 1 to 30" for name in names)], rows)
+
+
 def fig2(given: argparse.Namespace) -> str:
     """Fig. 2: the method."""
     _, world = clip_of(0, given)
@@ -645,10 +667,11 @@ def blocks(given: argparse.Namespace) -> str:
 
 
 OTHERS = {"fig2": fig2, "fig3": fig3, "zero-shot": clip_alone, "s-table1": s_table1,
-          "s-fig1": s_fig1, "collapse": collapse, "probes": probes, "between": between,
-          "heat": heat, "clip2video": blocks}
+          "s-fig1": s_fig1, "collapse": collapse, "readings-logs": readings_logs, "probes": probes,
+          "between": between, "heat": heat, "clip2video": blocks}
 FIGURES = ("fig3", "s-fig1", "collapse", "heat", "curve")       # assets/<name>.png
-NEEDS = {"fig3": "table1", "collapse": "table1", "heat": "table1"}      # whose runs they show
+NEEDS = {"fig3": "table1", "collapse": "table1", "heat": "table1",      # whose runs they show
+         "readings-logs": "readings"}
 
 
 def result_of(what: str, given: argparse.Namespace) -> str:

@@ -71,7 +71,7 @@ def as_json(encoded, retriever, answers: list) -> dict:
             "results": results}
 
 
-# -------------------------------------------------------------------------------------------- a plot
+# ------------------------------------------------------------------------------------------- a plot
 
 def drawable(text: str) -> str:
     """`text` without the characters that no installed font has. Fonts that have them are added to
@@ -153,7 +153,7 @@ def draw_map(axes, retriever, encoded, sentence: str) -> None:
         axes.set_title(f"window {window + 1} of {windows}", fontsize=9)
 
 
-# -------------------------------------------------------------------------------------------- a page
+# ------------------------------------------------------------------------------------------- a page
 
 def unplayable(path: str | os.PathLike) -> str:
     """Why a browser may not play a video file; "" if it can."""
@@ -227,7 +227,7 @@ def write_page(out: str, encoded, retriever, answers: list) -> None:
     files.save(out, as_page(out, encoded, retriever.grid_sec(encoded), answers))
 
 
-# --------------------------------------------------------------------------------------------- clips
+# -------------------------------------------------------------------------------------------- clips
 
 def write_clips(folder: str, path: str, answers: list) -> list[pathlib.Path]:
     """Each moment as an H.264 file named by its time: kitchen-0m08.6s-0m15.1s.mp4."""

@@ -37,12 +37,12 @@ class TAN(mmn.MomentMap):
         """frames [B, T, D], text [S, D], video_of [S] -> logits of the candidates [S, P]."""
         moments = self.map_fc(self.moment_map(frames))                  # [B, J, N, N]
         x = moments[video_of] * self.text_fc(text)[:, :, None, None]    # [S, J, N, N]
-        x = F.normalize(x, dim=1) * self.candidates             # 0 where there is no moment
+        x = F.normalize(x, dim=1) * self.candidates             # 0 outside the candidates
         x = self.convolution(x, self.convs, None)                       # [S, C, N, N]
         return self.at_candidates(self.score(x))[:, 0]                  # [S, P]
 
     def scores(self, frames: Tensor, text: Tensor, video_of: Tensor) -> Tensor:
-        """As of mmn.MMN: [S, N, N] in (0, 1), 0 where there is no moment."""
+        """As of mmn.MMN: [S, N, N] in (0, 1), 0 outside the candidates."""
         return self.to_map(self(frames, text, video_of).sigmoid())
 
     def outputs(self, frames: Tensor, text: Tensor, video_of: Tensor) -> tuple[Tensor]:

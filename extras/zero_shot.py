@@ -1,11 +1,12 @@
 """CLIP alone, without training: how good is it, and does it know when nothing fits?
 
-    python evaluate.py --zero-shot --dataset shapes --clip shapes           # a row of the evaluation
+    python evaluate.py --zero-shot --dataset shapes --clip shapes       # a row of the evaluation
     python -m extras.zero_shot choose                   # which score: phi, or the scan statistic?
     python -m extras.zero_shot found                    # "nothing found": the trade-off as a curve
     python -m extras.zero_shot names DIR                # real CLIP vectors of a video and of names
 
-Shapes: B videos, S sentences, T frames, N clips, D width of CLIP's joint space, G generic sentences.
+Shapes: B videos, S sentences, T frames, N clips, D width of CLIP's joint space, G generic
+sentences.
 """
 import support  # first, for a Ctrl-C while torch is imported
 import json
@@ -38,8 +39,8 @@ class Contrast(mmn.MomentMap):
         self.power, self.smooth = power, smooth
 
     def scores(self, frames: Tensor, text: Tensor, video_of: Tensor) -> Tensor:
-        """frames [B, T, D] and text [S, D] unit vectors, video_of [S] -> [S, N, N]; 0 where there is
-        no candidate."""
+        """frames [B, T, D] and text [S, D] unit vectors, video_of [S] -> [S, N, N], 0 outside the
+        candidates."""
         result = []
         for x, video in zip(text, video_of):
             seen = frames[video]

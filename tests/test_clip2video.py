@@ -407,12 +407,8 @@ def test_train_evaluate_and_resume(trained, tmp_path):
     assert "another seed" in run(*arguments, "--seed", 5, "--resume", status=2)
 
 
-def test_stopped_in_the_middle_of_an_epoch(trained, tmp_path):
-    """Ctrl-C in the second of three steps of epoch 2 finishes that step; the resumed run ends with
-    the same bits as one that was not stopped, and its log has the same rows."""
-    root, _ = trained
-    arguments = ("train", "--root", root, "--epochs", 3, "--batch", 8, "--device", "cpu", "--out")
-    assert "24 captions, 3 steps per epoch" in run(*arguments, tmp_path / "whole")
+def stops_after(steps, tmp_path):
+    """A program: `python -m clip2video` that gets a Ctrl-C in a training step."""
     script = tmp_path / "stop.py"
     script.write_text("import os, runpy, signal\n"
                       "from support import progress\n"
@@ -420,9 +416,19 @@ def test_stopped_in_the_middle_of_an_epoch(trained, tmp_path):
                       "def stop(run, values):\n"
                       "    add(run, values)\n"
                       "    steps.append(values)\n"
-                      "    if len(steps) == 5: os.kill(os.getpid(), signal.SIGINT)\n"
+                      f"    if len(steps) == {steps}: os.kill(os.getpid(), signal.SIGINT)\n"
                       "progress.Run.add = stop\n"
                       "runpy.run_module('clip2video', run_name='__main__')\n")
+    return script
+
+
+def test_stopped_in_the_middle_of_an_epoch(trained, tmp_path):
+    """Ctrl-C in the second of three steps of epoch 2 finishes that step; the resumed run ends with
+    the same bits as one that was not stopped, and its log has the same rows."""
+    root, _ = trained
+    arguments = ("train", "--root", root, "--epochs", 3, "--batch", 8, "--device", "cpu", "--out")
+    assert "24 captions, 3 steps per epoch" in run(*arguments, tmp_path / "whole")
+    script = stops_after(5, tmp_path)
     assert "stopped after 2 steps of epoch 2" in run(*arguments, tmp_path / "parts", status=130,
                                                      command=(script,))
     assert "resuming after epoch 1 and 2 steps" in run(*arguments, tmp_path / "parts", "--resume")
@@ -451,7 +457,7 @@ def test_search_a_folder_of_videos(trained, tmp_path):
     assert text.count(".mp4") == 2 and '"a red circle rises"' in text
     ranker = search.Ranker(tmp_path / "index")
     assert sorted(ranker.names) == ["test-0000.mp4", "test-0001.mp4", "test-0002.mp4"]
-    # again: what is new is read, what is gone is dropped, and another checkpoint is refused
+    # again: new files are read, removed ones dropped, and another checkpoint is refused
     (tmp_path / "videos" / "test-0001.mp4").unlink()
     shutil.copy(tmp_path / "videos" / "test-0000.mp4", tmp_path / "videos" / "new.mp4")
     before = (tmp_path / "index" / "clip2video.npz").stat().st_mtime_ns
@@ -679,16 +685,7 @@ def test_train_the_image_tower_resume_and_search(pixels, world, tmp_path):
     arguments = ("train", "--root", root, "--epochs", 2, "--batch", 8, "--device", "cpu",
                  "--train-images", "true", "--out")
     text = run(*arguments, tmp_path / "whole")
-    script = tmp_path / "stop.py"
-    script.write_text("import os, runpy, signal\n"
-                      "from support import progress\n"
-                      "add, steps = progress.Run.add, []\n"
-                      "def stop(run, values):\n"
-                      "    add(run, values)\n"
-                      "    steps.append(values)\n"
-                      "    if len(steps) == 3: os.kill(os.getpid(), signal.SIGINT)\n"
-                      "progress.Run.add = stop\n"
-                      "runpy.run_module('clip2video', run_name='__main__')\n")
+    script = stops_after(3, tmp_path)
     run(*arguments, tmp_path / "parts", status=130, command=(script,))
     assert "resuming after epoch 1 and 1 steps" in run(*arguments, tmp_path / "parts", "--resume")
     assert same_weights(tmp_path / "whole", tmp_path / "parts")

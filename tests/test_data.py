@@ -352,8 +352,8 @@ def test_extraction_resumes_and_adds_missing_patches(tmp_path, world):
     store = data.FeatureStore(tmp_path / "f", MADE)
     paths = video.find_files(tmp_path / "v", video.VIDEOS)
     failed = video.extract(store, model, paths, ["a", "b", "c"], set())
-    assert failed == {"c": "there is no video file named c"}
-    assert (store.folder / "failed.txt").read_text() == "c\tthere is no video file named c\n"
+    assert failed == {"c": "no video file is named c"}
+    assert (store.folder / "failed.txt").read_text() == "c\tno video file is named c\n"
     assert not store.path("a", "patches").exists()
     before = store.path("b", "frames").stat().st_mtime_ns
     video.extract(data.FeatureStore(tmp_path / "f"), model, paths, ["a", "b"], {"a"})
@@ -650,7 +650,7 @@ def test_features_made_elsewhere(tmp_path):
         assert np.array_equal(store.read(name, "frames"), x[[1, 3, 6, 8]])
     for name, reason in dict(wide="width 4, but this CLIP's width is 2", flat=r"float32 \[10\]",
                              text="text", empty=r"\[0, 2\]", nan="finite", objects="Python objects",
-                             other="features", none="no feature file named none").items():
+                             other="features", none="no feature file is named none").items():
         assert re.search(reason, failed[name]), failed[name]
     with pytest.raises(Mistake, match="no patches, which the spatial dynamics .* --method mmn"):
         data.Videos([data.Sample("a", "q", 0, 1, 20.0)], store, 2,
@@ -698,7 +698,8 @@ def test_a_manifest_without_frames_or_width_is_damaged(tmp_path):
     content = json.loads(path.read_text())
     for key in ("frames", "width", "videos"):
         path.write_text(json.dumps({name: content[name] for name in content if name != key}))
-        with pytest.raises(Mistake, match=f"manifest.json is damaged .KeyError '{key}'.; remove it"):
+        message = f"manifest.json is damaged .KeyError '{key}'.; remove it"
+        with pytest.raises(Mistake, match=message):
             prepare.check("mine", tmp_path)
 
 

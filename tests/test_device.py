@@ -177,7 +177,8 @@ def test_a_step_of_every_row_of_every_table(world, device):
         for config in filter(None, reproduce.configs_of(what, 0, given)):
             text = config.text_clip if config.text_clip == "shuffled" else ""
             config = dataclasses.replace(config, clip="shapes", text_clip=text, lr=1.0, text_lr=1.0,
-                                         epochs=1, text_from_epoch=0, limit_videos=4, batch=4, out="")
+                                         epochs=1, text_from_epoch=0, limit_videos=4, batch=4,
+                                         out="")
             if config.sequence != "lstm":
                 steps[repr(config)] = config
     store = data.open_store("shapes", "shapes", str(world))
@@ -508,6 +509,8 @@ def test_bfloat16_in_both_towers_and_the_retriever(world):
                                dtype=torch.uint8)
         x, _ = video.encode_frames(tower, pixels, 4, torch.bfloat16 if bf16 else torch.float32)
         results[bf16] = {**{k: v.item() for k, v in losses.items()}, "x": x.float()}
+        half, _ = video.encode_frames(tower, pixels, 4, torch.float16)      # --precision fp16
+        assert F.cosine_similarity(half.float(), x.float()).min() > 0.999
     ours, theirs = results[True], results[False]
     assert F.cosine_similarity(ours.pop("x"), theirs.pop("x")).min() > 0.999
     assert ours == pytest.approx(theirs, rel=2e-2) and ours != theirs

@@ -67,7 +67,8 @@ def large(tmp_path):
     """An index of 20 videos with 100 rows each, whose scores for QUERY are nearly equal. Video 7,
     which would be best, has been removed."""
     (tmp_path / "ckpt.pt").write_bytes(b"any file")
-    index, rng = Index(tmp_path / "index", made_with(None, tmp_path / "ckpt.pt")), np.random.default_rng(3)
+    index = Index(tmp_path / "index", made_with(None, tmp_path / "ckpt.pt"))
+    rng = np.random.default_rng(3)
     for i in range(20):
         noise = torch.from_numpy(rng.normal(0, 5e-4, (2, 100, len(QUERY)))).float()
         iou, contrastive = F.normalize((QUERY if i == 7 else AROUND) + noise, dim=2)

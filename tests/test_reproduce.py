@@ -132,7 +132,7 @@ def test_the_papers_figures_stand_beside_the_same_dataset(what, dataset, figures
            "coverage": dict.fromkeys(splits, [3, 4, 1, 2])}
     monkeypatch.setattr(reproduce, "collect", lambda what, given: [
         [run] if config else [] for config in reproduce.configs_of(what, 0, given)])
-    monkeypatch.setattr(reproduce, "zero_shot",
+    monkeypatch.setattr(reproduce, "clip_alone_of",
                         lambda *_: [{"full": dict.fromkeys(splits, metrics)}])
     text = reproduce.show(what, given)
     assert re.search(r"^\| a random moment \| 5.0 \| 1.0 \|", text, flags=re.M)
@@ -209,6 +209,9 @@ def test_what_could_not_be_shown_is_refused_before_training(rehearse, rehearsed,
             rehearse("table2")
         with pytest.raises(AssertionError, match="trained"):
             rehearse("table2", "--allow-missing")
+        monkeypatch.setattr(reproduce, "kept", lambda config: {"coverage": {"test": [2, 4, 1, 3]}})
+        with pytest.raises(Mistake, match=r"1 videos \(3 sentences\) of test have no features"):
+            rehearse("table2")                          # also of what is kept
     finally:
         path.write_text(content)
 

@@ -157,7 +157,7 @@ def test_mistakes_are_reported_in_one_sentence(retriever, checkpoint, videos, wo
     good = videos / "test-0000.mp4"
     (tmp_path / "text.mp4").write_text("not a video")
     assert "cannot be opened" in command(checkpoint, tmp_path / "text.mp4", "a", status=2)
-    assert "there is no video" in command(checkpoint, tmp_path / "none.mp4", "a", status=2)
+    assert "none.mp4 does not exist" in command(checkpoint, tmp_path / "none.mp4", "a", status=2)
     assert "a sentence is empty" in command(checkpoint, good, "a", " ", status=2)
     assert "--top must be at least 1" in command(checkpoint, good, "a", "--top", 0, status=2)
     assert "there is no checkpoint" in command(tmp_path / "none.pt", good, "a", status=2)

@@ -83,7 +83,7 @@ def config(root, out, **changes):
         "dataset": "mine", "clip": "vgg", "method": "mmn"} | SIZES | changes)
 
 
-# ------------------------------------------------------------------------------------------ features
+# ----------------------------------------------------------------------------------------- features
 
 def test_stretches_are_averaged_as_in_a_plain_loop():
     """MMN's avgfeats with bounds round(i L / T), up to its last row."""
@@ -177,7 +177,7 @@ def test_a_backbone_needs_features(root, capsys, monkeypatch):
     assert "add --features" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------- DistilBERT
+# --------------------------------------------------------------------------------------- DistilBERT
 
 def test_mean_over_the_tokens_as_in_a_plain_loop(bert):
     tower = clip.load_text(str(bert))

@@ -362,7 +362,8 @@ def test_results_on_the_training_split_say_so(run):
 @pytest.mark.parametrize("place, told", [
     ("runs/charades-vdi/ckpt.pt", "python train.py --dataset charades --method vdi makes one"),
     ("runs/mine-vdi-staged/ckpt.pt", "--dataset mine --method vdi-staged makes one"),
-    ("runs/charades-cg-mmn-2d-tan/ckpt.pt", "--dataset charades-cg --method mmn --retriever 2d-tan"),
+    ("runs/charades-cg-mmn-2d-tan/ckpt.pt",
+     "--dataset charades-cg --method mmn --retriever 2d-tan"),
     ("a b/mine-mmn/ckpt.pt", "--dataset mine --method mmn --out 'a b/mine-mmn' makes one"),
     ("runs/x/ckpt.pt", "python train.py --out runs/x makes one"),
     ("runs/mine-mmn-x/ckpt.pt", "python train.py --out runs/mine-mmn-x makes one"),
@@ -391,7 +392,8 @@ def test_the_suggested_command_makes_that_checkpoint(tmp_path):
                                     lambda saved: saved.update(sums=3)])
 def test_a_last_pt_that_does_not_fit_is_one_sentence(tmp_path, change):
     model = torch.nn.Linear(2, 2)
-    arguments = tmp_path, {"lr": 1.0}, model, torch.optim.AdamW(model.parameters()), 3, train.quality
+    optimiser = torch.optim.AdamW(model.parameters())
+    arguments = tmp_path, {"lr": 1.0}, model, optimiser, 3, train.quality
     progress.Run(*arguments).save()
     assert not progress.Run(*arguments, resume=True).is_new
     saved = torch.load(tmp_path / "last.pt", weights_only=True)

@@ -1,5 +1,5 @@
-"""Moments by CLIP alone: the scores against plain loops, the exact search, the index and its server,
-and what "nothing found" means."""
+"""Moments by CLIP alone: the scores against plain loops, the exact search, the index and its
+server, and what "nothing found" means."""
 import json
 import math
 import shutil
@@ -71,8 +71,9 @@ def test_too_few_frames_are_an_error():
 def brute_force(similarity, shortest, longest, top_k):
     """Greedy NMS over all intervals by plain loops."""
     n = len(similarity)
-    left = sorted(((plain(similarity, a, b, 0.5), a, b) for a in range(n) for b in range(a + 1, n + 1)
-                   if shortest <= b - a <= longest and b - a < n), reverse=True)
+    spans = [(a, b) for a in range(n) for b in range(a + 1, n + 1)
+             if shortest <= b - a <= longest and b - a < n]
+    left = sorted(((plain(similarity, a, b, 0.5), a, b) for a, b in spans), reverse=True)
     kept = []
     for score, a, b in left:
         if len(kept) < top_k and all((min(b, d) - max(a, c)) / (max(b, d) - min(a, c)) <= 0.5
@@ -85,7 +86,8 @@ def brute_force(similarity, shortest, longest, top_k):
 @pytest.mark.parametrize("shortest, longest", [(1, 20), (3, 7), (1, 1), (5, 100)])
 def test_the_search_is_exact(shortest, longest, block):
     """In one block, in many, and for rows of different lengths at once."""
-    similarity, counts = torch.rand(4, 20, generator=torch.Generator().manual_seed(2)), [20, 13, 7, 2]
+    similarity = torch.rand(4, 20, generator=torch.Generator().manual_seed(2))
+    counts = [20, 13, 7, 2]
     found = retrieve.search_intervals(similarity, shortest, longest, 4, torch.tensor(counts),
                                       block=block)
     for row, count, best in zip(similarity, counts, found):
@@ -115,7 +117,7 @@ def test_a_planted_moment_is_found():
     assert abs(start - 30) <= 1 and abs(end - 45) <= 1
 
 
-# ------------------------------------------------------------------------------------ the evaluation
+# ----------------------------------------------------------------------------------- the evaluation
 
 def test_the_evaluation_uses_the_same_scores(world):
     run = zero_shot.run_of("shapes", "shapes", str(world), torch.device("cpu"))
@@ -142,7 +144,7 @@ def test_evaluate_zero_shot(world, capsys, monkeypatch):
         assert error.value.code == 2 and "name a checkpoint" in capsys.readouterr().err
 
 
-# -------------------------------------------------------------------------------------- a video file
+# ------------------------------------------------------------------------------------- a video file
 
 @pytest.fixture(scope="module")
 def retriever(world, tmp_path_factory):                                 # noqa: F811
@@ -213,7 +215,7 @@ def test_command_line_without_a_checkpoint(world, videos, tmp_path):    # noqa: 
         assert sentence in command(film, "a", *options, *more, status=2)
     assert "name a video and what to look for" in command(film, *options, status=2)
     # before a download would start
-    assert "there is no video" in command(tmp_path / "no.mp4", "a", "--clip", "RN50", status=2)
+    assert "no.mp4 does not exist" in command(tmp_path / "no.mp4", "a", "--clip", "RN50", status=2)
 
 
 @pytest.mark.filterwarnings("error")

@@ -348,7 +348,7 @@ def test_what_the_user_can_fix_is_one_sentence(capsys, error):
 
 @pytest.mark.parametrize("name", ["KeyError", "RuntimeError", "ValueError"])
 def test_a_bug_shows_its_traceback(name, fault):
-    """Status 1 and Python's traceback, so that a bug is told from a mistake."""
+    """Status 1 and Python's traceback, so that a bug is not taken for a mistake of the user's."""
     done = subprocess.run([sys.executable, PROGRAMS / "bug.py", name], capture_output=True,
                           text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 1 and done.stderr.startswith("Traceback"), done.stderr
