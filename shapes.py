@@ -6,6 +6,7 @@ motions each, in some order: nouns alone match every second event, and so do ver
 
     python shapes.py                                    # data/shapes: small CLIP, videos, features
     python shapes.py --seed 1                           # data/shapes-1: another world, another CLIP
+    python shapes.py --context 0.9                      # shapes-context-0.9: verbs have grounds
     python shapes.py --show world.png                   # videos and stills on one sheet
     python shapes.py --pretrain assets/small-clip.pt    # world 0's small CLIP, from its stills
 
@@ -14,6 +15,10 @@ still cannot show it), so that its text tower ignores verbs, which is the premis
 1). Three colours and three shapes occur in stills only; videos with them are the novel-word split.
 Two in seven pairs of a verb and a shape are in no training video: they are the novel-composition
 split. Annotations, features and CLIP weights are written in the form of a real dataset's.
+
+In this world verbs are independent of everything that a frame shows. With `--context p` an event
+takes place on the ground typical of its verb with probability p, as people swim in water; with
+`--random p` on any ground, which is the control: it, too, shows where events begin.
 
 Rounding differs between machines, and pre-training amplifies it. So that everybody starts from the
 same weights, the small CLIP of world 0 is shipped (assets/small-clip.pt).
@@ -27,8 +32,10 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import textwrap
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -248,6 +255,13 @@ def held_out(verb: int, shape: str) -> bool:
     return (verb + 2 * SHAPES.index(shape)) % 7 in (0, 1)
 
 
+class World(NamedTuple):
+    """What a dataset's name says: "shapes-1-context-0.9" is seed 1 with `--context 0.9`."""
+    seed: int = 0
+    kind: str = "context"           # or "random": how an event's ground is chosen
+    share: float = 0.0              # with which probability it is not the video's
+
+
 def script(split: str, rng: np.random.Generator) -> dict:
     """One video, before it is drawn: two actors, two verbs, four events in random order. Between
     them a bystander is visible, which does nothing. A frame length is "frame_sec" seconds."""
@@ -297,9 +311,17 @@ def course(verb: int, rng: np.random.Generator) -> dict:
             return {"from": a, "to": b}
 
 
-def plan_of(seed: int, split: str, i: int) -> dict:
-    """The script of video i of a split."""
-    return script(split, np.random.default_rng([seed, list(SPLITS).index(split) + 1, i]))
+def plan_of(world: World, split: str, i: int) -> dict:
+    """The script of video i of a split; in worlds of one seed it differs in the grounds only."""
+    key = [world.seed, list(SPLITS).index(split) + 1, i]
+    plan = script(split, np.random.default_rng(key))
+    rng, scenes = np.random.default_rng([*key, 1]), list(SCENES)
+    for event in plan["events"]:
+        is_own, drawn = rng.random() < world.share, str(rng.choice(scenes))
+        typical = scenes[event["verb"] % len(scenes)]
+        if is_own:
+            event["scene"] = typical if world.kind == "context" else drawn
+    return plan
 
 
 def whereabouts(event: dict, times: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -316,6 +338,10 @@ def whereabouts(event: dict, times: np.ndarray) -> tuple[np.ndarray, ...]:
 def render(plan: dict, times: np.ndarray) -> np.ndarray:
     """The video of a script at these instants (in frame lengths, [n]): uint8 [n, 32, 32, 3]."""
     frames = ground(plan["scene"], len(times), np.random.default_rng(plan["speckle"]))
+    for event in plan["events"]:                # its ground stays until the next actor enters
+        later = times >= event["enter"]
+        scene, rng = event.get("scene", plan["scene"]), np.random.default_rng(plan["speckle"])
+        frames[later] = ground(scene, later.sum(), rng)
     on_stage = [(times >= e["enter"]) & (times < e["leave"]) for e in plan["events"]]
     draw(frames, **plan["bystander"], visible=~np.any(on_stage, 0))
     for event in plan["events"]:
@@ -345,14 +371,15 @@ def seconds(frame_lengths: int, plan: dict) -> float:
 def build(dataset: str = "shapes", root: str | os.PathLike = "data") -> None:
     """Writes <root>/<dataset> unless it exists (one minute, and two more to pre-train a CLIP). The
     folder gets its name when it is complete, so an interrupted build is simply repeated."""
-    target, seed = pathlib.Path(root) / dataset, seed_of(dataset)
+    target, world = pathlib.Path(root) / dataset, world_of(dataset)
     if (target / "chunks.json").exists():
         return
     if target.exists():
         raise Mistake(f"{target} was built by an earlier version; remove it to build it again")
-    print(f"building {target}: drawing and encoding videos"
-          + (", after pre-training a small CLIP on stills" if seed else ""))
-    write(target, pretrained(seed), seed, SPLITS)
+    plain = target.with_name(name_of(World(world.seed))) / "clip.pt"    # stills have no events
+    print(f"building {target}: drawing and encoding videos" + (
+        ", after pre-training a small CLIP on stills" if world.seed and not plain.exists() else ""))
+    write(target, clip.load(plain) if plain.exists() else pretrained(world.seed), world, SPLITS)
 
 
 def build_for(config) -> None:
@@ -363,12 +390,12 @@ def build_for(config) -> None:
             build(name, config.root)
     name = f"{config.dataset}-resnet"
     if config.clip == name:
-        seed, file = seed_of(config.dataset), pathlib.Path(config.root) / name / "clip.pt"
+        world, file = world_of(config.dataset), pathlib.Path(config.root) / name / "clip.pt"
         if not file.exists():
             print(f"building {file}: pre-training a small CLIP with a ResNet on stills")
-            files.save_tensors(file, pretrained(seed, resnet=True).state_dict())
+            files.save_tensors(file, pretrained(world.seed, resnet=True).state_dict())
         folder = data.store_folder(config.dataset, name, config.root)
-        encode(folder, file, name, seed, SPLITS)
+        encode(folder, file, name, world, SPLITS)
 
 
 def pretrained(seed: int, resnet: bool = False) -> clip.CLIP:
@@ -406,7 +433,7 @@ def shipped() -> clip.CLIP:
     return clip.build(content["state"] | {"token_embedding.weight": whole})
 
 
-def encode(folder: pathlib.Path, file: pathlib.Path, name: str, seed: int,
+def encode(folder: pathlib.Path, file: pathlib.Path, name: str, world: World,
            counts: dict[str, int]) -> None:
     """Draws the videos of a world and stores their features by the CLIP in `file`, named `name`."""
     model = clip.load(file)
@@ -415,7 +442,7 @@ def encode(folder: pathlib.Path, file: pathlib.Path, name: str, seed: int,
         for i in trange(count, desc=f"videos: {split}", disable=None):
             if f"{split}-{i:04d}" in store:             # by a build that was interrupted
                 continue
-            plan = plan_of(seed, split, i)
+            plan = plan_of(world, split, i)
             pixels = clip.crop(film(plan), model.visual.resolution)
             frames, patches = video.encode_frames(model, pixels)
             store.write(f"{split}-{i:04d}", frames, patches if split == "train" else None,
@@ -423,19 +450,19 @@ def encode(folder: pathlib.Path, file: pathlib.Path, name: str, seed: int,
     store.save_manifest()
 
 
-def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, int]) -> None:
+def write(target: pathlib.Path, model: clip.CLIP, world: World, counts: dict[str, int]) -> None:
     """The dataset of a small CLIP: clip.pt, <split>.jsonl, events.json, chunks.json, features.
     counts: videos per split."""
     folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     folder.mkdir(parents=True)
     try:
         files.save_tensors(folder / "clip.pt", model.state_dict())
-        encode(folder / "features" / target.name, folder / "clip.pt", target.name, seed, counts)
+        encode(folder / "features" / target.name, folder / "clip.pt", target.name, world, counts)
         events, chunks = {}, {}
         for split, count in counts.items():
             samples = []
             for i in range(count):
-                name, plan = f"{split}-{i:04d}", plan_of(seed, split, i)
+                name, plan = f"{split}-{i:04d}", plan_of(world, split, i)
                 samples += samples_of(name, split, plan)
                 events[name] = [(seconds(e["start"], plan), seconds(e["end"], plan),
                                  f"{e['colour']} {e['shape']}", VERBS[e["verb"]][0])
@@ -450,7 +477,7 @@ def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, i
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def export(folder: str | os.PathLike, count: int, seed: int, split: str = "test",
+def export(folder: str | os.PathLike, count: int, world: World = World(), split: str = "test",
            side: int = 256, rate: int = 8) -> None:
     """Videos of a split as mp4, enlarged to `side` pixels, each frame repeated `rate` times; and
     annotations.jsonl with their sentences and moments."""
@@ -458,7 +485,7 @@ def export(folder: str | os.PathLike, count: int, seed: int, split: str = "test"
     folder.mkdir(parents=True, exist_ok=True)
     samples = []
     for i in trange(count, desc="export", disable=None):
-        name, plan = f"{split}-{i:04d}", plan_of(seed, split, i)
+        name, plan = f"{split}-{i:04d}", plan_of(world, split, i)
         frames = F.interpolate(film(plan), side).repeat_interleave(rate, 0)
         pace = fractions.Fraction(plan["frame_sec"]).limit_denominator(10_000) / rate
         video.write_video(folder / f"{name}.mp4", frames, 1 / pace, quality=12)
@@ -471,19 +498,30 @@ def is_exported(frame: Tensor) -> bool:
     return tuple(frame.shape[1:]) == (256, 256)
 
 
-def seed_of(dataset: str) -> int:
-    """The seed in a name: "shapes" -> 0, "shapes-3" -> 3."""
-    number = dataset.removeprefix("shapes").removeprefix("-") or "0"
-    if not (dataset.startswith("shapes") and number.isdecimal() and int(number) <= options.LARGEST):
-        raise Mistake(f"{dataset!r} is not a shapes world; use shapes, shapes-1, shapes-2, ...")
-    return int(number)
+NAME = re.compile(r"shapes(-(?P<seed>\d+))?(-(?P<kind>context|random)-(?P<share>0\.\d+|1))?",
+                  re.ASCII)
 
 
-def show(path: str, seed: int) -> None:
+def world_of(dataset: str) -> World:
+    """"shapes" -> seed 0, "shapes-3" -> seed 3, "shapes-3-random-0.9" -> see World."""
+    match = NAME.fullmatch(dataset)
+    if not match or int(match["seed"] or 0) > options.LARGEST:
+        raise Mistake(f"{dataset!r} is not a shapes world; use shapes, shapes-1, shapes-2, ..., or "
+                      f"shapes-1-context-0.9 (see shapes.py --help)")
+    return World(int(match["seed"] or 0), match["kind"] or "context", float(match["share"] or 0))
+
+
+def name_of(world: World) -> str:
+    """The name of its dataset."""
+    ground = f"-{world.kind}-{world.share:g}" if world.share else ""
+    return "shapes" + (f"-{world.seed}" if world.seed else "") + ground
+
+
+def show(path: str, world: World) -> None:
     """A contact sheet: a video of three splits, every second frame, and eight captioned stills."""
     figure = files.pyplot().figure(figsize=(16, 8))
     for row, split in enumerate(("train", "novel-word", "novel-composition")):
-        plan = plan_of(seed, split, 0)
+        plan = plan_of(world, split, 0)
         axes = figure.add_axes((0.01, 0.78 - 0.22 * row, 0.98, 0.16))
         frames = render(plan, np.arange(0, FRAMES, 2) + 0.5)
         frames = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
@@ -495,7 +533,7 @@ def show(path: str, seed: int) -> None:
             axes.plot([e["start"], e["end"]], [2.08, 2.08], linewidth=4, color=f"C{k}",
                       solid_capstyle="butt", clip_on=False)
             axes.text(e["start"], 2.2, sentence, fontsize=9, color=f"C{k}")
-    rng = np.random.default_rng([seed, 0])
+    rng = np.random.default_rng([world.seed, 0])
     for i in range(8):
         image, caption, _ = still(rng)
         axes = figure.add_axes((0.01 + 0.1235 * i, 0.09, 0.11, 0.17))
@@ -509,6 +547,9 @@ def main() -> None:
     arguments = options.parser("build a shapes world, or show one")
     add = arguments.add_argument
     add("--seed", type=int, default=0, help="seed of the world")
+    for kind, which in (("context", "the ground typical of its verb"), ("random", "any ground")):
+        add(f"--{kind}", type=float, default=0.0, metavar="P",
+            help=f"probability that an event takes place on {which}, not the video's")
     add("--root", default="data", help="folder of datasets")
     add("--show", metavar="PNG", help="draw a contact sheet instead of building")
     add("--export", metavar="DIR", help="write test videos as mp4, with sentences, instead")
@@ -518,17 +559,21 @@ def main() -> None:
     with reported():
         if not 0 <= given.seed <= options.LARGEST:
             raise Mistake(f"--seed must be between 0 and {options.LARGEST}")
+        if given.context and given.random or not 0 <= given.context + given.random <= 1:
+            raise Mistake("give --context or --random, a probability between 0 and 1")
+        kind = "random" if given.random else "context"
+        world = World(given.seed, kind, given.context + given.random)
         if given.show:
-            show(given.show, given.seed)
+            show(given.show, world)
             print(f"wrote {given.show}")
         elif given.export:
-            export(given.export, given.n, given.seed)
+            export(given.export, given.n, world)
             print(f"wrote {given.n} videos and annotations.jsonl to {given.export}")
         elif given.pretrain:
             ship(given.pretrain, pretrain(0))
             print(f"wrote {given.pretrain}, SHA-256 {files.sha256(given.pretrain)}")
         else:
-            build("shapes" + (f"-{given.seed}" if given.seed else ""), given.root)
+            build(name_of(world), given.root)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,13 @@ Shapes: S sentences, B videos, T frames, D width of CLIP's joint space.
 import contextlib
 import dataclasses
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import data
 import inject
+import staged
 import train
 
 READINGS = ("printed", "mean", "bare", "detached", "fixed")
@@ -69,6 +73,40 @@ def applied(config: train.Config):
         yield
     finally:
         inject.VisualContext, inject.SpatialDynamic, inject.visual_context_loss = originals
+
+
+@contextlib.contextmanager
+def tracked():
+    """Within the block, the log of `vdi-staged` says after each epoch what is left of stage 1: the
+    squared cosine between the features of all dynamic queries, each minus their mean, now and then.
+    """
+    adapt, validate, injected = staged.adapt_text_tower, train.validate, []
+
+    def adapt_and_remember(text, videos, config, device, run):
+        log = adapt(text, videos, config, device, run)
+        injected[:] = [verbs_apart(text, videos, device)]
+        return log
+
+    def validate_and_compare(model, videos, config, device):
+        row = validate(model, videos, config, device)
+        if row and injected:
+            now = verbs_apart(model.text, videos["train"], device)
+            row["kept of stage 1"] = F.cosine_similarity(now, injected[0], dim=0).square().item()
+        return row
+
+    staged.adapt_text_tower, train.validate = adapt_and_remember, validate_and_compare
+    try:
+        yield
+    finally:
+        staged.adapt_text_tower, train.validate = adapt, validate
+
+
+@torch.no_grad()
+def verbs_apart(text: nn.Module, videos: data.Videos, device: torch.device) -> Tensor:
+    """Features of the different dynamic queries (64 at most), minus their mean, in a row, [K D]."""
+    queries = list(dict.fromkeys(query.dynamic for query in videos.queries if query.dynamic))[:64]
+    x = text.encode_text(text.tokenize(queries, truncate=True).to(device))
+    return (x - x.mean(0)).flatten()
 
 
 def mean_loss(projected: Tensor, context: Tensor) -> Tensor:

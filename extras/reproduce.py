@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -52,6 +53,7 @@ FINAL = ("test", "trivial", "novel-word", "novel-composition")  # the splits tha
 HITS = (0.5, 0.7)                                               # IoU thresholds
 SEPARATE = {"charades": "vgg", "activitynet": "c3d"}            # MMN's own features, by family
 BERT = "distilbert-base-uncased"                                # and its text tower
+T_4 = 2.776                                         # 97.5% quantile of Student's t, 4 degrees
 
 
 class Row(NamedTuple):
@@ -64,27 +66,36 @@ class Row(NamedTuple):
 
 class Table(NamedTuple):
     """columns: "split metric"; differences: pairs of rows; original: of the original split;
-    yardsticks: with rows for what needs no training."""
+    yardsticks: with rows for what needs no training; worlds: kinds of shapes world, each with all
+    rows; common: fields that all rows share."""
     rows: list[Row]
     columns: list[str]
     differences: list = []
     seeds: int = 3
     original: bool = False
     yardsticks: bool = False
+    worlds: list[str] = []
+    common: dict = {}
 
 
 def read_tables() -> dict[str, Table]:
     content = json.loads(pathlib.Path(__file__).with_name("tables.json").read_text())
     tables = {}
     for name, table in content["tables"].items():
-        rows = []
-        for row, base, changes, *paper in table.pop("rows"):
+        rows, common, worlds = [], table.get("common", {}), table.get("worlds", [""])
+        for world, (row, base, changes, *paper) in itertools.product(worlds, table.pop("rows")):
+            if world:
+                row, changes = f"{world}: {row}", changes | {"world": world}
             paper = paper[0] if paper else {}
             if isinstance(paper, list):                 # of Charades; on shapes for orientation
                 paper = {"charades": paper}
             if "charades" in paper:
                 paper = {"shapes": paper["charades"], **paper}
-            rows.append(Row(row, content["bases"][base] | changes if base else None, paper))
+            fields = content["bases"][base] | common | changes if base else None
+            rows.append(Row(row, fields, paper))
+        step = len(rows) // len(worlds)
+        table["differences"] = [[a + k * step, b + k * step] for k in range(len(worlds))
+                                for a, b in table.get("differences", [])]
         tables[name] = Table(rows, **table)
     return tables
 
@@ -112,7 +123,11 @@ def config_of(row: Row, dataset: str, seed: int, given: argparse.Namespace) -> t
     family, world = dataset.removesuffix("-cg"), world_of(dataset, seed)
     if row.fields is None or row.fields.get("clip") == "separate" and family not in SEPARATE:
         return None
-    fields = dict(row.fields, dataset=world, seed=seed, device=given.device, root=given.root)
+    if "world" in row.fields and family != "shapes":
+        return None
+    fields = dict(row.fields, seed=seed, device=given.device, root=given.root)
+    kind = fields.pop("world", "plain")                 # see shapes.World
+    world = fields["dataset"] = world if kind == "plain" else f"{world}-{kind}"
     fields["select_on"] = select_on(dataset, given)
     if fields.get("clip") == "resnet":                  # the published one, or the world's own
         fields["clip"] = f"{world}-resnet" if dataset == "shapes" else "RN50"
@@ -175,7 +190,7 @@ def run(config: train.Config, fresh: bool = False) -> dict:
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)
         if not (folder / "results.json").exists():
-            with readings.applied(config):
+            with readings.applied(config), readings.tracked():
                 train.train(config, resume=folder.exists())
         metrics = json.loads((folder / "results.json").read_text())
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -230,6 +245,8 @@ def coverage(config: train.Config) -> dict[str, list[int]]:
 
 def check(what: str, given: argparse.Namespace) -> None:
     """Mistake, before anything is trained, for a table that could not be shown in the end."""
+    if TABLES[what].worlds and given.dataset != "shapes":
+        raise Mistake(f"{what} compares shapes worlds; leave out --dataset")
     if not columns_of(what, given):
         raise Mistake(f"{what} has no column that {given.dataset} has: its columns are "
                       f"{', '.join(TABLES[what].columns)}")
@@ -452,6 +469,10 @@ def show(what: str, given: argparse.Namespace) -> str:
         for split in filter(first[0]["results"].get, FINAL):
             mean, low, high, seeds = paired(runs[a], runs[b], split)
             each = ", ".join(f"{seed:+.1f}" for seed in seeds)
+            if len(seeds) == 5:         # a world is one draw, too
+                low_t, high_t = (mean + sign * T_4 * np.std(seeds, ddof=1) / 5 ** 0.5
+                                 for sign in (-1, 1))
+                each += f"; over worlds [{low_t:+.1f}, {high_t:+.1f}]"
             parts.append(f"{split} {mean:+.1f} [{low:+.1f}, {high:+.1f}] ({each})")
         names = [label(table.rows[k].name, family) for k in (a, b)]
         text.append(f"- {names[0]} minus {names[1]}: " + "; ".join(parts))
@@ -586,7 +607,8 @@ def heat(given: argparse.Namespace) -> str:
             name, pictures = "heat-of-a-video", figures.features_of(given.video, model)
         else:
             _, x, patches = next(probe.moments_of(world, given.root, 1))
-            name, pictures = "heat", (shapes.film(shapes.plan_of(0, "train", 0)), x, patches)
+            film = shapes.film(shapes.plan_of(shapes.World(), "train", 0))
+            name, pictures = "heat", (film, x, patches)
         figures.heat(figure_path(name, given), *pictures, trained_heat(0, given))
     names = ("contrast", "warmest on the actor", "random patch on the actor")
     rows = []

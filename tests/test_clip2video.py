@@ -444,7 +444,7 @@ def test_stopped_in_the_middle_of_an_epoch(trained, tmp_path):
 def test_search_a_folder_of_videos(trained, tmp_path):
     """Index, search, and moments in the best videos only."""
     root, _ = trained
-    shapes.export(tmp_path / "videos", 3, 0)
+    shapes.export(tmp_path / "videos", 3)
     (tmp_path / "videos" / "broken.mp4").write_bytes(b"no video")
     first = shutil.copy(root / "run" / "ckpt.pt", tmp_path / "first.pt")
     text = run("index", first, tmp_path / "videos", "--out", tmp_path / "index")
@@ -696,7 +696,7 @@ def test_train_the_image_tower_resume_and_search(pixels, world, tmp_path):
     start = clip.read_state(world / "shapes" / "clip.pt")
     assert all(not torch.equal(value, start[f"visual.{name}"]) for name, value
                in model.visual.state_dict().items() if value.is_floating_point())
-    shapes.export(tmp_path / "videos", 1, 0)
+    shapes.export(tmp_path / "videos", 1)
     run("index", checkpoint, tmp_path / "videos", "--out", tmp_path / "index", "--root", tmp_path)
     x = data.encode_file(model, tmp_path / "videos" / "test-0000.mp4", config).float()[None]
     with torch.no_grad():

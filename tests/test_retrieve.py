@@ -43,7 +43,7 @@ def checkpoint(world, tmp_path_factory):
 def videos(tmp_path_factory):
     """Ten videos of the test split of the shapes world, as mp4."""
     folder = tmp_path_factory.mktemp("videos")
-    shapes.export(folder, 10, seed=0)
+    shapes.export(folder, 10)
     return folder
 
 
@@ -87,7 +87,7 @@ def test_a_video_file_gives_the_moment_that_stored_features_give(retriever, vide
     agree = []
     for i in range(10):
         name = f"test-{i:04d}"
-        pixels = shapes.film(shapes.plan_of(0, "test", i))
+        pixels = shapes.film(shapes.plan_of(shapes.World(), "test", i))
         x = F.normalize(video.encode_frames(model, pixels)[0].float(), dim=1)
         sentences = [row.sentence for row in rows if row.video == name]
         duration_sec = next(row.duration_sec for row in rows if row.video == name)

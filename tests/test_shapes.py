@@ -84,7 +84,7 @@ def test_a_verb_says_nothing_in_a_caption():
 def test_the_same_seed_makes_the_same_world(world, tmp_path):
     model = clip.load(world / "shapes" / "clip.pt")
     for name in ("a", "b"):
-        shapes.write(tmp_path / name / "shapes", model, 3, {"train": 3, "test": 2})
+        shapes.write(tmp_path / name / "shapes", model, shapes.World(3), {"train": 3, "test": 2})
     files = [sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*")
                     if p.is_file())
              for name in "ab"]
@@ -110,12 +110,41 @@ def test_nothing_downstream_knows_that_it_is_a_toy(world):
 
 
 def test_names_and_seeds():
-    assert [shapes.seed_of(name) for name in ("shapes", "shapes-1", "shapes-12")] == [0, 1, 12]
+    for name, world in {"shapes": (0, "context", 0), "shapes-12": (12, "context", 0),
+                        "shapes-context-0.9": (0, "context", 0.9),
+                        "shapes-3-random-0.25": (3, "random", 0.25)}.items():
+        assert shapes.world_of(name) == world and shapes.name_of(shapes.World(*world)) == name
     with pytest.raises(ValueError, match="is not a shapes world"):
-        shapes.seed_of("shapes-x")
-    for name in ("shapes--1", "shapes-\u00b2", f"shapes-{10 ** 30}"):
+        shapes.world_of("shapes-x")
+    for name in ("shapes--1", "shapes-\u00b2", f"shapes-{10 ** 30}", "shapes-context", "shapes-1-0.9",
+                 "shapes-context-1.5"):
         with pytest.raises(ValueError, match="is not a shapes world"):
-            shapes.seed_of(name)
+            shapes.world_of(name)
+
+
+def test_a_context_changes_the_grounds_and_nothing_else():
+    """World 5: its events, whatever their grounds; which grounds; and the pixels."""
+    def events(*world):
+        return [event for i in range(60) for event in shapes.plan_of(
+            shapes.World(5, *world), "novel-word", i)["events"]]
+
+    without = [{key: value for key, value in event.items() if key != "scene"}
+               for event in events("context", 0.9)]
+    assert without == events("context", 0.0) == events()
+    scenes = list(shapes.SCENES)
+    for kind, p, typical in (("context", 0.9, 1), ("context", 0.5, 1), ("random", 0.9, 1 / 6)):
+        own = [event for event in events(kind, p) if "scene" in event]
+        assert len(own) / 240 == pytest.approx(p, abs=0.07)
+        assert np.mean([event["scene"] == scenes[event["verb"] % 6] for event in own]
+                       ) == pytest.approx(typical, abs=0.06)
+
+    plan = shapes.plan_of(shapes.World(5, "context", 1.0), "train", 0)
+    frames, rng = shapes.render(plan, np.arange(32) + 0.5), np.random.default_rng(plan["speckle"])
+    speckle = frames[:, 0, 0].astype(int) - rng.normal(0, 5, (32, 32, 1))[0, 0].round().astype(int)
+    for t in range(32):
+        begun = [event for event in plan["events"] if event["enter"] <= t + 0.5]
+        scene = begun[-1]["scene"] if begun else plan["scene"]
+        assert abs(speckle[t] - shapes.SCENES[scene]).max() <= 1, t
 
 
 @pytest.mark.parametrize("seed", [-1, 10 ** 30])
@@ -134,5 +163,5 @@ def test_gates():
 
 
 def test_contact_sheet(tmp_path):
-    shapes.show(str(tmp_path / "world.png"), 0)
+    shapes.show(str(tmp_path / "world.png"), shapes.World())
     assert (tmp_path / "world.png").read_bytes().startswith(b"\x89PNG")

@@ -41,7 +41,7 @@ def test_parse_underlines_the_chunks(tmp_path):
 def test_clip_compares_an_image_and_texts(world, tmp_path):
     """A text compared with itself gives 1, and the shares of the image add up to 1. Without weights
     one sentence says where to get them."""
-    shapes.export(tmp_path, 1, seed=0)
+    shapes.export(tmp_path, 1)
     image, texts = tmp_path / "test-0000.mp4", ("the red circle rises", "a blue square")
     printed = walk("clip", image, *texts, "--weights", world / "shapes" / "clip.pt",
                    folder=tmp_path)
@@ -86,7 +86,7 @@ def test_evaluate_explains_by_hand(tmp_path):
 
 def test_video_prints_what_would_be_sampled(tmp_path):
     """The exported video has 32 parts; four of them are sampled at 1/8, 3/8, 5/8, 7/8 of it."""
-    shapes.export(tmp_path, 1, seed=0)
+    shapes.export(tmp_path, 1)
     printed = walk("video", tmp_path / "test-0000.mp4", "--frames", 4, folder=tmp_path)
     duration_sec = float(re.search(r"([\d.]+) s$", printed.splitlines()[0])[1])
     times = [float(t) for t in re.findall(r"([\d.]+) s #", printed)]
