@@ -37,6 +37,20 @@ def curve(path, runs: list[list[dict]]) -> None:
     save(figure, path)
 
 
+def context(path, gains: dict[str, dict[str, tuple[float, float]]]) -> None:
+    """Differences on novel words by kind of world. gains: see reproduce.gains."""
+    figure, axes = files.pyplot().subplots(figsize=(7.5, 3.4))
+    for k, (name, kinds) in enumerate(gains.items()):
+        means, margins = zip(*kinds.values())
+        axes.errorbar(np.arange(len(means)) + 0.12 * (k - 1), means, margins, fmt="o", capsize=3,
+                      label=name)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set_xticks(range(len(kinds)), kinds)
+    axes.set(ylabel="R@1, IoU=0.5, points", title="novel words: mean and 95% interval over 5 worlds")
+    axes.legend(fontsize=8)
+    save(figure, path)
+
+
 def queries(path, rates: dict[str, dict[str, list[list[float]]]]) -> None:
     """Fig. 3. rates: split -> method -> for Q, Q^s, Q^d the R@1 of each seed."""
     plt = files.pyplot()

@@ -53,7 +53,6 @@ FINAL = ("test", "trivial", "novel-word", "novel-composition")  # the splits tha
 HITS = (0.5, 0.7)                                               # IoU thresholds
 SEPARATE = {"charades": "vgg", "activitynet": "c3d"}            # MMN's own features, by family
 BERT = "distilbert-base-uncased"                                # and its text tower
-T_4 = 2.776                                         # 97.5% quantile of Student's t, 4 degrees
 
 
 class Row(NamedTuple):
@@ -365,6 +364,11 @@ def paired(ours: list[dict], theirs: list[dict],
     return float(np.mean(means)), *interval(differences), means
 
 
+def margin_of(seeds: list[float]) -> float:
+    """Half of the 95% interval of the mean of five worlds, by Student's t."""
+    return 2.776 * np.std(seeds, ddof=1) / 5 ** 0.5
+
+
 def interval(differences: list[np.ndarray], draws: int = 2000) -> tuple[float, float]:
     """95% interval of the mean over seeds, by a bootstrap over the sentences, drawn with
     replacement within each seed. differences: of each sentence, an array per seed."""
@@ -431,6 +435,8 @@ def show(what: str, given: argparse.Namespace) -> str:
     table, runs = TABLES[what], collect(what, given)
     if what == "curve" and given.figures:
         figures.curve(figure_path("curve", given), runs)
+    if what == "context" and given.figures:
+        figures.context(figure_path("context", given), gains(table, runs))
     columns = columns_of(what, given)
     heads = [f"{split} {metric.replace(',IoU=', ' ')}" for split, metric in columns]
     family = given.dataset
@@ -469,14 +475,25 @@ def show(what: str, given: argparse.Namespace) -> str:
         for split in filter(first[0]["results"].get, FINAL):
             mean, low, high, seeds = paired(runs[a], runs[b], split)
             each = ", ".join(f"{seed:+.1f}" for seed in seeds)
-            if len(seeds) == 5:         # a world is one draw, too
-                low_t, high_t = (mean + sign * T_4 * np.std(seeds, ddof=1) / 5 ** 0.5
-                                 for sign in (-1, 1))
-                each += f"; over worlds [{low_t:+.1f}, {high_t:+.1f}]"
+            if len(seeds) == 5:                     # a world is one draw, too
+                margin = margin_of(seeds)
+                each += f"; over worlds [{mean - margin:+.1f}, {mean + margin:+.1f}]"
             parts.append(f"{split} {mean:+.1f} [{low:+.1f}, {high:+.1f}] ({each})")
         names = [label(table.rows[k].name, family) for k in (a, b)]
         text.append(f"- {names[0]} minus {names[1]}: " + "; ".join(parts))
     return "\n".join(text)
+
+
+def gains(table: Table, runs: list[list[dict]], split: str = "novel-word") -> dict[str, dict]:
+    """Pair of rows -> kind of world -> mean difference in R@1, IoU=0.5, and half its interval."""
+    content, step = {}, len(table.differences) // len(table.worlds)
+    for i, (a, b) in enumerate(table.differences):
+        kind = table.worlds[i // step]
+        names = [table.rows[k].name.removeprefix(f"{kind}: ").strip("*").replace("`", "")
+                 for k in (a, b)]
+        mean, _, _, seeds = paired(runs[a], runs[b], split)
+        content.setdefault(" minus ".join(names), {})[kind] = mean, margin_of(seeds)
+    return content
 
 
 def label(name: str, dataset: str) -> str:
@@ -691,7 +708,7 @@ def blocks(given: argparse.Namespace) -> str:
 OTHERS = {"fig2": fig2, "fig3": fig3, "zero-shot": clip_alone, "s-table1": s_table1,
           "s-fig1": s_fig1, "collapse": collapse, "readings-logs": readings_logs, "probes": probes,
           "between": between, "heat": heat, "clip2video": blocks}
-FIGURES = ("fig3", "s-fig1", "collapse", "heat", "curve")       # assets/<name>.png
+FIGURES = ("fig3", "s-fig1", "collapse", "heat", "curve", "context")       # assets/<name>.png
 NEEDS = {"fig3": "table1", "collapse": "table1", "heat": "table1",      # whose runs they show
          "readings-logs": "readings"}
 

@@ -158,3 +158,14 @@ def test_word_vectors_become_token_embeddings(tmp_path, monkeypatch):
     row = data.Sample("v", "The door squeaks.", 0.0, 1.0, 2.0)
     mean = real.mean_vectors([row], {"the": np.array([1.0, 0.0]), "door": np.array([1.0, 2.0])})
     assert torch.allclose(mean, torch.tensor([[2.0, 2.0]]) / 2 ** 0.5)
+
+
+def test_kept_iou_have_the_same_hits_as_the_metrics():
+    """Sentences whose IoU is just below, at, and just above both thresholds."""
+    iou = torch.tensor([0.5, 0.7]).repeat_interleave(7) + torch.tensor(
+        [-1e-3, -3e-4, -6e-8, 0, 6e-8, 3e-4, 1e-3]).repeat(2)
+    rows = [data.Sample("v", "x", 0.0, 1.0, 2.0)] * len(iou)
+    predicted = torch.stack([torch.zeros(len(iou)), iou], 1)[:, None]   # [0, iou) in [0, 1)
+    kept = real.hits(predicted, rows)
+    for mu in (0.5, 0.7):
+        assert 100 * np.mean(np.array(kept["iou"]) >= 1000 * mu) == kept[f"R@1,IoU={mu}"]
