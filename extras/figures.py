@@ -51,6 +51,19 @@ def context(path, gains: dict[str, dict[str, tuple[float, float]]]) -> None:
     save(figure, path)
 
 
+def verbs(path, cosines: dict[str, list[list[float]]]) -> None:
+    """Cosines between the 14 verbs by target and stage. cosines: name -> [14, 14]."""
+    words = [word for pair in shapes.VERBS for word in pair]
+    figure, axes = files.pyplot().subplots(2, 3, figsize=(10, 7), sharex=True, sharey=True)
+    for cell, (name, matrix) in zip(axes.flat, cosines.items()):
+        picture = cell.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
+        cell.set_title(name, fontsize=10)
+        cell.set_xticks(range(14), words, rotation=90, fontsize=8)
+        cell.set_yticks(range(14), words, fontsize=8)
+    figure.colorbar(picture, ax=axes, label="cosine between verbs", shrink=0.6)
+    save(figure, path)
+
+
 def queries(path, rates: dict[str, dict[str, list[list[float]]]]) -> None:
     """Fig. 3. rates: split -> method -> for Q, Q^s, Q^d the R@1 of each seed."""
     plt = files.pyplot()

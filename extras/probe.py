@@ -284,6 +284,16 @@ def between_verbs(world: str, root: str, seed: int) -> dict[str, float]:
     return {name: 100 * share_between(x, verbs) for name, x in targets.items()}
 
 
+@torch.no_grad()
+def verb_cosines(text: clip.TextTower, world: str, root: str) -> Tensor:
+    """Cosines between the dynamic queries of the 14 verbs, in the order of shapes.VERBS: synonyms
+    first, then opposites, [14, 14]."""
+    sentences = [f"the red circle {word}" for pair in shapes.VERBS for word in pair]
+    queries = [query.dynamic for query in data.parser_of(world, root).split_all(sentences)]
+    device = text.token_embedding.weight.device
+    return inject.pairwise_cosine(text.encode_text(text.tokenize(queries).to(device)))
+
+
 TARGETS = {"change": "late minus early half of the moment", "mean": "mean of the moment",
            "whole": "mean of the whole video"}
 

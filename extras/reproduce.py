@@ -15,6 +15,7 @@ import argparse
 import ast
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -27,6 +28,7 @@ import re
 import shutil
 import sys
 import time
+import types
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +41,7 @@ import inject
 import mmn
 import parse
 import shapes
+import staged
 import train
 from clip2video import train as clip2video
 from extras import figures, probe, readings, zero_shot
@@ -350,6 +353,13 @@ def columns_of(what: str, given: argparse.Namespace) -> list[tuple[str, str]]:
     return columns
 
 
+def value_of(run: dict, split: str, metric: str) -> float | None:
+    """A metric of a split; of the "log" the last value, None if it has none."""
+    if split != "log":
+        return run["results"][split][metric]
+    return next((100 * line[metric] for line in reversed(run["log"]) if metric in line), None)
+
+
 def found(run: dict, split: str, query: str = "full") -> np.ndarray:
     """Has the first moment of each sentence IoU >= 0.5 with the true one? 1.0 or 0.0, [S]."""
     return np.array([float(int(digit) >= 1) for digit in run["hits"][query][split]])
@@ -438,7 +448,8 @@ def show(what: str, given: argparse.Namespace) -> str:
     if what == "context" and given.figures:
         figures.context(figure_path("context", given), gains(table, runs))
     columns = columns_of(what, given)
-    heads = [f"{split} {metric.replace(',IoU=', ' ')}" for split, metric in columns]
+    heads = [f"{split} {metric.replace(',IoU=', ' ')}".replace("log kept", "% kept")
+             for split, metric in columns]
     family = given.dataset
     papers = [row.paper.get(family) for row in table.rows]
     if any(papers):
@@ -454,8 +465,8 @@ def show(what: str, given: argparse.Namespace) -> str:
             "; not run here)" if row.fields else ")")
         line = [label(name, family)]
         for split, metric in columns:
-            values = [run["results"][split][metric] for run in seeds]
-            line.append(mean_and_deviation(values) if values else "")
+            values = [value_of(run, split, metric) for run in seeds]
+            line.append(mean_and_deviation(values) if values and None not in values else "")
         if any(papers):
             line.append(" / ".join(f"{value:.2f}" for value in paper or ()))
         lines.append(line)
@@ -505,7 +516,7 @@ def sizes(runs: list[dict], columns: list[tuple[str, str]]) -> str:
     """How many sentences each split has; on a real dataset also videos, and how many are missing.
     """
     parts = []
-    for split in dict.fromkeys(split for split, _ in columns):
+    for split in dict.fromkeys(split for split, _ in columns if split != "log"):
         queries = np.mean([run["results"][split]["queries"] for run in runs])
         parts.append(f"{split} {queries:.0f}")
         counts = runs[0].get("coverage", {}).get(split)
@@ -589,11 +600,63 @@ def probes(given: argparse.Namespace) -> str:
 
 
 def between(given: argparse.Namespace) -> str:
-    """How much of each target tells verbs apart."""
-    seeds = per_seed("between", given, lambda seed: probe.between_verbs(
-        clip_of(seed, given)[1], given.root, seed))
-    rows = [[name, mean_and_deviation([content[name] for content in seeds])] for name in seeds[0]]
-    return markdown(["target", "variance between verbs, %"], rows)
+    """How much of each target tells verbs apart, also in a world in which verbs have grounds."""
+    def make(seed: int, kind: str) -> dict:
+        world = world_of("shapes", seed) + kind
+        shapes.build(world, given.root)
+        return probe.between_verbs(world, given.root, seed)
+
+    kinds = ("", "-context-0.9")
+    worlds = [per_seed(f"between{kind}", given, functools.partial(make, kind=kind))
+              for kind in kinds]
+    rows = [[name, *(mean_and_deviation([content[name] for content in seeds]) for seeds in worlds)]
+            for name in worlds[0][0]]
+    return markdown(["target", *(f"variance between verbs, %{', ' if kind else ''}{kind[1:]}"
+                                 for kind in kinds)], rows)
+
+
+def verbs(given: argparse.Namespace) -> str:
+    """What stage 1 does to the verbs, and what stage 2 leaves of it: cosines between the 14 verbs
+    for two targets, in a world in which verbs have grounds."""
+    first = TABLES["context"].worlds.index("context-0.9") * 5
+    rows = {"random codes": 3, "the change": 4}
+
+    def make(seed: int) -> dict:
+        content = {}
+        for name, k in rows.items():
+            config = config_of(TABLES["context"].rows[first + k], "shapes", seed, given)
+            path, device = config.folder / "ckpt.pt", parallel.pick_device(given.device)
+            if not path.exists():
+                raise Mistake(f"there is no {path}; make it with: python -m extras.reproduce "
+                              f"context --fresh")
+            store = data.open_store(config.dataset, config.clip, given.root, config.frames)
+            text = train.start(config, store.manifest, device)[0].text
+            videos, _ = data.training_videos(config, store, text.tokenize)
+            towers = {"CLIP": copy.deepcopy(text)}
+            quiet = types.SimpleNamespace(is_first=False, stop_if_asked=lambda *_, **__: None)
+            staged.adapt_text_tower(text, videos["train"], config, device, quiet)
+            towers |= {"stage 1": text, "stage 2": evaluate.load(path, device).text}
+            for stage, tower in towers.items():
+                cosines = probe.verb_cosines(tower, config.dataset, given.root)
+                content[f"{name}, {stage}"] = [[round(x, 4) for x in row]
+                                               for row in cosines.tolist()]
+        return content
+
+    seeds = per_seed("verbs", given, make)
+    if given.figures:
+        figures.verbs(figure_path("verbs", given), seeds[0])
+    motion = np.arange(14) // 2                         # two words each
+    kinds = {"same motion": motion[:, None] == motion,
+             "opposite motion": (motion[:, None] ^ 1 == motion) & (motion < 6),
+             "other": (motion[:, None] // 2 != motion // 2)}
+    lines = []
+    for name in seeds[0]:
+        x = [np.where(np.eye(14), np.nan, content[name]) for content in seeds]
+        nearest = [(motion[np.nanargmax(each, 1)] == motion).sum() for each in x]
+        lines.append([name, *(mean_and_deviation([np.nanmean(each[pairs]) for each in x], 2)
+                              for pairs in kinds.values()), mean_and_deviation(nearest)])
+    return markdown(["", *(f"cosine, {kind}" for kind in kinds),
+                     "nearest verb has the same motion, of 14"], lines)
 
 
 def trained_heat(seed: int, given: argparse.Namespace) -> inject.SpatialDynamic:
@@ -707,10 +770,10 @@ def blocks(given: argparse.Namespace) -> str:
 
 OTHERS = {"fig2": fig2, "fig3": fig3, "zero-shot": clip_alone, "s-table1": s_table1,
           "s-fig1": s_fig1, "collapse": collapse, "readings-logs": readings_logs, "probes": probes,
-          "between": between, "heat": heat, "clip2video": blocks}
-FIGURES = ("fig3", "s-fig1", "collapse", "heat", "curve", "context")       # assets/<name>.png
+          "between": between, "verbs": verbs, "heat": heat, "clip2video": blocks}
+FIGURES = ("fig3", "s-fig1", "collapse", "heat", "curve", "context", "verbs")  # assets/<name>.png
 NEEDS = {"fig3": "table1", "collapse": "table1", "heat": "table1",      # whose runs they show
-         "readings-logs": "readings"}
+         "readings-logs": "readings", "verbs": "context"}
 
 
 def result_of(what: str, given: argparse.Namespace) -> str:
@@ -810,7 +873,7 @@ def main() -> None:
 def reproduce(given: argparse.Namespace) -> None:
     if bool(given.svo) != bool(given.images):
         raise Mistake("--svo and --images must be given together: the table, and its images")
-    shapes_only = {"fig2", "probes", "between", "heat", "clip2video"} & set(given.what)
+    shapes_only = {"fig2", "probes", "between", "verbs", "heat", "clip2video"} & set(given.what)
     if given.dataset != "shapes" and shapes_only:
         raise Mistake(f"{', '.join(sorted(shapes_only))}: available for the shapes world only")
     if given.dataset != "shapes" and "s-table1" in given.what and not given.svo:

@@ -19,7 +19,7 @@ import data
 import evaluate
 import shapes
 import train
-from extras import probe, rehearsal, reproduce
+from extras import figures, probe, rehearsal, reproduce
 from support.errors import Mistake
 
 
@@ -293,6 +293,24 @@ def test_paired_bootstrap_by_hand():
     mean, low, high, each = reproduce.paired(ours, theirs, "test")
     assert (mean, each) == (12.5, [50.0, -25.0]) and low <= 12.5 <= high and low < high
     assert reproduce.paired(ours, ours, "test") == (0.0, 0.0, 0.0, [0.0, 0.0])
+
+
+def test_gains_by_kind_of_world(tmp_path):
+    """Five worlds of two kinds: 10, 20, 30, 40, 50 points more in the first (mean 30, t-interval
+    30 -+ 2.776 * 15.81 / sqrt(5)), none in the second."""
+    row = lambda name: reproduce.Row(name, {})
+    table = reproduce.Table([row(f"{kind}: {name}") for kind in ("plain", "random-0.9")
+                             for name in ("MMN", "**`vdi-staged`**")], [], [[1, 0], [3, 2]],
+                            worlds=["plain", "random-0.9"])
+    hits = lambda count: {"hits": {"full": {"novel-word": "2" * count + "0" * (10 - count)}}}
+    runs = [[hits(2)] * 5, [hits(2 + k) for k in range(1, 6)], [hits(3)] * 5, [hits(3)] * 5]
+    gains = reproduce.gains(table, runs)
+    assert list(gains) == ["vdi-staged minus MMN"]
+    margin = 2.776 * 10 * 2.5 ** 0.5 / 5 ** 0.5
+    assert gains["vdi-staged minus MMN"]["plain"] == pytest.approx((30.0, margin))
+    assert gains["vdi-staged minus MMN"]["random-0.9"] == (0.0, 0.0)
+    figures.context(tmp_path / "gains.png", gains)
+    assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bootstrap_interval_is_that_of_the_normal_approximation():
