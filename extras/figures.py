@@ -15,7 +15,8 @@ from support import files
 
 def save(figure, path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
+    if not figure.get_layout_engine():
+        figure.tight_layout()
     files.save_figure(figure, path, metadata={"Software": None})
 
 
@@ -54,13 +55,14 @@ def context(path, gains: dict[str, dict[str, tuple[float, float]]]) -> None:
 def verbs(path, cosines: dict[str, list[list[float]]]) -> None:
     """Cosines between the 14 verbs by target and stage. cosines: name -> [14, 14]."""
     words = [word for pair in shapes.VERBS for word in pair]
-    figure, axes = files.pyplot().subplots(2, 3, figsize=(10, 7), sharex=True, sharey=True)
-    for cell, (name, matrix) in zip(axes.flat, cosines.items()):
+    figure, axes = files.pyplot().subplots(2, 3, figsize=(10, 7), sharex=True, sharey=True,
+                                           layout="constrained")
+    for cell, (name, matrix) in zip(axes.T.flat, cosines.items()):
         picture = cell.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
         cell.set_title(name, fontsize=10)
         cell.set_xticks(range(14), words, rotation=90, fontsize=8)
         cell.set_yticks(range(14), words, fontsize=8)
-    figure.colorbar(picture, ax=axes, label="cosine between verbs", shrink=0.6)
+    figure.colorbar(picture, ax=axes, shrink=0.5, label="cosine")
     save(figure, path)
 
 

@@ -15,7 +15,6 @@ import argparse
 import ast
 import concurrent.futures
 import contextlib
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -616,31 +615,28 @@ def between(given: argparse.Namespace) -> str:
 
 
 def verbs(given: argparse.Namespace) -> str:
-    """What stage 1 does to the verbs, and what stage 2 leaves of it: cosines between the 14 verbs
-    for two targets, in a world in which verbs have grounds."""
-    first = TABLES["context"].worlds.index("context-0.9") * 5
-    rows = {"random codes": 3, "the change": 4}
-
+    """What stage 1 does to the verbs, and what stage 2 makes of it: cosines between the 14 verbs
+    for two targets, beside MMN."""
     def make(seed: int) -> dict:
-        content = {}
-        for name, k in rows.items():
-            config = config_of(TABLES["context"].rows[first + k], "shapes", seed, given)
-            path, device = config.folder / "ckpt.pt", parallel.pick_device(given.device)
+        towers, device = {}, parallel.pick_device(given.device)
+        for name, k in {"MMN": 1, "the change": 4, "random codes": 3}.items():
+            config = config_of(TABLES["context"].rows[k], "shapes", seed, given)
+            path = config.folder / "ckpt.pt"
             if not path.exists():
                 raise Mistake(f"there is no {path}; make it with: python -m extras.reproduce "
                               f"context --fresh")
             store = data.open_store(config.dataset, config.clip, given.root, config.frames)
             text = train.start(config, store.manifest, device)[0].text
+            if name == "MMN":
+                towers |= {"CLIP": text, "MMN, trained": evaluate.load(path, device).text}
+                continue
             videos, _ = data.training_videos(config, store, text.tokenize)
-            towers = {"CLIP": copy.deepcopy(text)}
             quiet = types.SimpleNamespace(is_first=False, stop_if_asked=lambda *_, **__: None)
             staged.adapt_text_tower(text, videos["train"], config, device, quiet)
-            towers |= {"stage 1": text, "stage 2": evaluate.load(path, device).text}
-            for stage, tower in towers.items():
-                cosines = probe.verb_cosines(tower, config.dataset, given.root)
-                content[f"{name}, {stage}"] = [[round(x, 4) for x in row]
-                                               for row in cosines.tolist()]
-        return content
+            towers |= {f"{name}, after stage 1": text,
+                       f"{name}, after stage 2": evaluate.load(path, device).text}
+        return {name: [[round(x, 4) for x in row] for row in probe.verb_cosines(
+            text, config.dataset, given.root).tolist()] for name, text in towers.items()}
 
     seeds = per_seed("verbs", given, make)
     if given.figures:
@@ -652,7 +648,7 @@ def verbs(given: argparse.Namespace) -> str:
     lines = []
     for name in seeds[0]:
         x = [np.where(np.eye(14), np.nan, content[name]) for content in seeds]
-        nearest = [(motion[np.nanargmax(each, 1)] == motion).sum() for each in x]
+        nearest = [float((motion[np.nanargmax(each, 1)] == motion).sum()) for each in x]
         lines.append([name, *(mean_and_deviation([np.nanmean(each[pairs]) for each in x], 2)
                               for pairs in kinds.values()), mean_and_deviation(nearest)])
     return markdown(["", *(f"cosine, {kind}" for kind in kinds),

@@ -79,10 +79,11 @@ def test_the_log_says_what_is_left_of_stage_1(options):
         content = reproduce.run(reproduce.config_of(row, "shapes", 0, options))
         kept.append([line["kept of stage 1"] for line in content["log"] if "epoch" in line])
     assert kept[0] == pytest.approx([1.0, 1.0], abs=1e-3)
+    assert reproduce.value_of(content, "log", "kept of stage 1") == 100 * kept[1][-1]
     assert all(0 <= value < 0.99 for value in kept[1])
     row = reproduce.Row("x", dict(method="mmn", epochs=1))
     content = reproduce.run(reproduce.config_of(row, "shapes", 0, options))
-    assert "kept of stage 1" not in content["log"][-1]
+    assert reproduce.value_of(content, "log", "kept of stage 1") is None
 
 
 def test_what_is_made_afresh_leaves_the_other_seeds(options):
@@ -311,6 +312,32 @@ def test_gains_by_kind_of_world(tmp_path):
     assert gains["vdi-staged minus MMN"]["random-0.9"] == (0.0, 0.0)
     figures.context(tmp_path / "gains.png", gains)
     assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_cosines_between_verbs_by_hand(options, world, tmp_path, monkeypatch):
+    """Synonyms 0.9, opposites -0.5, all others 0.1, and the verb nearest to "rises" another one's:
+    then 13 of 14 are nearest to their synonym."""
+    matrix = np.full((14, 14), 0.1)
+    for k in range(0, 12, 4):
+        matrix[k:k + 2, k + 2:k + 4] = matrix[k + 2:k + 4, k:k + 2] = -0.5
+    for k in range(0, 14, 2):
+        matrix[k:k + 2, k:k + 2] = 0.9
+    np.fill_diagonal(matrix, 1.0)
+    monkeypatch.setattr(reproduce, "per_seed", lambda *_: [{"x": matrix.tolist()}])
+    assert reproduce.verbs(options).splitlines()[-1] == "| x | 0.90 | -0.50 | 0.10 | 14.0 |"
+    matrix[0, 5] = 0.95
+    assert reproduce.verbs(options).splitlines()[-1].endswith("| 13.0 |")
+    figures.verbs(tmp_path / "verbs.png", {"x": matrix.tolist()})
+    assert (tmp_path / "verbs.png").read_bytes().startswith(b"\x89PNG")
+    text = clip.load_text(world / "shapes" / "clip.pt")
+    cosines = probe.verb_cosines(text, "shapes", str(world))
+    assert cosines.shape == (14, 14) and cosines.min() > 0.9            # of the small CLIP
+    assert torch.allclose(cosines, cosines.T) and torch.allclose(cosines.diagonal(), torch.ones(14))
+
+
+def test_verbs_need_the_checkpoints_of_context(options):
+    with pytest.raises(Mistake, match="python -m extras.reproduce context --fresh"):
+        reproduce.verbs(options)
 
 
 def test_bootstrap_interval_is_that_of_the_normal_approximation():
