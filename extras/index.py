@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import clip
 import mmn
 import video
 from retrieve import Moment, Retriever, ZeroShot, add_options, greedy_nms, note, search_intervals

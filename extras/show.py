@@ -13,7 +13,6 @@ import sys
 import urllib.parse
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import clip

@@ -1,13 +1,18 @@
 """Shared by the tests: a small shapes world, the folder of published annotations and real videos,
 and the table of faults."""
+import contextlib
+import io
 import os
 import pathlib
+import runpy
+import subprocess
 import sys
 
 import pytest
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+HERE = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(HERE))
 torch.set_num_threads(2)
 
 import clip                                                             # noqa: E402
@@ -21,6 +26,45 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=300, metavar="N",
                      help="examples of each kind in tests/robustness/test_fuzz.py (default 300; "
                           "videos: a twentieth, at least 15)")
+
+
+def command(*arguments, status: int = 0, cwd: str | pathlib.Path = HERE,
+            env: dict[str, str] | None = None) -> str:
+    """What `python ...` prints to stdout or, with another status, to stderr; with status 2 one
+    sentence, after any notes. Such a command runs in this process, which spares it the imports."""
+    words, env = [str(word) for word in arguments], {"PYTHONPATH": str(HERE), **(env or {})}
+    if status == 2:
+        code, out, err = in_this_process(words, cwd, env)
+        lines = [line for line in err.splitlines() if not line.startswith("note: ")]
+        assert lines and lines[0].startswith("error: "), err
+    else:
+        done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True,
+                              timeout=600, env=os.environ | env)
+        code, out, err = done.returncode, done.stdout, done.stderr
+    assert code == status, out + err
+    assert "Traceback" not in err, err
+    return err if status else out
+
+
+def in_this_process(words: list[str], cwd, env: dict[str, str]) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a program file or, after "-m", of a module."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", words[1:] if words[0] == "-m" else words)
+        program = pathlib.Path(cwd, words[0])
+        patch.chdir(cwd)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                if words[0] == "-m":
+                    runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+                else:
+                    runpy.run_path(str(program), run_name="__main__")
+                code = 0
+            except SystemExit as end:
+                code = end.code or 0
+    return code, out.getvalue(), err.getvalue()
 
 
 def decode(ids) -> str:

@@ -1,15 +1,13 @@
 """CLIP2Video: its blocks, its metrics, its commands."""
 import copy
 import csv
+import functools
 import json
 import math
-import os
 import pathlib
 import pickle
 import random
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,6 +17,7 @@ import torch.nn.functional as F
 import clip
 import shapes
 import video
+from conftest import command
 from clip2video import data, evaluate, model as network, search, train
 from extras.index import Index
 from support.errors import Mistake
@@ -353,13 +352,7 @@ def test_a_pickle_of_captions_cannot_execute_anything(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------- the commands
 
-def run(*arguments, status=0, env=None, command=("-m", "clip2video")):
-    done = subprocess.run([sys.executable, *command, *map(str, arguments)], cwd=HERE,
-                          capture_output=True, text=True, timeout=600,
-                          env={**os.environ, "PYTHONPATH": str(HERE), **(env or {})})
-    assert done.returncode == status, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr if status else done.stdout
+run = functools.partial(command, "-m", "clip2video")
 
 
 @pytest.fixture(scope="module")
@@ -401,7 +394,7 @@ def test_train_evaluate_and_resume(trained, tmp_path):
                       "runpy.run_module('clip2video', run_name='__main__')\n")
     arguments = ("train", "--root", root, "--epochs", 2, "--device", "cpu", "--out",
                  tmp_path / "run")
-    run(*arguments, status=9, command=(script,))
+    command(script, *arguments, status=9)
     assert "resuming after epoch 1" in run(*arguments, "--resume")
     assert same_weights(root / "run", tmp_path / "run")
     assert "another seed" in run(*arguments, "--seed", 5, "--resume", status=2)
@@ -429,8 +422,8 @@ def test_stopped_in_the_middle_of_an_epoch(trained, tmp_path):
     arguments = ("train", "--root", root, "--epochs", 3, "--batch", 8, "--device", "cpu", "--out")
     assert "24 captions, 3 steps per epoch" in run(*arguments, tmp_path / "whole")
     script = stops_after(5, tmp_path)
-    assert "stopped after 2 steps of epoch 2" in run(*arguments, tmp_path / "parts", status=130,
-                                                     command=(script,))
+    assert "stopped after 2 steps of epoch 2" in command(script, *arguments, tmp_path / "parts",
+                                                         status=130)
     assert "resuming after epoch 1 and 2 steps" in run(*arguments, tmp_path / "parts", "--resume")
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
     logs = []
@@ -686,7 +679,7 @@ def test_train_the_image_tower_resume_and_search(pixels, world, tmp_path):
                  "--train-images", "true", "--out")
     text = run(*arguments, tmp_path / "whole")
     script = stops_after(3, tmp_path)
-    run(*arguments, tmp_path / "parts", status=130, command=(script,))
+    command(script, *arguments, tmp_path / "parts", status=130)
     assert "resuming after epoch 1 and 1 steps" in run(*arguments, tmp_path / "parts", "--resume")
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 

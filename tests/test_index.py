@@ -13,9 +13,10 @@ import torch.nn.functional as F
 import extras.index
 import mmn
 import retrieve
+from conftest import command
 from extras.index import Index, made_with
 from support.errors import Mistake
-from test_retrieve import HERE, SENTENCES, checkpoint, command, retriever, videos   # noqa: F401
+from test_retrieve import HERE, SENTENCES, checkpoint, retriever, videos   # noqa: F401
 
 INDEX, SEARCH = ("-m", "extras.index"), ("-m", "extras.search")
 
@@ -204,18 +205,17 @@ def test_an_empty_folder_does_not_empty_the_index(retriever, checkpoint, folder,
 
 def test_index_commands(checkpoint, folder, tmp_path):
     first = shutil.copy(checkpoint, tmp_path / "first.pt")
-    text = command(first, folder, "--out", tmp_path / "index", program=INDEX)
+    text = command(*INDEX, first, folder, "--out", tmp_path / "index")
     assert "failed: broken.mp4" in text
     assert "3 videos, 1.6 minutes of video, 408 candidate moments" in text
     first.unlink()                              # the run has been moved: the index names the place
-    assert "was removed or changed" in command(tmp_path / "index", "a", status=2, program=SEARCH)
-    command(checkpoint, folder, "--out", tmp_path / "index", program=INDEX)
-    text = command(tmp_path / "index", *SENTENCES, "--top", 4, program=SEARCH)
+    assert "was removed or changed" in command(*SEARCH, tmp_path / "index", "a", status=2)
+    command(*INDEX, checkpoint, folder, "--out", tmp_path / "index")
+    text = command(*SEARCH, tmp_path / "index", *SENTENCES, "--top", 4)
     assert text.count("score  video") == 2 and ".mp4" in text
     assert text.endswith("3 videos, 1.6 minutes of video, 408 candidate moments; scores are for "
                          "ranking only, not probabilities\n")
-    answer = json.loads(command(tmp_path / "index", SENTENCES[0], "--top", 4, "--json",
-                                program=SEARCH))
+    answer = json.loads(command(*SEARCH, tmp_path / "index", SENTENCES[0], "--top", 4, "--json"))
     assert len(answer[0]["moments"]) == 4 and answer[0]["moments"][0]["video"].endswith(".mp4")
     (folder / answer[0]["moments"][0]["video"]).unlink()
     done = subprocess.run([sys.executable, *SEARCH, tmp_path / "index", SENTENCES[0]], cwd=HERE,
@@ -224,6 +224,6 @@ def test_index_commands(checkpoint, folder, tmp_path):
     other = tmp_path / "other.pt"
     saved = torch.load(checkpoint, weights_only=True)
     torch.save(saved | {"epoch": 99}, other)
-    assert "made with another checkpoint" in command(other, folder, "--out", tmp_path / "index",
-                                                     status=2, program=INDEX)
-    assert "is not an index" in command(tmp_path, "a", status=2, program=SEARCH)
+    assert "made with another checkpoint" in command(*INDEX, other, folder, "--out",
+                                                     tmp_path / "index", status=2)
+    assert "is not an index" in command(*SEARCH, tmp_path, "a", status=2)

@@ -1,10 +1,10 @@
 """retrieve.py: short and long videos, the command line, and the page in a real browser. For the
 index see test_index.py."""
+import functools
 import json
 import pathlib
 import shutil
 import subprocess
-import sys
 import time
 import urllib.request
 
@@ -21,6 +21,7 @@ import retrieve
 import shapes
 import train
 import video
+from conftest import command
 from extras import show
 from support.errors import Mistake
 from support.text import printable
@@ -52,13 +53,7 @@ def retriever(checkpoint, tmp_path_factory):
     return retrieve.Retriever(checkpoint, "cpu", cache=tmp_path_factory.mktemp("cache"))
 
 
-def command(*arguments, status=0, program=("retrieve.py",)):
-    """What `python PROGRAM ...` prints on stdout; with status 2 its error."""
-    done = subprocess.run([sys.executable, *program, *map(str, arguments)], cwd=HERE,
-                          capture_output=True, text=True, timeout=600)
-    assert done.returncode == status, done.stdout + done.stderr
-    assert status == 0 or (done.stderr.startswith("error: ") and "Traceback" not in done.stderr)
-    return done.stdout if status == 0 else done.stderr
+run = functools.partial(command, "retrieve.py")
 
 
 def looped(source, out, times):
@@ -156,29 +151,29 @@ def test_mistakes_are_reported_in_one_sentence(retriever, checkpoint, videos, wo
         retriever.encode(videos)
     good = videos / "test-0000.mp4"
     (tmp_path / "text.mp4").write_text("not a video")
-    assert "cannot be opened" in command(checkpoint, tmp_path / "text.mp4", "a", status=2)
-    assert "none.mp4 does not exist" in command(checkpoint, tmp_path / "none.mp4", "a", status=2)
-    assert "a sentence is empty" in command(checkpoint, good, "a", " ", status=2)
-    assert "--top must be at least 1" in command(checkpoint, good, "a", "--top", 0, status=2)
-    assert "there is no checkpoint" in command(tmp_path / "none.pt", good, "a", status=2)
+    assert "cannot be opened" in run(checkpoint, tmp_path / "text.mp4", "a", status=2)
+    assert "none.mp4 does not exist" in run(checkpoint, tmp_path / "none.mp4", "a", status=2)
+    assert "a sentence is empty" in run(checkpoint, good, "a", " ", status=2)
+    assert "--top must be at least 1" in run(checkpoint, good, "a", "--top", 0, status=2)
+    assert "there is no checkpoint" in run(tmp_path / "none.pt", good, "a", status=2)
     other = torch.load(world / "shapes" / "clip.pt", weights_only=True)
     torch.save({key: value + 1 for key, value in other.items()}, tmp_path / "clip.pt")
-    error = command(checkpoint, good, "a", "--clip", tmp_path / "clip.pt", "--cache", "", status=2)
+    error = run(checkpoint, good, "a", "--clip", tmp_path / "clip.pt", "--cache", "", status=2)
     digest = clip.sha256(world / "shapes" / "clip.pt")
     assert "another CLIP" in error and digest in error
-    error = command(checkpoint, good, "a", "--clip", tmp_path / "gone.pt", "--cache", "", status=2)
+    error = run(checkpoint, good, "a", "--clip", tmp_path / "gone.pt", "--cache", "", status=2)
     assert "needs the weights of the CLIP 'shapes'" in error and digest in error
 
 
 def test_command_line(checkpoint, videos, tmp_path):
     good = videos / "test-0000.mp4"
     dollars = r"pays $5 \foo and $3, " + "word " * 100          # not a formula in the plot
-    text = command(checkpoint, good, *SENTENCES, dollars, "--top", 3, "--cache", "",
-                   "--jsonl", tmp_path / "out.jsonl", "--plot", tmp_path / "out.png", "--clips",
-                   tmp_path / "clips")
+    text = run(checkpoint, good, *SENTENCES, dollars, "--top", 3, "--cache", "",
+               "--jsonl", tmp_path / "out.jsonl", "--plot", tmp_path / "out.png", "--clips",
+               tmp_path / "clips")
     assert text.count("for ranking only; not a probability") == 3 and "on a grid of 2.15 s" in text
     assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
-    answer = json.loads(command(checkpoint, good, *SENTENCES, "--top", 3, "--cache", "", "--json"))
+    answer = json.loads(run(checkpoint, good, *SENTENCES, "--top", 3, "--cache", "", "--json"))
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     for row, result, sentence in zip(rows, answer["results"], SENTENCES):
         assert row["query"] == result["sentence"] == sentence and row["vid"] == "test-0000"

@@ -116,8 +116,8 @@ def test_names_and_seeds():
         assert shapes.world_of(name) == world and shapes.name_of(shapes.World(*world)) == name
     with pytest.raises(ValueError, match="is not a shapes world"):
         shapes.world_of("shapes-x")
-    for name in ("shapes--1", "shapes-\u00b2", f"shapes-{10 ** 30}", "shapes-context", "shapes-1-0.9",
-                 "shapes-context-1.5"):
+    for name in ("shapes--1", "shapes-\u00b2", f"shapes-{10 ** 30}", "shapes-context",
+                 "shapes-1-0.9", "shapes-context-1.5"):
         with pytest.raises(ValueError, match="is not a shapes world"):
             shapes.world_of(name)
 

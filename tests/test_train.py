@@ -19,6 +19,7 @@ import evaluate
 import inject
 import mmn
 import train
+from conftest import command
 from support import options, progress, text
 from support.errors import Mistake
 
@@ -209,15 +210,6 @@ def test_planted_moments_are_found():
 
 # ------------------------------------------------------------------------------------- the commands
 
-def command(*arguments, cwd=HERE, status=0):
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True,
-                          text=True, timeout=600)
-    assert done.returncode == status, done.stdout + done.stderr
-    assert status == 0 or ("Traceback" not in done.stderr
-                           and done.stderr.startswith("error: ")), done.stderr
-    return done.stdout if status == 0 else done.stderr
-
-
 @pytest.fixture(scope="module", params=["mmn", "vdi", "vdi-staged"])
 def run(request, world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / request.param
@@ -295,6 +287,7 @@ def test_a_resumed_run_ends_like_one_that_was_not_interrupted(world, tmp_path):
                                                                  / "results.json").read_text()
 
 
+@pytest.mark.parametrize("run", ["mmn"], indirect=True)
 def test_mistakes_are_one_sentence(run, world, tmp_path):
     _, folder, _ = run
     before = (folder / "ckpt.pt").read_bytes()
@@ -328,6 +321,7 @@ def test_a_damaged_feature_file_is_named_also_by_a_worker(world, tmp_path):
         assert "train-0003.frames.npy is damaged" in error and len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize("run", ["vdi-staged"], indirect=True)
 def test_another_parser_than_in_training_is_noted(run, world, tmp_path):
     _, folder, text = run
     assert "\nparser: by construction\n" in text
@@ -481,13 +475,11 @@ def test_real_videos_go_through_extraction_training_and_evaluation(published, wo
                                 "sentences": ["nothing can be seen."]}
     (tmp_path / "mine.json").write_text(json.dumps(annotations))
     text = command("data.py", "mine", "--annotations", tmp_path / "mine.json", "--videos",
-                   published / "videos",
-                   "--clip", "shapes", "--root", root)
+                   published / "videos", "--clip", "shapes", "--root", root)
     assert "3 of 4 videos have features" in text and "corrupted.mp4" in text
     assert "corrupted" in (root / "mine" / "features" / "shapes" / "failed.txt").read_text()
     text = command("train.py", "--dataset", "mine", "--root", root, "--out", tmp_path / "run",
-                   "--epochs", 400,
-                   "--method", "mmn", "--clip", "shapes", "--device", "cpu")
+                   "--epochs", 250, "--method", "mmn", "--clip", "shapes", "--device", "cpu")
     assert "1 videos with 1 sentences have no features" in text
     assert "--allow-missing" in command("evaluate.py", tmp_path / "run" / "ckpt.pt", status=2)
     answer = json.loads(command("evaluate.py", tmp_path / "run" / "ckpt.pt", "--json",

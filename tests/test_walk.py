@@ -1,39 +1,28 @@
 """extras/walk.py and parse.py: what they print, without a download and without a dataset."""
-import os
+import functools
 import pathlib
 import re
-import subprocess
-import sys
 import textwrap
 
 import pytest
 
 import parse
 import shapes
+from conftest import command
 
 HERE = pathlib.Path(__file__).parent.parent
 
 
-def python(*arguments, folder: pathlib.Path, status: int = 0) -> str:
-    """What `python ...` prints in a folder without a dataset; with status 2 its error."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, capture_output=True,
-                          text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(HERE)})
-    assert done.returncode == status, done.stdout + done.stderr
-    assert status == 0 or done.stderr.startswith("error: ") and "Traceback" not in done.stderr
-    return done.stdout if status == 0 else done.stderr
-
-
-def walk(*arguments, **more) -> str:
-    return python("-m", "extras.walk", *arguments, **more)
+walk = functools.partial(command, "-m", "extras.walk")
 
 
 def test_parse_underlines_the_chunks(tmp_path):
     name = parse.Parser().name
-    lines = python(HERE / "parse.py", "the person opens the door.", folder=tmp_path).splitlines()
+    lines = command(HERE / "parse.py", "the person opens the door.", cwd=tmp_path).splitlines()
     assert lines[:5] == [f"parser: {name}", "Q    the person opens the door.",
                          "     ^^^^^^^^^^       ^^^^^^^^", "Q^s  the person the door",
                          "Q^d  opens ."]
-    printed = python(HERE / "parse.py", "a person opens the door", folder=tmp_path)
+    printed = command(HERE / "parse.py", "a person opens the door", cwd=tmp_path)
     documented = textwrap.dedent(parse.__doc__.split('door"\n\n')[1].split("\n\n")[0])
     assert printed == f"parser: {name}\n{re.sub(' *the noun chunks', '', documented)}\n"
 
@@ -44,17 +33,17 @@ def test_clip_compares_an_image_and_texts(world, tmp_path):
     shapes.export(tmp_path, 1)
     image, texts = tmp_path / "test-0000.mp4", ("the red circle rises", "a blue square")
     printed = walk("clip", image, *texts, "--weights", world / "shapes" / "clip.pt",
-                   folder=tmp_path)
+                   cwd=tmp_path)
     rows = [line.split() for line in printed.splitlines()[2:]]
     assert [row[2 + i] for i, row in enumerate(rows)] == ["1.000"] * 2
     assert rows[0][3] == rows[1][2] and rows[0][4:] == texts[0].split()
     assert sum(float(row[1]) for row in rows) == pytest.approx(1, abs=2e-3)
-    assert "data/shapes/clip.pt" in walk("clip", image, *texts, folder=tmp_path, status=2)
+    assert "data/shapes/clip.pt" in walk("clip", image, *texts, cwd=tmp_path, status=2)
 
 
 def test_inject_walks_from_frames_to_both_losses(tmp_path):
     """The shapes of Eq. 1-5 in order, for 8 sentences of 2 videos, and two rows of pictures."""
-    printed = walk("inject", folder=tmp_path)
+    printed = walk("inject", cwd=tmp_path)
     assert re.findall(r"Eq. (\d) .*?(\[.*?\])", printed) == [
         ("1", "[8, 64]"), ("2", "[8]"), ("3", "[2, 32, 4, 4]"), ("4", "[2, 64]"), ("5", "[8]")]
     frames, heat = printed.split("frames of the first video")[1].split("Eq. 3, FC = identity\n")
@@ -66,7 +55,7 @@ def test_inject_walks_from_frames_to_both_losses(tmp_path):
 def test_mmn_shows_how_the_map_is_decoded(tmp_path):
     """16 candidates of 6 clips: 6 + 5 + 4 on three diagonals, and one further out; the best cell is
     the one whose row and column are printed."""
-    printed = walk("mmn", folder=tmp_path)
+    printed = walk("mmn", cwd=tmp_path)
     scores = printed.split("Eq. 10, Y~")[1].split("cmax")[0]
     cells = re.findall(r"first clip (\d) (.*)", scores)
     values = [[float(v) if v != "." else -1 for v in row.split()] for _, row in cells]
@@ -78,7 +67,7 @@ def test_mmn_shows_how_the_map_is_decoded(tmp_path):
 
 def test_evaluate_explains_by_hand(tmp_path):
     """IoU 6 / 20, 8 / 20, 8 / 11; the second answer is dropped by NMS, the third is the hit."""
-    printed = walk("evaluate", folder=tmp_path)
+    printed = walk("evaluate", cwd=tmp_path)
     assert [m for m in re.findall(r"= (\d.\d\d), (\w+) hit at 0.5", printed)] == [
         ("0.30", "no"), ("0.40", "no"), ("0.73", "a")]
     assert "R@1,IoU=0.5 0.00   R@1,IoU=0.7 0.00   R@5,IoU=0.5 100.00" in printed
@@ -87,9 +76,9 @@ def test_evaluate_explains_by_hand(tmp_path):
 def test_video_prints_what_would_be_sampled(tmp_path):
     """The exported video has 32 parts; four of them are sampled at 1/8, 3/8, 5/8, 7/8 of it."""
     shapes.export(tmp_path, 1)
-    printed = walk("video", tmp_path / "test-0000.mp4", "--frames", 4, folder=tmp_path)
+    printed = walk("video", tmp_path / "test-0000.mp4", "--frames", 4, cwd=tmp_path)
     duration_sec = float(re.search(r"([\d.]+) s$", printed.splitlines()[0])[1])
     times = [float(t) for t in re.findall(r"([\d.]+) s #", printed)]
     assert times == pytest.approx([duration_sec * (2 * k + 1) / 8 for k in range(4)], abs=0.01)
     assert "256 x 256" in printed and "100% of the picture" in printed
-    assert "cannot be opened" in walk("video", HERE / "README.md", folder=tmp_path, status=2)
+    assert "cannot be opened" in walk("video", HERE / "README.md", cwd=tmp_path, status=2)

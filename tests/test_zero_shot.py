@@ -7,20 +7,17 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-import clip
 import evaluate
 import retrieve
-import shapes
 from extras import search as search_command
 from extras import serve, show, zero_shot
 from extras.index import Index, made_with
 from support.errors import Mistake
-from test_retrieve import HERE, Browser, command, videos                # noqa: F401
+from test_retrieve import HERE, Browser, run, videos                    # noqa: F401
 
 
 def unit(*shape, seed=0):
@@ -202,20 +199,20 @@ def test_command_line_without_a_checkpoint(world, videos, tmp_path):    # noqa: 
     small = world / "shapes" / "clip.pt"
     film, options = videos / "test-0000.mp4", ("--clip", small, "--cache", "")
     long = "the red circle " * 40
-    text = command(film, "the red circle rises", long, *options, "--top", 2, "--plot",
-                   tmp_path / "out.png", "--html", tmp_path / "out.html")
+    text = run(film, "the red circle rises", long, *options, "--top", 2, "--plot",
+               tmp_path / "out.png", "--html", tmp_path / "out.html")
     assert "neither direction nor order" in text and "on a grid of 0.50 s" in text
     assert long.strip() not in text                     # a long sentence is not printed back whole
     assert (tmp_path / "out.png").stat().st_size > 10_000
-    answer = json.loads(command(film, "the red circle rises", *options, "--json"))
+    answer = json.loads(run(film, "the red circle rises", *options, "--json"))
     assert answer["scorer"] == "clip" and len(answer["results"][0]["moments"]) == 5
     for more, sentence in ((("--rate", 0), "--rate must be positive"),
                            (("--shortest", 9, "--longest", 3), "--shortest at most"),
                            (("--prompt", "a video"), "must contain {} once")):
-        assert sentence in command(film, "a", *options, *more, status=2)
-    assert "name a video and what to look for" in command(film, *options, status=2)
+        assert sentence in run(film, "a", *options, *more, status=2)
+    assert "name a video and what to look for" in run(film, *options, status=2)
     # before a download would start
-    assert "no.mp4 does not exist" in command(tmp_path / "no.mp4", "a", "--clip", "RN50", status=2)
+    assert "no.mp4 does not exist" in run(tmp_path / "no.mp4", "a", "--clip", "RN50", status=2)
 
 
 @pytest.mark.filterwarnings("error")
