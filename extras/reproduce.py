@@ -619,7 +619,7 @@ def verbs(given: argparse.Namespace) -> str:
     for two targets, beside MMN."""
     def make(seed: int) -> dict:
         towers, device = {}, parallel.pick_device(given.device)
-        for name, k in {"MMN": 1, "the change": 4, "random codes": 3}.items():
+        for name, k in {"MMN": 1, "the change": 5, "random codes": 4}.items():
             config = config_of(TABLES["context"].rows[k], "shapes", seed, given)
             path = config.folder / "ckpt.pt"
             if not path.exists():
