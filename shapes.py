@@ -6,7 +6,7 @@ motions each, in some order: nouns alone match every second event, and so do ver
 
     python shapes.py                                    # data/shapes: small CLIP, videos, features
     python shapes.py --seed 1                           # data/shapes-1: another world, another CLIP
-    python shapes.py --context 0.9                      # shapes-context-0.9: verbs have grounds
+    python shapes.py --context 0.9                      # shapes-context-0.9: see below
     python shapes.py --show world.png                   # videos and stills on one sheet
     python shapes.py --pretrain assets/small-clip.pt    # world 0's small CLIP, from its stills
 
@@ -17,8 +17,8 @@ Two in seven pairs of a verb and a shape are in no training video: they are the 
 split. Annotations, features and CLIP weights are written in the form of a real dataset's.
 
 In this world verbs are independent of everything that a frame shows. With `--context p` an event
-takes place on the ground typical of its verb with probability p, as people swim in water; with
-`--random p` on any ground, which is the control: it, too, shows where events begin.
+takes place on the background typical of its verb with probability p, as people swim in water; with
+`--random p` on any, a control in which the background also changes with each event.
 
 Rounding differs between machines, and pre-training amplifies it. So that everybody starts from the
 same weights, the small CLIP of world 0 is shipped (assets/small-clip.pt).
@@ -258,7 +258,7 @@ def held_out(verb: int, shape: str) -> bool:
 class World(NamedTuple):
     """What a dataset's name says: "shapes-1-context-0.9" is seed 1 with `--context 0.9`."""
     seed: int = 0
-    kind: str = "context"           # or "random": how an event's ground is chosen
+    kind: str = "context"           # or "random": how an event's background is chosen
     share: float = 0.0              # with which probability it is not the video's
 
 
@@ -312,7 +312,7 @@ def course(verb: int, rng: np.random.Generator) -> dict:
 
 
 def plan_of(world: World, split: str, i: int) -> dict:
-    """The script of video i of a split; in worlds of one seed it differs in the grounds only."""
+    """The script of video i of a split; worlds of one seed differ only in their backgrounds."""
     key = [world.seed, list(SPLITS).index(split) + 1, i]
     plan = script(split, np.random.default_rng(key))
     rng, scenes = np.random.default_rng([*key, 1]), list(SCENES)
@@ -338,7 +338,7 @@ def whereabouts(event: dict, times: np.ndarray) -> tuple[np.ndarray, ...]:
 def render(plan: dict, times: np.ndarray) -> np.ndarray:
     """The video of a script at these instants (in frame lengths, [n]): uint8 [n, 32, 32, 3]."""
     frames = ground(plan["scene"], len(times), np.random.default_rng(plan["speckle"]))
-    for event in plan["events"]:                # its ground stays until the next actor enters
+    for event in plan["events"]:                # its background stays until the next enters
         later = times >= event["enter"]
         scene, rng = event.get("scene", plan["scene"]), np.random.default_rng(plan["speckle"])
         frames[later] = ground(scene, later.sum(), rng)
@@ -547,7 +547,7 @@ def main() -> None:
     arguments = options.parser("build a shapes world, or show one")
     add = arguments.add_argument
     add("--seed", type=int, default=0, help="seed of the world")
-    for kind, which in (("context", "the ground typical of its verb"), ("random", "any ground")):
+    for kind, which in (("context", "its verb's background"), ("random", "any background")):
         add(f"--{kind}", type=float, default=0.0, metavar="P",
             help=f"probability that an event takes place on {which}, not the video's")
     add("--root", default="data", help="folder of datasets")

@@ -1,6 +1,6 @@
 """`vdi-staged`: our variant of the injection, which cannot collapse.
 
-As printed, Eq. 2 can be minimised by constants, because FC and TransDecoder are trained along, and
+As printed, Eq. 2 can be minimised by constants, because FC and TransDecoder are trained, too, and
 Eq. 5 is almost minimised before training. This variant keeps the idea (the dynamic query should say
 what changes in the video) and departs from the paper as follows:
 

@@ -118,7 +118,7 @@ def evaluate_checkpoint(path: str | pathlib.Path, root: str | None, device: torc
             others = joined(*model.encode_text(ids), config.weight).cpu()
             ahead = (texts * videos).sum(1) - (others * videos).sum(1)  # [V]
             preferred = (ahead > 0).double().mean() + (ahead == 0).double().mean() / 2
-            results[f"{kind} told, %"] = 100 * preferred.item()
+            results[f"{kind} recognised, %"] = 100 * preferred.item()
     return results
 
 

@@ -149,7 +149,8 @@ def ablation_table(ablated: dict[str, list[dict]]) -> str:
     """Markdown: mean and standard deviation over seeds."""
     names = {"mean": "mean pooling", "transformer": "temporal transformer", "tdb": "+ TDB",
              "tab": "+ TAB", "both": "+ TDB + TAB"}
-    columns = ("t2v R@1", "t2v R@5", "t2v MedR", "v2t R@1", "direction told, %", "order told, %")
+    columns = ("t2v R@1", "t2v R@5", "t2v MedR", "v2t R@1", "direction recognised, %",
+               "order recognised, %")
     rows = []
     for variant, runs in ablated.items():
         cells = [mean_and_deviation([run[column] for run in runs]) for column in columns]

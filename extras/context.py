@@ -4,10 +4,10 @@
 
 In every frame of "a person opens the fridge" there may be a fridge, so a network that sees no
 motion can still guess the verb. The measure is the mutual information of verb and noun in bits,
-I(V; N) = sum p(v, n) log2 p(v, n) / (p(v) p(n)), the mean of their pointwise mutual information. As
-it is positive by chance in a sample, that of pairs whose nouns are permuted is subtracted. Verbs
-with fewer than 50 pairs are left out. For a shapes world with `--context p` the noun is the ground
-of the event, and the information is exact.
+I(V; N) = sum p(v, n) log2 p(v, n) / (p(v) p(n)), the mean of their pointwise mutual information. In
+a finite sample it is positive by chance, so that of permuted pairs is subtracted. Verbs with fewer
+than 50 pairs are left out. For a shapes world with `--context p` the noun is the background of the
+event, and the information is exact.
 """
 import support  # first, for a Ctrl-C while torch is imported
 import collections
@@ -46,8 +46,8 @@ def information(joint: np.ndarray) -> tuple[float, float]:
 
 
 def shares(pairs: list[tuple[str, str]], at_least: int = 50, rounds: int = 10) -> dict[str, float]:
-    """The information of a list of pairs beyond that of permuted ones, as a share of the entropy of
-    the verbs, too."""
+    """The information of a list of pairs beyond that of permuted pairs, in bits and as a share of
+    the entropy of the verbs."""
     counts = collections.Counter(verb for verb, _ in pairs)
     pairs = [(verb, noun) for verb, noun in pairs if counts[verb] >= at_least]
     verbs, nouns = (np.unique(values, return_inverse=True)[1] for values in zip(*pairs))
@@ -58,20 +58,20 @@ def shares(pairs: list[tuple[str, str]], at_least: int = 50, rounds: int = 10) -
         return information(joint)
 
     rng = np.random.default_rng(0)
-    found, entropy = of(nouns)
+    total, entropy = of(nouns)
     chance = np.mean([of(rng.permutation(nouns))[0] for _ in range(rounds)])
     return {"pairs": len(pairs), "verbs": int(verbs.max()) + 1, "entropy": entropy,
-            "information": found - chance, "by chance": chance,
-            "share": (found - chance) / entropy}
+            "information": total - chance, "by chance": chance,
+            "share": (total - chance) / entropy}
 
 
 def of_world(p: float) -> dict[str, float]:
-    """Verb and ground of a shapes world with `--context p`."""
+    """Verb and background of a shapes world with `--context p`."""
     V, G = len(shapes.VERBS), len(shapes.SCENES)
-    joint = np.full((V, G), (1 - p) / G)        # the video's ground is any
+    joint = np.full((V, G), (1 - p) / G)        # otherwise any background
     joint[np.arange(V), np.arange(V) % G] += p
-    found, entropy = information(joint)
-    return {"verbs": V, "entropy": entropy, "information": found, "share": found / entropy}
+    bits, entropy = information(joint)
+    return {"verbs": V, "entropy": entropy, "information": bits, "share": bits / entropy}
 
 
 def table(annotations: str) -> str:

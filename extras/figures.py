@@ -47,7 +47,7 @@ def context(path, gains: dict[str, dict[str, tuple[float, float]]]) -> None:
                       label=name)
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_xticks(range(len(kinds)), kinds)
-    axes.set(ylabel="R@1, IoU=0.5, points", title="novel words: mean and 95% interval over 5 worlds")
+    axes.set(ylabel="R@1, IoU=0.5, points", title="novel words: mean and 95% interval, 5 worlds")
     axes.legend(fontsize=8)
     save(figure, path)
 

@@ -35,7 +35,7 @@ KINDS = ("subject", "verb", "object")
 
 def shape_triplets(kind: str, count: int, seed: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """(sentence, right image, wrong image), images uint8 [32, 32, 3]. The wrong image has another
-    object (subject), the same object in another motion (verb), or another ground (object)."""
+    object (subject), the same object in another motion (verb), or on another ground (object)."""
     rng = np.random.default_rng([seed, KINDS.index(kind), 7])
 
     def image(colour, shape, verb, scene) -> np.ndarray:

@@ -78,8 +78,8 @@ def applied(config: train.Config):
 @contextlib.contextmanager
 def tracked():
     """Within the block, the log of `vdi-staged` says after each epoch what is left of stage 1: the
-    squared cosine between the features of all dynamic queries, each minus their mean, now and then.
-    """
+    squared cosine between the features of all dynamic queries, each minus their mean, at that point
+    and right after stage 1."""
     adapt, validate, injected = staged.adapt_text_tower, train.validate, []
 
     def adapt_and_remember(text, videos, config, device, run):

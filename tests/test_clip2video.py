@@ -377,7 +377,7 @@ def same_weights(a: pathlib.Path, b: pathlib.Path) -> bool:
 
 def test_train_evaluate_and_resume(trained, tmp_path):
     root, text = trained
-    assert "t2v R@1" in text and "direction told, %" in text and "epoch 2" in text
+    assert "t2v R@1" in text and "direction recognised, %" in text and "epoch 2" in text
     shown = run("evaluate", root / "run" / "ckpt.pt")
     assert shown.strip() in text
     assert json.loads(run("evaluate", root / "run" / "ckpt.pt", "--json")) \

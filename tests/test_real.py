@@ -1,4 +1,4 @@
-"""extras/real.py: the folds, the linear yardstick against a plain computation, and every row on
+"""extras/real.py: the folds, the linear baseline against a plain computation, and every row on
 random features."""
 import json
 import re
@@ -98,7 +98,7 @@ def test_every_row_runs_and_is_kept(small, published, tmp_path, monkeypatch, cap
         monkeypatch.setattr("sys.argv", arguments)
         real.main()
         table = capsys.readouterr().out
-        assert all(f"| {name} |" in table for name in (*real.YARDSTICKS, *real.TRAINED))
+        assert all(f"| {name} |" in table for name in (*real.BASELINES, *real.TRAINED))
         assert "| **`vdi-staged`** minus MMN | " in table
     assert "epoch 1" not in table                       # the second time nothing is trained
     tried = {rates: json.loads(real.tried_file("MMN", rates).read_text())["results"]
@@ -166,6 +166,6 @@ def test_kept_iou_have_the_same_hits_as_the_metrics():
         [-1e-3, -3e-4, -6e-8, 0, 6e-8, 3e-4, 1e-3]).repeat(2)
     rows = [data.Sample("v", "x", 0.0, 1.0, 2.0)] * len(iou)
     predicted = torch.stack([torch.zeros(len(iou)), iou], 1)[:, None]   # [0, iou) in [0, 1)
-    kept = real.hits(predicted, rows)
+    kept = real.metrics_of(predicted, rows)
     for mu in (0.5, 0.7):
         assert 100 * np.mean(np.array(kept["iou"]) >= 1000 * mu) == kept[f"R@1,IoU={mu}"]

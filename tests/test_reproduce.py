@@ -169,7 +169,7 @@ def test_the_papers_figures_stand_beside_the_same_dataset(what, dataset, figures
         [run] if config else [] for config in reproduce.configs_of(what, 0, given)])
     monkeypatch.setattr(reproduce, "clip_alone_of",
                         lambda *_: [{"full": dict.fromkeys(splits, metrics)}])
-    text = reproduce.show(what, given)
+    text = reproduce.table_text(what, given)
     assert re.search(r"^\| a random moment \| 5.0 \| 1.0 \|", text, flags=re.M)
     assert re.search(r"^\| CLIP alone, no training \| 25.0 \|", text, flags=re.M)
     other = {"charades": "ActivityNet", "activitynet": "Charades"}[dataset]
@@ -178,7 +178,7 @@ def test_the_papers_figures_stand_beside_the_same_dataset(what, dataset, figures
     assert "(reported) |" in text and "25.0" not in text.split("(reported)")[-1].split("\n")[0]
     assert "of 3 videos (2 sentences of 1 videos missing)" in text
     assert "not tuned here" in text
-    text = reproduce.show(what, real(dataset, "--select-on-test"))
+    text = reproduce.table_text(what, real(dataset, "--select-on-test"))
     assert "the epoch is chosen on" in text and "a test split" in text
 
 
