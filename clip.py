@@ -171,7 +171,7 @@ class Attention(nn.MultiheadAttention):
         B, L, C = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)       # [B, L, 3C]
         q, k, v = qkv.view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # [B, heads, L, *]
-        # `hidden` [B, L] is added to the logits of the keys: 0, or a large negative number to hide
+        # `hidden` [B, L] (clip2video's): added to the keys' logits, 0 or very negative to hide
         bias = None if hidden is None else hidden[:, None, None]
         x = F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal)
         return self.out_proj(x.transpose(1, 2).reshape(B, L, C))
@@ -196,7 +196,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. Published heads are 64 wide; other numbers are in the state dict."""
+    """A stack of blocks. Heads are 64 wide; another number of heads is in the state dict."""
 
     def __init__(self, width: int, layers: int, heads: int, activation: type[nn.Module]):
         super().__init__()
@@ -231,9 +231,10 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, R, R] -> global feature [B, D] (class token), patch features [B, D, H, W]."""
+        x = images
         for convolution in self.stem:
-            images = F.relu(convolution(images))
-        x = self.conv1(images).flatten(2).transpose(1, 2)               # [B, HW, C]
+            x = F.relu(convolution(x))
+        x = self.conv1(x).flatten(2).transpose(1, 2)                    # [B, HW, C]
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)       # [B, 1 + HW, C]
         x = self.transformer(self.ln_pre(x + self.positional_embedding))
         x = self.ln_post(x) @ self.proj                                 # [B, 1 + HW, D]
@@ -384,7 +385,7 @@ def build_text(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU
     return fill(lambda: TextTower(*_text_sizes(state, activation)), state)
 
 
-# text towers of other networks, by the beginning of their name; a folder is transformers'
+# text towers of other networks, by the start of their name, or a folder with config.json
 TOWERS = {"distilbert": "extras.distilbert.DistilBert"}
 
 
@@ -406,7 +407,7 @@ def build(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> 
     weights: pass nn.GELU for models trained with it (LAION's)."""
     known = {key: value for key, value in state.items() if key not in NOT_WEIGHTS}
     sizes = _text_sizes(known, activation)
-    output = sizes[5]
+    output = _get(known, "text_projection").shape[1]
     if "visual.layer1.0.conv1.weight" in known:
         grid = round((len(_get(known, "visual.attnpool.positional_embedding")) - 1) ** 0.5)
         layers = tuple(_count(known, f"visual.layer{i}.") for i in (1, 2, 3, 4))

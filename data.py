@@ -6,8 +6,8 @@ A dataset is a folder below the root (`data/`): annotations in their published f
 features. Every annotation becomes a Sample, whose moment is [start_sec, end_sec). A batch is B
 videos with all their sentences, flattened: sentence s belongs to `video_of[s]`.
 
-Shapes: B videos, S sentences in the batch, T frames, N clips, D width of CLIP's joint space, D'
-channels of the patch features, H x W patch grid.
+Shapes: B videos, S sentences in the batch, T frames (T' with patches), N clips, D width of CLIP's
+joint space, D' channels of the patch features, H x W patch grid.
 """
 import support  # first, for a Ctrl-C while torch is imported
 import csv
@@ -64,7 +64,7 @@ FILES = {
     **dict.fromkeys(("charades-cg", "activitynet-cg"), {
         "train": ("train.json",), "novel-word": ("novel_word.json",),
         "novel-composition": ("novel_composition.json",), "trivial": ("test_trivial.json",)})}
-# splits whose sentences are partly in the original training split: not for checkpoints of it
+# splits that share sentences with the original training split: refused for its checkpoints
 LEAKING = dict.fromkeys(("charades", "activitynet"),
                         ("novel-word", "novel-composition", "trivial", "train-cg"))
 CSV = ("Charades_v1_train.csv", "Charades_v1_test.csv")                 # durations of Charades
@@ -97,7 +97,7 @@ def read_annotations(dataset: str, split: str, root: str | os.PathLike) -> list[
     novel-composition and trivial of charades and activitynet are those of charades-cg and
     activitynet-cg, whose training split is train-cg."""
     if split in LEAKING.get(dataset, ()):
-        dataset, split = f"{dataset}-cg", "train" if split == "train-cg" else split
+        dataset, split = f"{dataset}-cg", split.removesuffix("-cg")
     if dataset in FILES and split == "val" and "val" not in FILES[dataset]:
         train = read_annotations(dataset, "train", root)
         chosen = held_out(sample.video for sample in train)
@@ -150,12 +150,12 @@ def read_charades(path: pathlib.Path) -> list[Sample]:
             except (KeyError, TypeError, ValueError) as error:
                 raise Mistake(f"{table} has no columns id and length: {error}") from error
 
-    def sample(line: str) -> list[Sample]:
+    def samples(line: str) -> list[Sample]:
         place, sentence = line.split("##", 1)
         name, start, end = place.split()
         return [to_sample(name, sentence, (start, end), durations_sec[name])]
 
-    return read_lines(path, files.numbered_lines(path), sample)
+    return read_lines(path, files.numbered_lines(path), samples)
 
 
 def read_jsonl(path: pathlib.Path) -> list[Sample]:
@@ -222,7 +222,7 @@ def read_lines(path: pathlib.Path, lines, read) -> list[Sample]:
 
 
 def clean(samples: list[Sample]) -> tuple[list[Sample], Cleaned]:
-    """Clamps moments to [0, duration] and drops those that are then empty. Nothing else does."""
+    """Clamps moments to [0, duration] and drops those that are then empty. No other code does."""
     kept, clamped = [], 0
     for sample in samples:
         limit = math.inf if math.isnan(sample.duration_sec) else sample.duration_sec
@@ -340,8 +340,8 @@ class FeatureStore:
 
     def write(self, video: str, frames: Tensor, patches: Tensor | None,
               duration_sec: float, size: int | None = None) -> None:
-        """Saves frames [T, D] and, unless None, patches [T', D', H, W]. They count once
-        `save_manifest` was called, which this does every ten seconds."""
+        """Saves frames [T, D] and, unless None, patches [T', D', H, W]. They count only
+        after `save_manifest`, called here every ten seconds."""
         if not (torch.isfinite(frames).all() and math.isfinite(duration_sec)):
             raise VideoError(f"{video}: its features or its duration are not finite")
         files.save(self.path(video, "frames"), lambda file: np.save(file, frames.numpy()))
@@ -387,7 +387,7 @@ class FeatureStore:
 
 class Batch(NamedTuple):
     """B videos with all their sentences. Every tensor is on one device; see `to`."""
-    # UNSPECIFIED: the paper's batch is of video-text pairs; MMN's is of videos with all sentences
+    # DEVIATION: the paper's batch is of video-text pairs; MMN's is of videos with all sentences
     videos: list[str]
     frames: Tensor                                                      # [B, T, D] L2-normalised
     patches: Tensor | None                              # [B, T', D', H, W] L2-normalised over D'
@@ -427,14 +427,14 @@ class Videos(Dataset):
         self.lost = sum(len(by_video[name]) for name in self.missing)   # sentences
         self.samples = [sample for name in self.videos for sample in by_video[name]]
         counts = [len(by_video[name]) for name in self.videos]
-        self.first = np.cumsum([0, *counts])  # sentences of video i: first[i] .. first[i + 1]
+        self.first = np.cumsum([0, *counts])  # sentences of video i: first[i]:first[i + 1]
         self.store, self.num_clips, self.patches = store, num_clips, patches
         sentences = [sample.sentence for sample in self.samples]
         self.queries = (list(map(parser.halve, sentences)) if halve
                         else parser.split_all(sentences))
-        halves = list(zip(*self.queries))                               # three of S strings
-        self.tokens = torch.stack([tokenize(list(half), truncate=True) for half in halves])
-        self.spoken = torch.tensor([list(map(parse.has_word, half)) for half in halves])
+        columns = list(zip(*self.queries))                              # three of S strings
+        self.tokens = torch.stack([tokenize(list(column), truncate=True) for column in columns])
+        self.spoken = torch.tensor([list(map(parse.has_word, column)) for column in columns])
         self.moments_sec = torch.tensor([[s.start_sec, s.end_sec] for s in self.samples])
         self.durations_sec = torch.tensor([sample.duration_sec for sample in self.samples])
 

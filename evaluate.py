@@ -14,9 +14,9 @@ says how often the answer lies in an event of the right actor, and of the right 
 Inference needs the text tower and the retriever only; no injection module is loaded or needed.
 `python -m extras.walk evaluate` computes IoU, NMS and R@5 of three moments by hand.
 
-A hit is IoU >= mu. R@1 uses the best cell, R@5 the five best after greedy NMS (moments with
-IoU > 0.5 are dropped). Shapes: S sentences, K retrieved moments, N clips, P candidate moments.
-Moments are [start, end) in seconds.
+A hit is IoU >= mu, as in MMN's code (DEVIATION: the paper says larger). R@1 uses the best cell, R@5
+the five best after greedy NMS (moments with IoU > 0.5 are dropped). Shapes: S sentences, K moments,
+N clips, P candidate moments. Moments are [start, end) in seconds.
 """
 import support  # first, for a Ctrl-C while torch is imported
 import dataclasses
@@ -63,7 +63,7 @@ def cell_recall(iou: Tensor, ious: tuple[float, ...] = (0.5, 0.7)) -> dict[str, 
 
 
 def best_prior(iou: Tensor) -> int:
-    """The cell that most often has IoU >= 0.5, whatever the sentence: [S, P] -> index into P."""
+    """The cell that most often has IoU >= 0.5 (ties: by mean IoU): [S, P] -> index into P."""
     return int(((iou >= 0.5).double().mean(0) + 1e-6 * iou.double().mean(0)).argmax())
 
 
@@ -98,9 +98,8 @@ def average_precision(predicted: Tensor, truth: Tensor, iou: float) -> float:
     precision-recall curve, with precision made monotonic. predicted [K, 2], truth [G, 2]."""
     overlaps, taken, hits = mmn.interval_iou(predicted[:, None], truth[None]), set(), []
     for row in overlaps.tolist():                                       # [G]
-        free = [g for g in sorted(range(len(row)), key=lambda g: -row[g])
-                if row[g] >= iou and g not in taken]
-        taken.update(free[:1])
+        free = [g for g in range(len(row)) if row[g] >= iou and g not in taken]
+        taken.update(sorted(free, key=lambda g: -row[g])[:1])
         hits.append(bool(free))
     hits = torch.tensor(hits).double()
     precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)

@@ -9,9 +9,9 @@ dynamic query Q^d, the sentence without its noun chunks:
 This file is the paper as printed; staged.py is our variant that cannot collapse. Nothing here is
 needed, or loaded, at inference. `python -m extras.walk inject` walks two videos through Eq. 1-5.
 
-Shapes: B videos, S sentences in the batch, T frames, D width of CLIP's joint space, D' channels of
-the patch features, H x W patch grid. `video_of` [S] is the video in the batch that a sentence
-belongs to. UNSPECIFIED: the feature scale; all CLIP features arrive L2-normalised over channels.
+Shapes: B videos, S sentences in the batch, T frames (in Eq. 3-5 those with patches), D width of
+CLIP's joint space, D' channels of the patch features, H x W patch grid. `video_of` [S] is the video
+of a sentence. UNSPECIFIED: the feature scale; CLIP features arrive L2-normalised over channels.
 """
 import torch
 import torch.nn.functional as F
@@ -111,19 +111,19 @@ def pairwise_cosine(x: Tensor) -> Tensor:
     return x @ x.T
 
 
-def spatial_dynamic_loss(dynamic: Tensor, projected: Tensor, video_of: Tensor) -> Tensor:
+def spatial_dynamic_loss(motion: Tensor, projected: Tensor, video_of: Tensor) -> Tensor:
     """Eq. (5), Sec. 3.1, and its mean in Eq. (11): sentences relate as the motions of their videos.
 
         eps^v = cos(m~, m~'),   eps^q = cos(FC(x^qd), FC(x^qd')),   L^sd = (eps^v - eps^q)^2
 
-    dynamic     [S, D] m~ of each sentence's video
+    motion      [S, D] m~ of each sentence's video
     projected   [S, D] FC(x^qd)
     video_of    [S]; pairs of the same video are left out
     returns     [S] in [0, 4]: mean over the other videos' sentences, 0 where there are none
     """
-    # UNSPECIFIED: Eq. 11 averages over all pairs; within one video eps^v = 1 always
+    # DEVIATION: Eq. 11 averages over all pairs; within one video eps^v = 1 always
     pair = video_of[:, None] != video_of[None, :]                       # [S, S]
-    difference = (pairwise_cosine(dynamic) - pairwise_cosine(projected)).square()  # [S, S]
+    difference = (pairwise_cosine(motion) - pairwise_cosine(projected)).square()   # [S, S]
     return (difference * pair).sum(1) / pair.sum(1).clamp(min=1)
 
 

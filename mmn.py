@@ -25,7 +25,7 @@ from torch import Tensor, nn
 SCORE_SCALE = 10.0      # of the IoU head: score = sigmoid(10 cos) (MMN's published code)
 TAU = 0.1               # temperature of Eq. 8 (MMN's published settings, both datasets)
 
-# f^g by name. A retriever has MMN's arguments and its `outputs`, `losses` and `scores`
+# f^g by name: a MomentMap with MMN's arguments, `add_convolutions`, `outputs`, `losses`, `scores`
 RETRIEVERS = {"mmn": "mmn.MMN", "2d-tan": "extras.tan.TAN"}
 
 
@@ -142,7 +142,7 @@ class MomentMap(nn.Module):
         diagonals = [x]
         for level, count in enumerate(self.pool_counts):
             for step in range(count):
-                # 2^level clips longer; on entering a level, only every second moment
+                # each diagonal is 2^level clips longer; a new level first drops every other moment
                 x = F.max_pool1d(x, 3, 2) if level and step == 0 else F.max_pool1d(x, 2, 1)
                 diagonals.append(x)
         return self.to_map(torch.cat(diagonals, 2))                     # [B, D, N, N]
@@ -252,7 +252,7 @@ def iou_loss(scores: Tensor, iou: Tensor, floor: float = 0.5) -> Tensor:
     returns  [S] nats, mean over the candidates"""
     # UNSPECIFIED: the overlap is scaled as in MMN's code: (iou - 0.5) / (1 - 0.5), at least 0
     target = ((iou - floor) / (1 - floor)).clamp(min=0)
-    # subtle: BCE aborts on NaN (on a GPU for good); returned, it stops the run with its name
+    # subtle: BCE aborts on NaN (on a GPU for good); a NaN loss stops the run, naming the term
     bad = scores.isnan()
     loss = F.binary_cross_entropy(scores.masked_fill(bad, 0.5), target, reduction="none")
     return loss.masked_fill(bad, float("nan")).mean(1)
@@ -269,7 +269,7 @@ def contrastive_loss(moments: Tensor, text: Tensor, iou: Tensor, video_of: Tenso
 
     m is the candidate with the highest IoU. X^m-: all candidates of the other videos, and those of
     the same video with an IoU below `negative_iou`. X^q-: the sentences of the other videos, and
-    those of the same video whose labels overlap less than that. Cosines: contrastive space.
+    those of the same video whose labels overlap less than that. cos as in Eq. (9).
 
     moments      [B, J, P] unit vectors
     text         [S, J] unit vectors
@@ -280,7 +280,6 @@ def contrastive_loss(moments: Tensor, text: Tensor, iou: Tensor, video_of: Tenso
     """
     S, P = iou.shape
     sentence, positive = torch.arange(S, device=iou.device), iou.argmax(1)      # [S]
-    same_video = video_of[:, None] == video_of[None, :]                 # [S, S]
 
     # p^m: the sentence among moments
     similarity = torch.einsum("sj,bjp->sbp", text, moments)             # [S, B, P]
@@ -297,6 +296,7 @@ def contrastive_loss(moments: Tensor, text: Tensor, iou: Tensor, video_of: Tenso
     # p^q: the moment among sentences
     chosen = moments[video_of, :, positive]                             # [S, J]
     similarity = chosen @ text.T - margin * torch.eye(S, device=iou.device)     # [S, S]
+    same_video = video_of[:, None] == video_of[None, :]                 # [S, S]
     overlap = interval_iou(moments_sec[:, None], moments_sec[None, :])  # [S, S]
     itself = sentence[:, None] == sentence[None, :]
     allowed = ~same_video | (overlap < negative_iou) | itself           # [S, S]

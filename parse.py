@@ -47,7 +47,7 @@ class Parser:
     model   a spaCy pipeline object, or the name or path of one; None: the first of PIPELINES that
             is installed
     mask    the word that replaces a masked stretch of words; "": the stretch is dropped
-    known   sentence -> its chunks, which are then not looked for
+    known   sentence -> its chunks, for which spaCy is not asked
     cache   a folder in which the chunks of this pipeline are kept
     name    (attribute) the pipeline and its version; checkpoints and results record it
     """
@@ -110,7 +110,7 @@ class Parser:
 
     def divide(self, sentence: str, spans: list[tuple[int, int]]) -> Query:
         """The sentence with all but the spans masked, and with the spans masked."""
-        ends = [0, *(offset for span in spans for offset in span), len(sentence)]
+        ends = [0, *sum(spans, ()), len(sentence)]
         pieces = [sentence[a:b].strip() for a, b in zip(ends, ends[1:])]
         rest, nouns = pieces[0::2], pieces[1::2]        # they alternate, beginning with the rest
         static, dynamic = [], []

@@ -6,7 +6,7 @@ what changes in the video) and departs from the paper as follows:
 
     as printed (`vdi`)                `vdi-staged`                       why
     one sum, one optimiser (Eq. 11)   stage 1: the text tower alone,     in one sum the large term
-                                      own optimiser; then MMN            starves the others
+                                      own optimiser; then MMN with it    starves the others
     a trained TransDecoder attends    attention by cosine, without       no parameters that could
     to the whole video (Eq. 1)        parameters, within the moment      make it constant
     its output x~^qs                  late half minus early half,        a change, not a mixture of
@@ -34,7 +34,7 @@ from support.errors import Mistake
 
 TARGETS = ("change", "mean", "whole", "shuffled", "rotated", "random")
 LR, BATCH = 1e-3, 64                # of stage 1; BATCH sentences
-QUERIES = {"full": 0, "none": None, "static": 1, "half": 1}     # rows of data.Videos.tokens
+QUERIES = {"full": 0, "none": None, "static": 1, "half": 1, "dynamic": 2}   # rows of Videos.tokens
 
 
 def temporal_change(static: Tensor | None, frames: Tensor, moments_sec: Tensor,
@@ -95,7 +95,7 @@ def stage_targets(text: clip.TextTower, videos: data.Videos, config,
         target.append(temporal_change(asking, batch.frames[batch.video_of], batch.moments_sec,
                                       batch.durations_sec, config.stage_target))
     target = control(torch.cat(target), videos, config)                 # [S, D]
-    into = QUERIES["full"] if config.inject_into == "full" else 2
+    into = QUERIES[config.inject_into]
     usable = (videos.spoken[1] & videos.spoken[into]).nonzero()[:, 0]
     if len(usable) < 2:
         raise Mistake("fewer than two training sentences have both a noun chunk and other words, "
@@ -150,7 +150,7 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config, device: 
         raise Mistake("vdi-staged compares frames with sentences, which needs a CLIP for both; use "
                       "--method mmn, or vdi with --lambda-sd 0")
     target, usable = stage_targets(text, videos, config, device)
-    into = QUERIES["full"] if config.inject_into == "full" else 2
+    into = QUERIES[config.inject_into]
     # DEVIATION: an optimiser of its own; in one sum the size of this term starves the others
     optimiser = torch.optim.AdamW(text.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=1e-5,
                                   fused=True)
@@ -164,7 +164,7 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config, device: 
         chosen = usable[torch.randint(len(usable), (BATCH,), generator=generator)]
         # DEVIATION: x^qd as it is, without FC: nothing stands between the target and the tower
         tokens = videos.tokens[into, parallel.share(chosen)].to(device)
-        x = parallel.gather(text.encode_text(tokens))                   # x^qd [S, D]
+        x = parallel.gather(text.encode_text(tokens))                   # x^qd [BATCH, D]
         loss = inject.visual_context_loss(x, target[chosen]).mean()
         if not torch.isfinite(loss):
             raise Mistake(f"the loss is {loss.item()} in step {step} of stage 1; check the "

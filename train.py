@@ -7,7 +7,7 @@
 
 Methods: `mmn` is the retriever alone; `vdi` adds Eq. 1-5 as printed, all in one sum (Eq. 11);
 `vdi-staged` adapts the text tower first, as Algorithm 1 orders it, to a target that cannot collapse
-(staged.py), and then trains the retriever.
+(staged.py), and then trains the retriever with it. Shapes: as in mmn.py and inject.py.
 
 A run is a folder: ckpt.pt (the best epoch on the validation split, all that evaluate.py needs),
 last.pt (for --resume), log.jsonl, results.json. support/progress.py resumes, logs and saves.
@@ -66,7 +66,7 @@ class Config:
     # the losses, Eq. 11; lambda_vc and lambda_sd: Sec. 4.1.3
     lambda_cl: float = option(0.05, "weight of Eq. 8", only=MMN)
     margin: float = option(0.4, "margin on the positive of Eq. 8", only=MMN)
-    cl_decay_epoch: int = option(7, "epochs before it drops to a hundredth", only=MMN)
+    cl_decay_epoch: int = option(7, "epochs until lambda_cl drops to 1%", only=MMN)
     lambda_vc: float = option(0.5, "weight of Eq. 2", only=VDI)
     lambda_sd: float = option(0.01, "weight of Eq. 5", only=VDI)
     # what the paper's tables compare; the defaults are the paper's method
@@ -79,13 +79,13 @@ class Config:
                         ("con-rel", "con-con", "rel-rel"), only=VDI)
     # optimisation; lr and text_lr: Sec. 4.1.3
     lr: float = option(1e-4, "learning rate of everything but the text tower")
-    text_lr: float = option(0.1, "learning rate of the text tower as a share of it")
+    text_lr: float = option(0.1, "learning rate of the text tower as a share of lr")
     text_from_epoch: int = option(4, "epochs at the start in which the text tower is frozen")
     batch: int = option(48, "videos in a batch, each with all its sentences", least=1)
     epochs: int = option(18, "passes over the training videos", least=1)
     milestones: tuple[int, ...] = option((8, 13), "epochs that cut lr to a tenth; none: cosine")
     patience: int = option(5, "epochs without a better validation result before the run stops")
-    bf16: bool = option(False, "bfloat16 autocast in both towers; weights and losses stay float32")
+    bf16: bool = option(False, "bfloat16 autocast in f^q and f^g; weights and losses stay float32")
     stage_steps: int = option(800, "steps of stage 1", least=1, only=STAGED)
     stage_target: str = option("change", "target (staged.py)", staged.TARGETS, only=STAGED)
 
@@ -115,7 +115,7 @@ PRESETS = {
     # python train.py --dataset activitynet --device cuda
     "activitynet": dict(num_clips=64, frames=256, pool_counts=(15, 8, 8), kernel=9, layers=4,
                         lambda_cl=0.1, margin=0.3, lr=8e-4, milestones=(7, 15), cl_decay_epoch=6),
-    # python train.py     two CPU cores, 80 seconds with the building of the world
+    # python train.py     two CPU cores, 80 seconds, building the world included
     "shapes": dict(method="vdi-staged", kernel=3, layers=2, hidden=192, joint=128, lambda_cl=0.5,
                    lr=3e-3, text_lr=0.3, text_from_epoch=0, batch=16, epochs=30, milestones=(),
                    cl_decay_epoch=1000, patience=1000, limit_videos=400),
@@ -157,7 +157,7 @@ class Model(nn.Module):
         self.sizes = dict(width=width, num_clips=config.num_clips, pool_kernel=pool,
                           pool_stride=pool, pool_counts=config.pool_counts, kernel=config.kernel,
                           layers=config.layers, hidden=config.hidden, joint=config.joint)
-        if not made["resolution"] or made["width"] != width:    # frames of another network
+        if not made["resolution"] or made["width"] != width:    # resolution 0: another network
             self.sizes["features"] = made["width"]
         retriever = mmn.retriever_class(config.retriever)(**self.sizes)
         self.text, self.retriever = text, cropped.speed_up(retriever)   # f^q, f^g
@@ -191,13 +191,13 @@ def terms(model: Model, batch: data.Batch,
         return losses, {}
 
     frames = model.retriever.project(batch.frames)                      # [B, T, D]
-    full, static, dynamic = x.float().view(3, S, x.shape[1])            # x^q, x^qs, x^qd [S, D]
+    full, static, dynamic = x.float().view(3, S, x.shape[1])    # x^q, x^qs (or x^qh), x^qd [S, D]
     adapted, spoken = dynamic, parallel.gather(batch.spoken[2])
     if config.inject_into == "full":                                    # suppl. Table 4
         adapted, spoken = full, parallel.gather(batch.spoken[0])
-    asking = {"full": full, "none": None}.get(config.context_query, static)     # Table 3
+    asking = {"static": static, "half": static, "full": full, "none": None}[config.context_query]
     vc_form, sd_form = config.forms.split("-")                          # suppl. Table 3
-    spread = {}
+    sides = {}
     # UNSPECIFIED: what an empty query means; it has no term in Eq. 2, nor in Eq. 5
     if config.lambda_vc:
         has_both = parallel.gather(batch.spoken[1]) & spoken            # [S]
@@ -205,7 +205,7 @@ def terms(model: Model, batch: data.Batch,
         projected = parallel.gather(model.context.project(adapted))     # FC(x^qd) [S, D]
         loss = injection_loss(vc_form, projected, context, video_of, has_both)
         losses["L_vc"] = loss.sum() / has_both.sum().clamp(min=1)
-        spread |= {"var FC(x^qd), Eq. 2": projected, "var x~^qs": context}
+        sides |= {"var FC(x^qd), Eq. 2": projected, "var x~^qs": context}
     if config.lambda_sd:
         which = data.patch_frames(frames.shape[1], batch.patches.shape[1])
         motion = model.dynamic(frames[:, which], batch.patches)         # m~ [B, D]
@@ -213,8 +213,8 @@ def terms(model: Model, batch: data.Batch,
         projected = parallel.gather(model.dynamic.project(adapted))     # FC(x^qd) [S, D]
         loss = injection_loss(sd_form, projected, motion, video_of, spoken)
         losses["L_sd"] = loss.sum() / spoken.sum().clamp(min=1)
-        spread |= {"var FC(x^qd), Eq. 5": projected, "var m~": motion}
-    return losses, {name: inject.batch_variance(value.detach()) for name, value in spread.items()}
+        sides |= {"var FC(x^qd), Eq. 5": projected, "var m~": motion}
+    return losses, {name: inject.batch_variance(value.detach()) for name, value in sides.items()}
 
 
 def injection_loss(form: str, projected: Tensor, seen: Tensor, video_of: Tensor,
@@ -231,7 +231,7 @@ def total_loss(losses: dict[str, Tensor], config: Config, epoch: int) -> Tensor:
 
         L = lambda^iou L^iou + lambda^cl L^cl + lambda^vc L^vc + lambda^sd L^sd
     """
-    decay = 0.01 if epoch >= config.cl_decay_epoch else 1.0
+    decay = 0.01 if epoch >= config.cl_decay_epoch else 1.0     # DEVIATION: MMN's code, not Eq. 11
     weights = {"L_iou": LAMBDA_IOU, "L_cl": config.lambda_cl * decay, "L_vc": config.lambda_vc,
                "L_sd": config.lambda_sd}
     return sum(weights[name] * value for name, value in losses.items())
