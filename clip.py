@@ -22,9 +22,9 @@ D' channels of the patch features, H x W patch grid, R input resolution.
 import functools
 import gzip
 import html
-import importlib
 import os
 import pathlib
+import pkgutil
 import zipfile
 
 import ftfy
@@ -394,8 +394,7 @@ def load_text(name: str, state: dict[str, Tensor] | None = None) -> nn.Module:
     path = pathlib.Path(name)
     for start, place in TOWERS.items():
         if path.name.startswith(start) or (path / "config.json").is_file():
-            module, _, class_name = place.rpartition(".")
-            return getattr(importlib.import_module(module), class_name).load(name, state)
+            return pkgutil.resolve_name(place).load(name, state)
     with naming(name):
         return build_text(read_state(name) if state is None else state)
 

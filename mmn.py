@@ -16,7 +16,7 @@ CLIP's joint space, C width of the convolutions, J joint space of the two heads.
 the moment [i, j+1) * duration / N.
 """
 import functools
-import importlib
+import pkgutil
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,7 @@ RETRIEVERS = {"mmn": "mmn.MMN", "2d-tan": "extras.tan.TAN"}
 
 
 def retriever_class(name: str) -> type[nn.Module]:
-    module, _, class_name = RETRIEVERS[name].rpartition(".")
-    return getattr(importlib.import_module(module), class_name)
+    return pkgutil.resolve_name(RETRIEVERS[name])
 
 
 # ------------------------------------------------------------------------------ intervals and cells

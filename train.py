@@ -66,7 +66,7 @@ class Config:
     # the losses, Eq. 11; lambda_vc and lambda_sd: Sec. 4.1.3
     lambda_cl: float = option(0.05, "weight of Eq. 8", only=MMN)
     margin: float = option(0.4, "margin on the positive of Eq. 8", only=MMN)
-    cl_decay_epoch: int = option(7, "epochs until lambda_cl drops to 1%", only=MMN)
+    cl_decay_epoch: int = option(7, "epochs until lambda_cl drops to a hundredth", only=MMN)
     lambda_vc: float = option(0.5, "weight of Eq. 2", only=VDI)
     lambda_sd: float = option(0.01, "weight of Eq. 5", only=VDI)
     # what the paper's tables compare; the defaults are the paper's method

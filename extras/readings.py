@@ -23,8 +23,6 @@ import inject
 import staged
 import train
 
-READINGS = ("printed", "mean", "bare", "detached", "fixed")
-
 
 @dataclasses.dataclass(frozen=True)
 class Config(train.Config):
