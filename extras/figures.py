@@ -40,7 +40,7 @@ def curve(path, runs: list[list[dict]]) -> None:
 
 def context(path, gains: dict[str, dict[str, tuple[float, float]]]) -> None:
     """Differences on novel words by kind of world. gains: see reproduce.gains."""
-    figure, axes = files.pyplot().subplots(figsize=(7.5, 3.4))
+    figure, axes = files.pyplot().subplots(figsize=(7.5, 4.2), layout="constrained")
     for k, (name, kinds) in enumerate(gains.items()):
         means, margins = zip(*kinds.values())
         axes.errorbar(np.arange(len(means)) + 0.12 * (k - 1), means, margins, fmt="o", capsize=3,
@@ -48,7 +48,7 @@ def context(path, gains: dict[str, dict[str, tuple[float, float]]]) -> None:
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_xticks(range(len(kinds)), kinds)
     axes.set(ylabel="R@1, IoU=0.5, points", title="novel words: mean and 95% interval, 5 worlds")
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center")
     save(figure, path)
 
 

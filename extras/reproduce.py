@@ -485,8 +485,9 @@ def table_text(what: str, given: argparse.Namespace) -> str:
                 margin = margin_of(seeds)
                 each += f"; over worlds [{mean - margin:+.1f}, {mean + margin:+.1f}]"
             parts.append(f"{split} {mean:+.1f} [{low:+.1f}, {high:+.1f}] ({each})")
-        names = [label(table.rows[k].name, family) for k in (a, b)]
-        text.append(f"- {names[0]} minus {names[1]}: " + "; ".join(parts))
+        ours, theirs = (label(table.rows[k].name, family) for k in (a, b))
+        theirs = theirs.removeprefix(f"{ours.split(': ')[0]}: ")        # not the same twice
+        text.append(f"- {ours} minus {theirs}: " + "; ".join(parts))
     return "\n".join(text)
 
 
