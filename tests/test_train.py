@@ -214,8 +214,7 @@ def test_planted_moments_are_found():
 def run(request, world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / request.param
     text = command("train.py", "--method", request.param, "--root", world, "--out", folder,
-                   "--epochs", 2,
-                   "--stage-steps", 20, "--device", "cpu")
+                   "--epochs", 2, "--stage-steps", 20, "--device", "cpu")
     return request.param, folder, text
 
 
@@ -479,7 +478,8 @@ def test_real_videos_go_through_extraction_training_and_evaluation(published, wo
     assert "3 of 4 videos have features" in text and "corrupted.mp4" in text
     assert "corrupted" in (root / "mine" / "features" / "shapes" / "failed.txt").read_text()
     text = command("train.py", "--dataset", "mine", "--root", root, "--out", tmp_path / "run",
-                   "--epochs", 250, "--method", "mmn", "--clip", "shapes", "--device", "cpu")
+                   "--epochs", 140, "--batch", 2, "--method", "mmn", "--clip", "shapes",
+                   "--device", "cpu")
     assert "1 videos with 1 sentences have no features" in text
     assert "--allow-missing" in command("evaluate.py", tmp_path / "run" / "ckpt.pt", status=2)
     answer = json.loads(command("evaluate.py", tmp_path / "run" / "ckpt.pt", "--json",
