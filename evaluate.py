@@ -14,9 +14,9 @@ says how often the answer lies in an event of the right actor, and of the right 
 Inference needs the text tower and the retriever only; no injection module is loaded or needed.
 `python -m extras.walk evaluate` computes IoU, NMS and R@5 of three moments by hand.
 
-A hit is IoU >= mu, as in MMN's code (DEVIATION: the paper says larger). R@1 uses the best cell, R@5
-the five best after greedy NMS (moments with IoU > 0.5 are dropped). Shapes: S sentences, K moments,
-N clips, P candidate moments. Moments are [start, end) in seconds.
+A hit is IoU >= mu. R@1 uses the best cell, R@5 the five best after greedy NMS (moments with
+IoU > 0.5 are dropped). Shapes: S sentences, K retrieved moments, N clips, P candidate moments.
+Moments are [start, end) in seconds.
 """
 import support  # first, for a Ctrl-C while torch is imported
 import dataclasses
@@ -51,6 +51,7 @@ def recall(predicted: Tensor, truth: Tensor, ks: tuple[int, ...] = (1, 5),
     truth      [S, 2] seconds
     """
     iou = mmn.interval_iou(predicted, truth[:, None])                   # [S, K]
+    # DEVIATION: an IoU of exactly mu is a hit, as in MMN's code; the paper says "larger than mu"
     result = {f"R@{k},IoU={mu}": 100 * (iou[:, :k] >= mu).any(1).double().mean().item() for k in ks
               for mu in ious}
     return result | {"mIoU": 100 * iou[:, 0].double().mean().item()}

@@ -61,6 +61,7 @@ def sparse_cells(num_clips: int, pool_counts: tuple[int, ...]) -> list[tuple[Ten
 
     The main diagonal holds the single clips. Level l = 0, 1, ... then adds pool_counts[l] diagonals
     that are 2^l apart, on each of them every 2^l-th cell: long moments are sampled coarsely."""
+    # DEVIATION: MMN's sparse candidates; the paper enumerates all pairs of frames
     diagonals, offset = [(torch.arange(num_clips), torch.arange(num_clips))], 0
     for level, count in enumerate(pool_counts):
         for _ in range(count):

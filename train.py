@@ -268,7 +268,7 @@ def start(config: Config, made: dict, device: torch.device) -> tuple[Model, torc
     others = [p for name, p in model.named_parameters() if not name.startswith("text.")]
     return model, torch.optim.AdamW(
         [{"params": list(model.text.parameters()), "base": config.lr * config.text_lr},
-         {"params": others, "base": config.lr}], lr=config.lr, **ADAMW)
+         {"params": others, "base": config.lr}], lr=config.lr, **ADAMW)    # DEVIATION: f^g, too
 
 
 def validate(model: Model, videos: dict[str, data.Videos], config: Config,

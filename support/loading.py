@@ -12,6 +12,10 @@ class Loader(DataLoader):
     """A DataLoader that raises the Mistake that a batch is, and a Mistake for a dead worker."""
 
     def __iter__(self):
+        # torch imports a module for its first label; if a dead worker interrupts that, it logs a
+        # traceback: so it is imported before there are workers
+        with torch.profiler.record_function("batches"):
+            pass
         try:
             for batch in super().__iter__():
                 if isinstance(batch, Mistake):  # as a value, because torch rewrites exceptions

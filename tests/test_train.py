@@ -286,7 +286,6 @@ def test_a_resumed_run_ends_like_one_that_was_not_interrupted(world, tmp_path):
                                                                  / "results.json").read_text()
 
 
-@pytest.mark.parametrize("run", ["mmn"], indirect=True)
 def test_mistakes_are_one_sentence(run, world, tmp_path):
     _, folder, _ = run
     before = (folder / "ckpt.pt").read_bytes()
@@ -320,7 +319,6 @@ def test_a_damaged_feature_file_is_named_also_by_a_worker(world, tmp_path):
         assert "train-0003.frames.npy is damaged" in error and len(error.splitlines()) == 1
 
 
-@pytest.mark.parametrize("run", ["vdi-staged"], indirect=True)
 def test_another_parser_than_in_training_is_noted(run, world, tmp_path):
     _, folder, text = run
     assert "\nparser: by construction\n" in text

@@ -219,8 +219,9 @@ def test_command_line_without_a_checkpoint(world, videos, tmp_path):    # noqa: 
 def test_any_script_in_a_plot(retriever, videos, tmp_path):             # noqa: F811
     """No warning about a missing glyph; what no font has is a white square."""
     encoded = retriever.encode(videos / "test-0002.mp4")
+    sentences = ("ドアを開ける", "a \N{CAT FACE} sleeps", "\N{TIFINAGH LETTER YA}")
     answers = [retrieve.Answer(sentence, [retrieve.Moment(1.0, 3.0, 0.1)], 0.2, False)
-               for sentence in ("ドアを開ける", "a \N{CAT FACE} sleeps", "\N{TIFINAGH LETTER YA}")]
+               for sentence in sentences]
     show.plot(tmp_path / "p.png", retriever, encoded, answers, 1.0)
     assert show.drawable("abc") == "abc"
     assert "\N{WHITE SQUARE}" in show.drawable("\U0010fffd")

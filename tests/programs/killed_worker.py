@@ -1,7 +1,6 @@
 """Runs train.py; the first process that reads features is killed, as by a system without memory."""
 import os
 import signal
-import time
 
 import torch
 
@@ -13,7 +12,6 @@ features = data.Videos.features
 
 def killed(self, i, kind):
     if torch.utils.data.get_worker_info() is not None:
-        time.sleep(1)       # after the imports of the first step, whose interruption torch logs
         os.kill(os.getpid(), signal.SIGKILL)
     return features(self, i, kind)
 
