@@ -425,7 +425,9 @@ def clip_alone(given: argparse.Namespace) -> str:
     for split in filter(seeds[0].get, FINAL):
         cells = [[content[split][metric] for content in seeds] for metric in metrics]
         queries = np.mean([content[split]["queries"] for content in seeds])
-        rows.append([split, *map(mean_and_deviation, cells), f"{queries:.0f}"])
+        missing = seeds[0][split].get("queries missing", 0)             # on a real dataset
+        rows.append([split, *map(mean_and_deviation, cells),
+                     f"{queries:.0f}" + (f" ({missing} missing)" if missing else "")])
     heads = [metric.replace(",IoU=", " ") for metric in metrics]
     return markdown(["", *heads, "sentences per seed"], rows)
 
