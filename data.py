@@ -31,7 +31,6 @@ import mmn
 import parse
 from support import files, loading
 from support.errors import Mistake, reason
-from support.generated import Event, read_dict, read_events       # noqa: F401
 
 
 class Sample(NamedTuple):
@@ -246,8 +245,14 @@ def parser_of(dataset: str, root: str | os.PathLike, model: str = "",
     """The parser of a dataset's sentences: its chunks.json (the shapes world has one), unless a
     `model` is named; else spaCy, whose chunks are cached there."""
     folder = pathlib.Path(root) / dataset
-    if not model and (folder / "chunks.json").exists():
-        return parse.Parser(mask=mask, known=read_dict(folder / "chunks.json"))
+    path = folder / "chunks.json"
+    if not model and path.exists():
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise Mistake(f"{path} is damaged ({error}); remove {folder} and build it again"
+                          ) from error
+        return parse.Parser(mask=mask, known=known)
     return parse.Parser(model or None, mask, cache=folder)
 
 

@@ -34,6 +34,7 @@ from torch import Tensor
 import clip
 import data
 import mmn
+import shapes
 from support import cropped, files, options, parallel, text
 from support.errors import Missing, Mistake, reason, reported
 
@@ -66,26 +67,6 @@ def cell_recall(iou: Tensor, ious: tuple[float, ...] = (0.5, 0.7)) -> dict[str, 
 def best_prior(iou: Tensor) -> int:
     """The cell that most often has IoU >= 0.5 (ties: by mean IoU): [S, P] -> index into P."""
     return int(((iou >= 0.5).double().mean(0) + 1e-6 * iou.double().mean(0)).argmax())
-
-
-def event_accuracy(predicted: Tensor, samples: list[data.Sample],
-                   events: dict[str, list[data.Event]]) -> dict[str, float]:
-    """Noun and verb accuracy, percent: does the event with the highest IoU with the first answer
-    have the named actor, and the named verb? Chance is 50 each in the shapes world.
-    predicted [S, K, 2]."""
-    noun = verb = 0
-    for sample, answer in zip(samples, predicted[:, 0]):
-        own = events[sample.video]
-        spans = torch.tensor([[float(e.start_sec), float(e.end_sec)] for e in own])
-        label = torch.tensor([sample.start_sec, sample.end_sec])
-        named = own[int(mmn.interval_iou(spans, label).argmax())]
-        overlap = mmn.interval_iou(spans, answer)
-        if not overlap.any():                           # between two events: the nearer one
-            overlap = -(spans.mean(1) - answer.mean()).abs()
-        chosen = own[int(overlap.argmax())]
-        noun += chosen.noun == named.noun
-        verb += chosen.verb == named.verb
-    return {"noun accuracy": 100 * noun / len(samples), "verb accuracy": 100 * verb / len(samples)}
 
 
 # ------------------------------------------------------------------- predictions of any system
@@ -304,7 +285,7 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
     candidates = run.retriever.cells.cpu()
     prior = best_prior(mmn.iou_map(moments_sec, durations_sec,
                                    run.retriever.num_clips).flatten(1)[:, candidates])
-    events, results = data.read_events(dataset, root), {}
+    events, results = shapes.read_events(dataset, root), {}
     for split, videos, predicted in answers(run, splits, query, root, device, allow_missing,
                                             parser, 10 if predictions else 5):
         if predictions:
@@ -319,7 +300,7 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
             metrics |= {"videos missing": len(videos.missing), "queries missing": videos.lost}
         metrics |= recall(predicted[..., :2], videos.moments_sec)
         if events:
-            metrics |= event_accuracy(predicted[..., :2], videos.samples, events)
+            metrics |= shapes.event_accuracy(predicted[..., :2], videos.samples, events)
         results[split] = metrics | {"random moment": cell_recall(iou),
                                     "best prior": cell_recall(iou[:, prior])}
     return results
