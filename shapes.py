@@ -106,8 +106,9 @@ def distance(shape: str, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndar
 
 def draw(frames: np.ndarray, colour: str, shape: str, x, y, r, visible=True) -> None:
     """Paints an object into float frames [n, 32, 32, 3]; x, y, r, visible: [n], or one for all."""
+    # each [n, 1, 1], to broadcast over the pixels
     x, y, r, visible = (np.broadcast_to(v, len(frames))[:, None, None] for v in (x, y, r, visible))
-    centre = np.arange(SIZE) + 0.5
+    centre = np.arange(SIZE) + 0.5                      # of the pixels of a row or column
     away = distance(shape, centre[None, None, :] - x, centre[None, :, None] - y, r)
     # anti-aliased: a pixel that the outline crosses is covered in part
     inside = (np.clip(0.5 - away, 0, 1) * visible)[..., None]           # [n, 32, 32, 1]
@@ -116,7 +117,7 @@ def draw(frames: np.ndarray, colour: str, shape: str, x, y, r, visible=True) -> 
 
 def ground(scene: str, n: int, rng: np.random.Generator) -> np.ndarray:
     """n equal frames of a speckled ground, float [n, 32, 32, 3]."""
-    speckle = rng.normal(0, 5, (SIZE, SIZE, 1))
+    speckle = rng.normal(0, 5, (SIZE, SIZE, 1))         # the same in all three channels
     return np.repeat((np.array(SCENES[scene]) + speckle)[None], n, 0).astype(np.float32)
 
 
@@ -132,18 +133,16 @@ def still(rng: np.random.Generator,
     there are one or two objects."""
     scene = rng.choice(list(SCENES))
     image = ground(scene, 1, rng)                                       # [1, 32, 32, 3]
-    phrases = []
-    things = []
+    phrases, things = [], []
     for _ in range(objects or rng.choice((1, 2), p=(0.7, 0.3))):
-        # rejection sampling keeps objects apart; after 20 tries an overlap is accepted, because a
-        # crowded image may have no free place left
+        # objects keep apart; after 20 tries an overlap is accepted, so that this always ends
         for _ in range(20):
             x, y = rng.uniform(5, SIZE - 5, 2)
             if all(math.hypot(x - t["x"], y - t["y"]) > 10 for t in things):
                 break
         colour = rng.choice(list(COLOURS))
         shape = rng.choice(SHAPES)
-        r = rng.uniform(2.5, 6.5)
+        r = rng.uniform(2.5, 6.5)                       # the sizes between which videos grow
         thing = {"colour": colour, "shape": shape, "x": x, "y": y, "r": r}
         draw(image, colour, shape, x, y, r)
         phrases.append(phrase(thing, rng))
@@ -157,7 +156,7 @@ def still(rng: np.random.Generator,
 def phrase(thing: dict, rng: np.random.Generator) -> str:
     """An object in words. As on the web, a caption mentions only some of what the image shows (or
     colours alone would identify it), and its verb, if any, is a guess."""
-    words = ["a"]
+    words = ["a"]                                       # e.g. "a small red star falls at the top"
     if rng.random() < 0.5:
         words.append("small" if thing["r"] < 4.5 else "large")
     if rng.random() < 0.6:
@@ -168,6 +167,7 @@ def phrase(thing: dict, rng: np.random.Generator) -> str:
     if rng.random() < 0.8:
         side = "left" if thing["x"] < SIZE / 2 else "right"
         height = "top" if thing["y"] < SIZE / 2 else "bottom"
+        # one side or both: "on the left", "at the top", "at the top left"
         places = (f"on the {side}", f"at the {height}", f"at the {height} {side}")
         words.append(places[rng.integers(3)])
     return " ".join(words)
@@ -179,9 +179,7 @@ def small_clip(seed: int, resnet: bool = False) -> clip.CLIP:
     """A CLIP of width 64 with random weights: a ViT behind a convolutional stem, or a ResNet that
     sees the 32 x 32 frames at 64 x 64; and a causal text tower. The joint width is 64, too."""
     torch.manual_seed(seed)
-    width = 64
-    heads = 4
-    layers = 2
+    width, heads, layers = 64, 4, 2
     if resnet:
         visual = clip.ModifiedResNet(2 * SIZE, (1, 1, 1, 1), 16, 8, width)
         initial = [(visual.attnpool.positional_embedding, 0.1)]
@@ -218,17 +216,18 @@ def pretrain(seed: int, steps: int = 3000, count: int = 24_000, batch: int = 128
     images = np.stack([image for image, _, _ in stills])                # [count, 32, 32, 3]
     images = torch.from_numpy(images).permute(0, 3, 1, 2)               # [count, 3, 32, 32]
     tokens = clip.tokenize([caption for _, caption, _ in stills])       # [count, 77]
-    # Only some 60 of the 49,408 tokens occur: they are trained as a table of their own, which is
-    # much faster. subtle: it keeps their order, since the end token must still have the largest id.
+    # Only some 60 of the 49,408 tokens occur. They are trained as a table of their own, so that
+    # AdamW need not step through the rest. subtle: the table is in the same order, because CLIP
+    # finds the end of a sentence by its id, which is the largest.
     used, tokens = tokens.unique(return_inverse=True)
     model = small_clip(seed, resnet)
     whole = model.token_embedding.weight.data                           # [49408, D]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)     # of the batches
     for _ in range(rounds):
         model.train()
         model.token_embedding = torch.nn.Embedding.from_pretrained(whole[used], freeze=False)
         train_round(model, images, tokens, steps, batch, generator)
-        whole[used] = model.token_embedding.weight.data
+        whole[used] = model.token_embedding.weight.data     # back into the whole table
         model.eval()
         model.token_embedding = torch.nn.Embedding.from_pretrained(whole, freeze=False)
         missed = missed_gates(zero_shot(model, seed))
@@ -245,15 +244,15 @@ def train_round(model: clip.CLIP, images: Tensor, tokens: Tensor, steps: int, ba
                                   weight_decay=0.02, fused=True)
     bar = trange(steps, desc="small CLIP", disable=None)
     for step in bar:
-        # 50 steps of warm-up: AdamW's first steps are large whatever the gradient, because its
-        # running averages have seen little yet
+        # 50 steps of warm-up: AdamW's first steps have full size whatever the gradient, because
+        # its running averages have seen little yet
         rate = min((step + 1) / 50, progress.cosine(step / steps))
         optimiser.param_groups[0]["lr"] = 2e-3 * rate
-        chosen = torch.randint(len(images), (batch,), generator=generator)
+        chosen = torch.randint(len(images), (batch,), generator=generator)      # [B]
         x, _ = model.encode_image(clip.preprocess(images[chosen], model.visual.resolution))
         q = model.encode_text(tokens[chosen])                           # [B, D]
         scaled = model.logit_scale.exp() * F.normalize(x, dim=-1)       # [B, D]
-        loss = contrastive_loss(scaled @ F.normalize(q, dim=-1).T)
+        loss = contrastive_loss(scaled @ F.normalize(q, dim=-1).T)      # of [B, B]
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -282,6 +281,7 @@ def zero_shot(model: clip.CLIP, seed: int, count: int = 1000) -> dict[str, float
         return F.normalize(model.encode_text(clip.tokenize(sentences)), dim=1)
 
     def accuracy(form: str, words: list[str], answers: list[str]) -> float:
+        # every still with every word, so that only the word decides
         q = [read([form.format(word, thing) for thing in things]) for word in words]
         chosen = torch.einsum("cd,cod->co", x, torch.stack(q, 1)).argmax(1)     # [count]
         correct = torch.tensor([words.index(answer) for answer in answers])
@@ -321,7 +321,7 @@ def script(split: str, rng: np.random.Generator) -> dict:
     them a bystander is visible, which does nothing. A frame length is "frame_sec" seconds."""
     old_colours = [c for c in COLOURS if c not in NOVEL_COLOURS]
     old_shapes = [s for s in SHAPES if s not in NOVEL_SHAPES]
-    novel = split.endswith("novel-word")
+    novel = split.endswith("novel-word")                # its val split, too
     while True:
         colours = rng.choice(NOVEL_COLOURS if novel else old_colours, 2, replace=False)
         shapes = rng.choice(NOVEL_SHAPES if novel else old_shapes, 2, replace=False)
@@ -330,6 +330,7 @@ def script(split: str, rng: np.random.Generator) -> dict:
         wanted = unseen >= 2 if split == "novel-composition" else unseen == 0
         if novel or wanted:
             break
+    # the bystander shares neither colour nor shape with an actor, so no query can mean it
     others = [(c, s) for c in old_colours for s in old_shapes
               if c not in colours and s not in shapes]
     colour, shape = others[rng.integers(len(others))]
@@ -358,7 +359,8 @@ def script(split: str, rng: np.random.Generator) -> dict:
         event.update(course(verb, rng))
         events.append(event)
     return {"scene": str(rng.choice(list(SCENES))), "speckle": int(rng.integers(2 ** 31)),
-            "events": events, "bystander": bystander, "frame_sec": rng.uniform(0.75, 1.25)}
+            "events": events, "bystander": bystander,
+            "frame_sec": rng.uniform(0.75, 1.25)}       # so that durations differ: 24 to 40 s
 
 
 def course(verb: int, rng: np.random.Generator) -> dict:
@@ -380,6 +382,7 @@ def whereabouts(event: dict, times: np.ndarray) -> tuple[np.ndarray, ...]:
     """The actor of an event at these instants (in frame lengths, [n]): x, y, r, visible [n]."""
     share = np.clip((times - event["start"]) / (event["end"] - event["start"]), 0, 1)[:, None]
     x, y, r = (np.array(event["from"]) * (1 - share) + np.array(event["to"]) * share).T
+    # it stands still while it lingers, before and after the event
     visible = (times >= event["enter"]) & (times < event["leave"])
     if VERBS[event["verb"]][0] == "blinks":                     # dark in every other frame length
         acting = (times >= event["start"]) & (times < event["end"])
@@ -400,7 +403,7 @@ def render(plan: dict, times: np.ndarray) -> np.ndarray:
 
 
 def film(plan: dict, times: np.ndarray = np.arange(FRAMES) + 0.5) -> Tensor:
-    """`render` for CLIP, by default at the centres of the 32 frame lengths: uint8 [n, 3, 32, 32]."""
+    """`render` for CLIP, by default at the centres of all frame lengths: uint8 [n, 3, 32, 32]."""
     return torch.from_numpy(render(plan, times)).permute(0, 3, 1, 2)
 
 
@@ -437,12 +440,8 @@ def read_events(dataset: str, root: str | os.PathLike) -> dict[str, list[Event]]
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise Mistake(f"{path} is damaged ({error}); remove its folder and build it "
-                      f"again") from error
-    events = {}
-    for name, rows in content.items():
-        events[name] = [Event._make(row) for row in rows]
-    return events
+        raise Mistake(f"{path} is damaged ({error}); remove its folder and rebuild it") from error
+    return {name: [Event._make(row) for row in rows] for name, rows in content.items()}
 
 
 def event_accuracy(predicted: Tensor, samples: list[data.Sample],
@@ -451,8 +450,7 @@ def event_accuracy(predicted: Tensor, samples: list[data.Sample],
     named actor, and the named verb? Chance is 50 each.
 
     predicted    [S, K, 2] moments in seconds, best first"""
-    noun = 0
-    verb = 0
+    noun = verb = 0                                     # sentences answered correctly
     for sample, answer in zip(samples, predicted[:, 0]):
         own = events[sample.video]
         spans = torch.tensor([[float(e.start_sec), float(e.end_sec)] for e in own])     # [4, 2]
@@ -487,7 +485,7 @@ def build(dataset: str = "shapes", root: str | os.PathLike = "data") -> None:
     folder gets its name when it is complete, so an interrupted build is simply repeated."""
     seed = seed_of(dataset)
     target = pathlib.Path(root) / dataset
-    if (target / "chunks.json").exists():
+    if (target / "chunks.json").exists():               # earlier versions wrote none
         return
     if target.exists():
         raise Mistake(f"{target} was built by an earlier version; remove it to build it again")
@@ -502,7 +500,7 @@ def build_for(config) -> None:
         if name.startswith("shapes"):
             build(name, config.root)
     name = f"{config.dataset}-resnet"
-    if config.clip == name:
+    if config.clip == name:                             # same videos, another image tower
         seed = seed_of(config.dataset)
         file = pathlib.Path(config.root) / name / "clip.pt"
         if not file.exists():
@@ -581,8 +579,7 @@ def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, i
     try:
         files.save_tensors(folder / "clip.pt", model.state_dict())
         encode(folder / "features" / target.name, folder / "clip.pt", target.name, seed, counts)
-        events = {}
-        chunks = {}
+        events, chunks = {}, {}
         for split, count in counts.items():
             samples = []
             for i in range(count):
@@ -627,7 +624,7 @@ def is_exported(frame: Tensor) -> bool:
 
 def show(path: str, seed: int) -> None:
     """A contact sheet: a video of each of three splits, and eight captioned stills."""
-    figure = files.pyplot().figure(figsize=(16, 8))
+    figure = files.pyplot().figure(figsize=(16, 8))     # inches, at 80 dots each
     for row, split in enumerate(("train", "novel-word", "novel-composition")):
         axes = figure.add_axes((0.01, 0.78 - 0.22 * row, 0.98, 0.16))
         show_video(axes, plan_of(seed, split, 0))
@@ -647,6 +644,7 @@ def show_video(axes, plan: dict) -> None:
     """Every second frame of a video side by side, and its sentences above their moments."""
     frames = render(plan, np.arange(0, FRAMES, 2) + 0.5)
     frames = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)  # white frames
+    # in frame lengths from left to right, so that moments can be drawn to scale
     axes.imshow(np.concatenate(frames, 1), extent=(0, FRAMES, 0, 2), interpolation="nearest")
     for k, (event, sample) in enumerate(zip(plan["events"], samples_of("", "train", plan))):
         axes.plot([event["start"], event["end"]], [2.08, 2.08], linewidth=4, color=f"C{k}",

@@ -54,7 +54,7 @@ def install(dataset: str, root: str | os.PathLike, folder: str | os.PathLike | N
         download(dataset, root)
         return
     source = pathlib.Path(folder)
-    if not source.is_dir():
+    if not source.is_dir():                             # your own annotations are one file
         raise Mistake(f"{folder} is not a folder; the annotations of {dataset} are several files, "
                       f"and --annotations names their folder")
     place = source if direct else None                  # the sibling needs a folder of its own
@@ -98,7 +98,7 @@ def download(dataset: str, root: str | os.PathLike) -> None:
 def check_counts(dataset: str, split: str, samples: list[Sample], path: pathlib.Path) -> None:
     """Mistake unless a split has as many videos and sentences as were published."""
     counts = (len({sample.video for sample in samples}), len(samples))
-    expected = COUNTS[dataset][split]
+    expected = COUNTS[dataset][split]                   # videos, sentences
     if counts != expected:
         raise Mistake(f"{path} is not {dataset}'s {split} as published: it has {counts[1]} "
                       f"sentences of {counts[0]} videos after cleaning, expected {expected[1]} of "
@@ -114,7 +114,7 @@ def describe(dataset: str, root: str | os.PathLike) -> str:
         if not path.exists():                           # --annotations may lack a split
             continue
         samples, cleaned = data.clean(data.read_file(path))
-        if dataset in COUNTS:
+        if dataset in COUNTS:                           # a published dataset
             check_counts(dataset, split, samples, path)
         durations_sec = {sample.video: sample.duration_sec for sample in samples}
         moments_sec = sum(sample.end_sec - sample.start_sec for sample in samples)
@@ -150,6 +150,7 @@ def adopt(dataset: str, split: str, path: str, videos: dict[str, pathlib.Path], 
     rows = [row._replace(video=plain_name(row.video, videos)) for row in rows]
     unknown = {row.video for row in rows if math.isnan(row.duration_sec)}   # not in the file
     if unknown and not videos:
+        # with --features, --videos cannot be given
         videos_help = "" if features else ", or name their folder with --videos"
         raise Mistake(f"{path} does not give the durations of {len(unknown)} videos; add "
                       f"\"duration\" to its lines{videos_help}")
@@ -195,7 +196,7 @@ def prepare(dataset: str, given: argparse.Namespace,
         for split in data.splits(name, given.root):
             if data.annotation_file(name, split, given.root).exists():
                 samples[f"{name} {split}"] = data.read_annotations(name, split, given.root)
-    if not samples:
+    if not samples:                                     # perhaps a misspelled name
         path = data.annotation_file(dataset, "train", given.root)
         meant = files.did_you_mean(dataset, given.root, data.FILES)
         raise Mistake(f"{dataset} has no annotations: there is no {path}; {meant}name your own "
@@ -217,7 +218,7 @@ def make_features(dataset: str, samples: dict[str, list[Sample]], given: argpars
     rows = []
     for part in samples.values():
         rows += part
-    names = sorted({row.video for row in rows})
+    names = sorted({row.video for row in rows})         # the same order in every process
     if given.features and (given.backbone or given.clip in clip.PUBLISHED):
         # no weights are needed: the network is published, or not a CLIP
         made = video.made_elsewhere(given.backbone or given.clip, given.features, features, names,
@@ -228,7 +229,7 @@ def make_features(dataset: str, samples: dict[str, list[Sample]], given: argpars
         precision = "fp16" if device.type == "cuda" else "float32"
         # DEVIATION: Eq. 3-4 see at most 32 of ActivityNet's 256 frames, which saves 112 GB of disk
         patches, how = min(T, 32), precision
-        if given.features:
+        if given.features:                              # of this CLIP, computed by other code
             patches, how = 0, "made elsewhere"
         made = video.made_by(model, given.clip, clip.sha256(weights(given)), T, patches, how)
     # each process writes a manifest of its own, and a store reads all of them
@@ -236,6 +237,7 @@ def make_features(dataset: str, samples: dict[str, list[Sample]], given: argpars
                               f"-{rank}" if rank else "")
     names = names[rank::processes]                      # this process's share
     if given.features:
+        # from the annotations, as there are no videos to probe
         durations_sec = {row.video: row.duration_sec for row in rows}
         failed = video.adopt_features(store, features, names, durations_sec)
     else:

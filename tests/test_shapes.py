@@ -47,8 +47,8 @@ def test_novel_words_and_pairs_are_in_no_training_video(split):
 
 
 def test_what_is_drawn():
-    """Red grows, blue falls, green blinks in every other frame; the bystander is visible in the gaps
-    only."""
+    """Red grows, blue falls, green blinks in every other frame; the bystander is visible in the
+    gaps only."""
     event = {"shape": "circle", "word": "", "enter": 2, "start": 4, "end": 8, "leave": 10}
     for colour, verb, a, b in (("red", 4, (16, 16, 2.5), (16, 16, 6.5)),
                                ("blue", 1, (16, 8, 4), (16, 22, 4)),
@@ -148,7 +148,7 @@ def test_events_are_read_back(world, tmp_path):
     assert shapes.read_events("mine", tmp_path) is None
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "events.json").write_text('{"v": [[0, 1', encoding="utf-8")
-    with pytest.raises(Mistake, match="events.json is damaged .* build it again"):
+    with pytest.raises(Mistake, match="events.json is damaged .* rebuild it"):
         shapes.read_events("mine", tmp_path)
 
 
