@@ -7,7 +7,6 @@
     parallel    devices, and many processes that train as one
     loading     batches, read by worker processes
     progress    a run in a folder: resume, signals, log, progress bar
-    generated   events.json and chunks.json of a generated dataset
     results     kept results of long computations
     cropped     the convolutions of mmn.py, faster
 
