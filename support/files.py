@@ -63,7 +63,7 @@ def save(path: str | os.PathLike, content) -> None:
             else:
                 file.write(content)
             file.flush()
-            os.fsync(file.fileno())     # else a power failure could leave the name without the bytes
+            os.fsync(file.fileno())     # else a power failure could leave an empty file
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
