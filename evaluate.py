@@ -237,7 +237,9 @@ def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
         if not sum(sizes["pool_counts"]) < sizes["num_clips"] <= 512 \
                 or not sizes["layers"] <= len(weights):
             raise ValueError(f"its weights do not have the sizes {sizes}")
-        retriever = clip.fill(lambda: kind(**sizes), weights, "this retriever")
+        with torch.device("meta"):      # allocate nothing before all shapes are known to agree
+            clip.check(kind(**sizes), weights, "this retriever")
+        retriever = clip.fill(kind(**sizes), weights, "this retriever")
         tower = clip.load_text(config.get("text_clip", ""), tower)
     except Missing:             # of the text tower, a package or its configuration
         raise

@@ -168,6 +168,13 @@ def small_clip(seed: int, resnet: bool = False) -> clip.CLIP:
     return model
 
 
+def contrastive_loss(logits: Tensor) -> Tensor:
+    """CLIP's loss: each row picks its column, each column its row, of [B, B] scaled cosines whose
+    diagonal contains the pairs. (CE(S) + CE(S^T)) / 2, nats."""
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
 def pretrain(seed: int, steps: int = 3000, count: int = 24_000, batch: int = 128,
              rounds: int = 3, resnet: bool = False) -> clip.CLIP:
     """Trains the small CLIP on `count` stills (two minutes): AdamW 2e-3, warm-up 50 steps, cosine.
@@ -194,7 +201,7 @@ def pretrain(seed: int, steps: int = 3000, count: int = 24_000, batch: int = 128
             x, _ = model.encode_image(clip.preprocess(images[chosen], model.visual.resolution))
             q = model.encode_text(tokens[chosen])
             scaled = model.logit_scale.exp() * F.normalize(x, dim=-1)
-            loss = clip.contrastive_loss(scaled @ F.normalize(q, dim=-1).T)
+            loss = contrastive_loss(scaled @ F.normalize(q, dim=-1).T)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

@@ -9,6 +9,7 @@
     progress    a run in a folder: resume, signals, log, progress bar
     generated   events.json and chunks.json of a generated dataset
     results     kept results of long computations
+    distilbert  DistilBERT, a text tower that is not a CLIP's
     cropped     the convolutions of mmn.py, faster
 
 Nothing here imports anything from outside this folder.
