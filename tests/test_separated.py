@@ -15,7 +15,7 @@ import retrieve
 import train
 import video
 from extras import prepare, tan
-from extras.distilbert import DistilBert
+from support.distilbert import DistilBert
 from support import progress
 from support.errors import Mistake, Stopped
 
