@@ -113,7 +113,7 @@ def zero_shot_scores(frames: Tensor, text: Tensor, num_clips: int, power: float 
     T = len(frames)
     if T < num_clips:
         raise ValueError(f"{T} frames cannot be divided into {num_clips} clips")
-    # float64, because differences of long sums lose digits; on the CPU, because mps has none
+    # float64, because differences of long sums lose digits; on the CPU, because mps lacks it
     similarity = text.cpu().double() @ frames.cpu().double().T                  # [S, T]
     sums = F.pad(similarity.cumsum(1), (1, 0))                                  # [S, T + 1]
     edges = (torch.arange(num_clips + 1) * T / num_clips).round().long()        # [N + 1]
@@ -145,7 +145,7 @@ def search_intervals(similarity: Tensor, shortest: int, longest: Tensor | int, t
     total = sums[:, -1, None, None]                                     # [S, 1, 1]
     counts = counts[:, None, None]
     longest = longest[:, None, None]
-    step = max(1, block // (S * len(length)))                           # B, first frames at a time
+    step = max(1, block // (S * len(length)))                           # B, start frames per block
     result = torch.zeros(S, top_k, 3, dtype=torch.double)
     result[..., 2] = float("-inf")
     for k in range(top_k):
@@ -154,10 +154,10 @@ def search_intervals(similarity: Tensor, shortest: int, longest: Tensor | int, t
             end = start + length                                                # [B, L]
             inside = sums[:, end.clamp(max=n)] - sums[:, start]                 # [S, B, L]
             score = contrast(total, inside, length, counts, power)
-            # subtle: only here do intervals beyond the end leave, whose sums were clamped
+            # subtle: intervals that run past the end have clamped, meaningless sums; drop them
             score = score.masked_fill((end > counts) | (length > longest), float("-inf"))
             spans = torch.stack([start.expand_as(end), end], -1).double()       # [B, L, 2]
-            # the moments chosen so far suppress their neighbours: greedy NMS without a list
+            # greedy NMS: moments already chosen suppress the intervals that overlap them
             for chosen in range(k):
                 overlap = mmn.interval_iou(spans, result[:, chosen, None, None, :2])
                 score = score.masked_fill(overlap > NMS, float("-inf"))
@@ -173,10 +173,10 @@ def best_at(similarity: Tensor, shortest: int, longest: int, power: float = POWE
     similarity [S, F]; returns [S, F]."""
     S, n = similarity.shape
     sums = F.pad(similarity.double().cumsum(1), (1, 0))                         # [S, F + 1]
-    # best[:, i]: the best interval that contains frames i to i + length - 1, from the longest to 1
+    # best[:, i]: the best interval that contains frames i to i + length - 1
     best = torch.full((S, n - longest), float("-inf"), dtype=torch.double)
     for length in range(longest, 0, -1):
-        # a stretch lies within the two stretches that are one frame longer
+        # an interval that contains one more frame, before or after, contains these, too
         best = F.pad(best, (1, 1), value=float("-inf"))
         best = torch.maximum(best[:, 1:], best[:, :-1])                 # [S, F - length + 1]
         if length >= shortest:
@@ -212,7 +212,7 @@ class ZeroShot:
             note(f"downloading CLIP {path} to {weights}, once (ViT-B/32: 338 MB)")
         self.device = parallel.pick_device(device)
         self.model = clip.load(path, self.device, torch.nn.GELU if gelu else clip.QuickGELU)
-        # the activation is a part of what identifies features in a cache or an index
+        # the activation changes the features, so it is part of what identifies them
         self.digest = clip.sha256(path) + ("-gelu" if gelu else "")
         self.generic = generic_sentences(clip_name)
 
@@ -245,7 +245,6 @@ class ZeroShot:
     def limits(self, encoded: Encoded) -> tuple[int, int]:
         """The shortest and the longest moment, in frames."""
         shortest, longest = (max(1, round(sec / encoded.each_sec)) for sec in self.limits_sec)
-        # more than half of a video is rather its topic than a moment of it
         longest = max(1, min(longest, len(encoded.frames) // 2))
         return min(shortest, longest), longest
 
@@ -345,7 +344,7 @@ def cached_features(cache: str | os.PathLike | None, path: pathlib.Path, setting
             try:
                 files.save(entry, lambda file: np.savez(
                     file, frames=content[0].numpy(), duration_sec=content[1]))
-            except OSError as error:                        # a full disk costs only the cache
+            except OSError as error:                        # e.g. a full disk
                 print(f"note: the features were not cached: {error}", file=sys.stderr)
     # subtle: normalised after the cache's float16, so that cached and fresh features are equal
     return F.normalize(content[0].float(), dim=1), content[1]
@@ -390,9 +389,9 @@ class Retriever:
         self.device = parallel.pick_device(device)
         self.run = evaluate.load(checkpoint, self.device)
         self.made = self.run.checkpoint["features"]
-        if not self.made["resolution"]:                     # precomputed, not by a CLIP
+        if not self.made["resolution"]:                     # features of another network
             raise Mistake(f"the frame features of this checkpoint come from {self.made['clip']}, "
-                          f"which cannot run on a video here; use a checkpoint trained on CLIP's")
+                          f"which cannot be run on a video; use one trained on CLIP features")
         self.T, self.N = self.run.config["frames"], self.run.config["num_clips"]
         self.window_sec = self.run.checkpoint["window_sec"]
         self.clip_file = clip_file
@@ -413,7 +412,7 @@ class Retriever:
         except (OSError, Mistake) as error:
             raise Mistake(f"this checkpoint needs the weights of the CLIP {name!r}, SHA-256 "
                           f"{digest} ({error}); pass their file with --clip") from error
-        # other weights would give features that the model has never seen, and plausible nonsense
+        # subtle: the features of other weights would give plausible but wrong answers
         if actual != digest:
             raise Mistake(f"{path} is not the CLIP this checkpoint was trained with; pass the "
                           f"right file with --clip (its SHA-256 is {actual}, not {digest})")
@@ -432,7 +431,7 @@ class Retriever:
         frames, duration_sec = cached_features(self.cache, path, settings, self.extract)
         last = len(frames) - self.T
         starts = list(range(0, last, max(1, self.T // 2)))
-        starts.append(last)                     # the last window ends with the video
+        starts.append(last)                                 # the last window ends with the video
         return Encoded(str(path), duration_sec, duration_sec / len(frames), frames, starts)
 
     def extract(self, path: pathlib.Path) -> tuple[Tensor, float]:
@@ -486,7 +485,7 @@ class Retriever:
         text = self.text(sentences)                                     # [S, D]
         all_spans, all_scores = [], []
         for frames, spans in self.windows(encoded):                     # [w, T, D], [w, P, 2]
-            # each sentence with each window: the w windows of a sentence stand together
+            # pair every sentence with every window
             pairs = text.repeat_interleave(len(frames), 0)              # [S * w, D]
             video_of = torch.arange(len(frames), device=self.device).repeat(len(text))  # [S * w]
             scores = model.scores(frames, pairs, video_of)              # [S * w, N, N]
@@ -597,7 +596,7 @@ def run(given) -> None:
         raise Mistake("pass a video and a sentence: retrieve.py video.mp4 \"a person sits down\"")
     path = inputs[0]
     sentences = inputs[1:]
-    checked_video(path)                     # before a download starts
+    checked_video(path)                                     # before a download starts
     checked_tokens(sentences)
     retriever = retriever_of(given, checkpoint, given.cache or None)
     encoded = retriever.encode(path)

@@ -73,11 +73,11 @@ class Index:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.content = made | {"joint": 0, "videos": {}}
         for name, value in made.items():
-            # its SHA-256 identifies a checkpoint, whose file may have moved
+            # a checkpoint is identified by its SHA-256; its file may have moved
             if name != "checkpoint" and self.content.get(name) != value:
                 raise Mistake(f"{folder} was made with another checkpoint or setting, "
                               f"{self.content['checkpoint']}; choose another --out")
-        self.content |= made
+        self.content |= made                                    # where the checkpoint is now
         self.kind = "clip" if "rate" in self.content else "checkpoint"
 
     def read_table(self) -> dict:
@@ -99,7 +99,7 @@ class Index:
 
     def rows(self) -> int:
         ends = [about["first"] + about["rows"] for about in self.content["videos"].values()]
-        return max(ends, default=0)
+        return max(ends, default=0)                             # removed videos leave gaps
 
     def save(self) -> None:
         self.mapped = None                                      # the files may have changed
@@ -111,7 +111,7 @@ class Index:
         for (file, kind), x in zip(FILES[self.kind].items(), arrays):
             values = x.to(kind).numpy()
             with open(self.folder / file, "ab") as out:
-                # what lies beyond the rows that count is left from an interruption or a removal
+                # overwrite rows left behind by an interrupted addition or a removed video
                 out.truncate(first * values.shape[1] * values.itemsize)
                 out.write(values.tobytes())
                 out.flush()
@@ -138,21 +138,22 @@ class Index:
         for name, path in tqdm(videos.items(), desc="index", unit="video", disable=None):
             if name in indexed:
                 continue
-            about = video.state_of(path)            # before the file is read, which takes time
+            about = video.state_of(path)            # first, as the file may change meanwhile
             try:
                 encoded = retriever.encode(path)
-            except video.VideoError as error:       # the others are indexed nevertheless
+            except video.VideoError as error:       # continue with the other videos
                 failed[name] = str(error)
                 tqdm.write(printable(f"failed: {name}: {error}"))
                 continue
-            generic = retriever.generic_best(encoded)                   # [G]
+            # stored to compute z at search time
+            generic = retriever.generic_best(encoded)                   # [G] scores
             about["duration_sec"] = encoded.duration_sec
             about["generic"] = float(generic.mean())
             about["deviation"] = float(generic.std().clamp(min=1e-9))
             if self.kind == "clip":
-                self.add(name, about, [encoded.frames])
+                self.add(name, about, [encoded.frames])                 # [F, D]
             else:
-                spans, iou, contrastive = retriever.moments(encoded)
+                spans, iou, contrastive = retriever.moments(encoded)    # [W * P, 2 or J]
                 self.add(name, about, [iou, spans, contrastive])
         self.save()
         if failed:
@@ -192,15 +193,15 @@ class Index:
         names = [name for name in self.content["videos"] if among is None or name in among]
         if not names:
             raise Mistake(f"{self.folder} contains no video; add some with: python -m extras.index")
-        blocks = self.map_files()[0].split(1 << 16)             # little is float32 at a time
+        blocks = self.map_files()[0].split(1 << 16)             # bounds the memory for float32
         similarity = torch.cat([block.float() @ text for block in blocks])      # [R]
-        # subtle: no moment of another video can be among the top_k, whose first moments are better
+        # subtle: a video whose best moment is not among the top_k cannot contribute an answer
         abouts = [self.content["videos"][name] for name in names]
         first = self.best_of(similarity, abouts, 1)[:, 0, 2]    # [V] scores
         z = torch.tensor([self.z(about, score) for about, score in zip(abouts, first.tolist())])
         chosen = z.topk(min(top_k, len(names))).indices.tolist()
         moments = self.best_of(similarity, [abouts[v] for v in chosen], per_video)
-        # -inf: a short video has fewer moments than per_video
+        # -inf marks missing moments: a short video may have fewer than per_video
         hits = [self.hit(names[v], Moment(*row)) for v, rows in zip(chosen, moments.tolist())
                 for row in rows if row[2] > -math.inf]
         return sorted(hits, key=lambda hit: -hit.z)[:top_k]
@@ -209,14 +210,15 @@ class Index:
         """The best moments of each video, [V, top_k, 3]: start and end in seconds, score. Videos
         of similar length are searched together."""
         result = torch.zeros(len(abouts), top_k, 3, dtype=torch.double)
+        # sorted by length to keep the padding small
         order = sorted(range(len(abouts)), key=lambda v: abouts[v]["rows"])
         shortest_sec, longest_sec = self.content["limits_sec"]
         for i in range(0, len(order), 256):
             part = [abouts[v] for v in order[i:i + 256]]
-            counts = torch.tensor([about["rows"] for about in part])
+            counts = torch.tensor([about["rows"] for about in part])            # [256]
             rows = [similarity[a["first"]:a["first"] + a["rows"]] for a in part]
             padded = pad_sequence(rows, batch_first=True)       # [256, F]
-            each_sec = torch.tensor([a["duration_sec"] / a["rows"] for a in part])
+            each_sec = torch.tensor([a["duration_sec"] / a["rows"] for a in part])      # [256]
             shortest = max(1, round(shortest_sec / float(each_sec.median())))
             longest = torch.minimum((longest_sec / each_sec).long(), counts // 2).clamp(min=1)
             shortest = min(shortest, int(longest.min()))        # one for all
@@ -246,16 +248,17 @@ class Index:
         names = sorted(videos, key=lambda name: videos[name]["first"])  # in the order of their rows
         firsts = [videos[name]["first"] for name in names]
         bounds = self.bounds(iou_text, contrastive_text, block, among)  # [R]
-        count = 128                             # of moments that are scored in float32
+        count = 128                             # moments rescored in float32
         while True:
             count = min(count, len(bounds))
             highest, rows = bounds.topk(count)                          # [count] each
             unseen = highest[-1]                # no other moment can score more than this
-            rows = rows[highest > -math.inf].sort().values
+            rows = rows[highest > -math.inf].sort().values              # in the order of the file
             overlap = torch.sigmoid(mmn.SCORE_SCALE * iou[rows].float() @ iou_text)
             scores = mmn.fuse(overlap, contrastive[rows].float() @ contrastive_text)
             owners = [names[bisect.bisect_right(firsts, row) - 1] for row in rows.tolist()]
             best = greedy_nms(spans[rows], scores, top_k, owners, per_video)
+            # the worst answer still beats every moment that was not rescored
             complete = len(best) == top_k and scores[best[-1]] >= unseen
             if complete or count == len(bounds):
                 return [self.hit(owners[k], Moment(*spans[rows[k]].tolist(), scores[k].item()))
@@ -267,10 +270,10 @@ class Index:
         """Upper bounds of the scores of all rows, [R]; -inf for rows of no video, or of others than
         `among`."""
         iou, _, contrastive = self.map_files()
-        a = iou_text.half()
-        b = contrastive_text.half()
+        a = iou_text.half()                                     # [J]
+        b = contrastive_text.half()                             # [J]
         allowed = torch.zeros(len(iou), dtype=torch.bool)       # [R], True = may be an answer
-        stretches = []                                          # of rows that are read together
+        stretches = []                                          # slices of rows to read
         for name, about in self.content["videos"].items():
             if among is None or name in among:
                 stretch = slice(about["first"], about["first"] + about["rows"])
@@ -279,6 +282,7 @@ class Index:
         if among is None:                       # all rows in large blocks, removed videos too
             stretches = [slice(i, i + block) for i in range(0, len(iou), block)]
         bounds = torch.full((len(iou),), -math.inf)
+        # subtle: the score increases with both cosines, so bounds on these bound the score
         for rows in stretches:
             cosine = torch.mv(iou[rows], a).float() + ROUNDING
             overlap = torch.sigmoid(mmn.SCORE_SCALE * cosine)

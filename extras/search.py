@@ -43,13 +43,13 @@ def retriever_of(index: Index, device: str) -> Retriever | ZeroShot:
         shortest_sec, longest_sec = made["limits_sec"]
         retriever = ZeroShot(made["checkpoint"], device, made["rate"], shortest_sec, longest_sec,
                              made["prompt"], cache=None, gelu=made["sha256"].endswith("-gelu"))
-        if retriever.digest == made["sha256"]:
+        if retriever.digest == made["sha256"]:          # the file of this name may be another
             return retriever
     else:
         checkpoint = pathlib.Path(made["checkpoint"])
         if checkpoint.exists() and clip.sha256(checkpoint) == made["sha256"]:
             return Retriever(checkpoint, device, cache=None)
-    # vectors of different weights cannot be compared, so there is no answer without these
+    # embeddings of different weights cannot be compared
     raise Mistake(f"the checkpoint of this index was removed or changed: {made['checkpoint']}, "
                   f"SHA-256 {made['sha256']}; pass its file to: python -m extras.index CKPT DIR "
                   f"--out {index.folder}")
@@ -67,6 +67,7 @@ def search(index: Index, retriever, sentences: list[str], top: int = 10, per_vid
             results.append(index.search_frames(text, top, per_video, among=names))
         return results
     iou_text, contrastive_text = retriever.read(sentences)              # [S, J] each
+    # the index is searched on the CPU
     for a, b, names in zip(iou_text.cpu(), contrastive_text.cpu(), among):      # [J] each
         results.append(index.search(a, b, top, per_video, among=names))
     return results
@@ -75,7 +76,7 @@ def search(index: Index, retriever, sentences: list[str], top: int = 10, per_vid
 def is_found(hits: list[Hit]) -> bool:
     """Whether an answer reaches the threshold."""
     # subtle: not "z >= FOUND", because z is nan in an index made before z was stored
-    return any(not hit.z < FOUND for hit in hits)
+    return any(not hit.z < FOUND for hit in hits)      # no hits: not found
 
 
 def as_page(index: Index, sentences: list[str], results: list[list[Hit]], out: str) -> str:
@@ -87,6 +88,7 @@ def as_page(index: Index, sentences: list[str], results: list[list[Hit]], out: s
         for hit in hits:
             path = folder / hit.video
             middle_sec = (hit.moment.start_sec + hit.moment.end_sec) / 2
+            # embedded, so that the page is a single file
             picture = base64.b64encode(show.jpeg(path, middle_sec)).decode()
             buttons.append({"moment": hit.moment, "value": hit.order, "name": hit.video,
                             "source": show.address_of(path, out),
@@ -126,7 +128,7 @@ def run(given) -> None:
             print(f"note: {printable(name)} was removed or changed since it was indexed; rerun "
                   f"python -m extras.index", file=sys.stderr)
     if given.html:
-        # without them: their thumbnails cannot be drawn, or show something else
+        # skip changed videos: their thumbnails would be missing or wrong
         shown = [[hit for hit in hits if hit.video not in changed] for hits in results]
         files.save(given.html, as_page(index, given.sentences, shown, given.html))
     if given.json:

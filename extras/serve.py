@@ -16,20 +16,21 @@ from support import files, options
 from support.errors import Mistake, reported
 
 LONGEST = 300                   # characters of a query, as in assets/page.html
-LOCAL = ["127.0.0.1", "localhost", "[::1]"]
+LOCAL = ["127.0.0.1", "localhost", "[::1]"]             # what a Host header calls this machine
 
 
 def application(index: Index, retriever, hosts: list[str]):
     """The Starlette application. hosts: accepted Host headers, against DNS rebinding."""
+    # optional packages, imported only by this command
     applications = files.need("starlette.applications", "serving")
     responses = files.need("starlette.responses", "serving")
     routing = files.need("starlette.routing", "serving")
     trusted = files.need("starlette.middleware.trustedhost", "serving")
     folder = pathlib.Path(index.content["folder"])
-    # an address contains a video's number, never a path: only indexed files are served
+    # addresses contain a video's number, not its path, so only indexed files are served
     names = list(index.content["videos"])
 
-    @functools.lru_cache(maxsize=64)                    # the same query again, e.g. by "back"
+    @functools.lru_cache(maxsize=64)                    # the back button repeats a query
     def answer(query: str) -> dict:
         hits = search(index, retriever, [query])[0]
         buttons = []
@@ -52,7 +53,7 @@ def application(index: Index, retriever, hosts: list[str]):
 
     def path_of(request) -> pathlib.Path | None:
         number = request.path_params["number"]
-        if number >= len(names):
+        if number >= len(names):                        # Starlette's int is never negative
             return None
         path = folder / names[number]
         if not path.is_file():                          # removed since it was indexed
@@ -79,6 +80,7 @@ def application(index: Index, retriever, hosts: list[str]):
         routing.Route("/", page),
         routing.Route("/video/{number:int}", whole),
         routing.Route("/frame/{number:int}/{ms:int}", frame)])
+    # DNS rebinding: another site's name could resolve to this machine
     app.add_middleware(trusted.TrustedHostMiddleware, allowed_hosts=hosts)
     return app
 
@@ -100,7 +102,7 @@ def run(given: argparse.Namespace) -> None:
     index = Index(given.index)
     if not index.rows():
         raise Mistake(f"{given.index} contains no video; add some with: python -m extras.index")
-    # a machine that others reach has names that cannot be known here
+    # if others may connect, the names by which they reach this machine are unknown
     hosts = LOCAL if given.host in LOCAL + ["::1"] else ["*"]
     app = application(index, retriever_of(index, given.device), hosts)
     print(f"{summary(index)}; open http://{given.host}:{given.port} (stop with Ctrl-C)", flush=True)

@@ -31,7 +31,7 @@ HEADS = "       start       end   score"
 
 def clock(seconds: float) -> str:
     """m:ss.s, or h:mm:ss.s."""
-    minutes, tenths = divmod(round(10 * seconds), 600)      # rounded first: 59.96 is 1:00.0
+    minutes, tenths = divmod(round(10 * seconds), 600)      # rounded first: 59.96 s is 1:00.0
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours}:{minutes:02d}:{tenths / 10:04.1f}"
@@ -88,6 +88,7 @@ def plot(path: str, retriever, encoded, answers: list, threshold: float) -> None
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     generic = retriever.generic_best(encoded)                           # [G]
     curves = retriever.curve(encoded, [answer.sentence for answer in answers])      # [S, F]
+    # as z, the unit of the threshold
     curves = (curves - generic.mean()) / generic.std().clamp(min=1e-9)
     figure = plt.figure(figsize=(13, 1.9 + 2.6 * len(answers)))
     grid = figure.add_gridspec(len(answers) + 1, 2, width_ratios=(4, 1),
@@ -132,13 +133,13 @@ def draw_map(axes, retriever, encoded, sentence: str) -> None:
     scores = retriever.scores(encoded, [sentence])[1].view(windows, -1)         # [W, P]
     window, best = divmod(int(scores.argmax()), scores.shape[1])
     cells = retriever.run.retriever.cells.cpu()                         # [P], index into N*N
-    shown = np.full(N * N, np.nan)                      # nan is left blank: cells without a moment
+    shown = np.full(N * N, np.nan)                      # nan, drawn blank: not a candidate
     shown[cells] = scores[window]
     axes.imshow(shown.reshape(N, N), vmin=0, vmax=1, cmap="viridis")
     first, last = divmod(int(cells[best]), N)
     axes.plot(last, first, "s", markersize=9, markerfacecolor="none", color="red")
     axes.set(xlabel="last clip", ylabel="first clip", xticks=(0, N - 1), yticks=(0, N - 1))
-    if windows > 1:
+    if windows > 1:                                     # of a long video
         axes.set_title(f"window {window + 1} of {windows}", fontsize=9)
 
 
@@ -183,10 +184,10 @@ def jpeg(path: str | os.PathLike, time_sec: float, side: int = 160) -> bytes:
 def address_of(path: pathlib.Path, out: str | os.PathLike) -> str:
     """Where a page finds a video: in itself, or in a file relative to the page."""
     if path.stat().st_size <= EMBEDDED:
-        # a single file that can be sent to somebody
+        # embedded, so that the page is a single file
         kind = mimetypes.guess_type(path.name)[0] or "video/mp4"
         return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-    # relative, so that page and video can be moved together
+    # relative, so that the page and the video can be moved together
     return urllib.parse.quote(os.path.relpath(path, pathlib.Path(out).resolve().parent))
 
 
@@ -214,20 +215,20 @@ def write_page(out: str, encoded, retriever, answers: list) -> None:
 def write_clips(folder: str, path: str, answers: list) -> list[pathlib.Path]:
     """Each moment as an H.264 file named by its time: kitchen-0m08.6s-0m15.1s.mp4."""
     folder = pathlib.Path(folder)
-    moments = {}                                # by file, because two sentences may share a moment
+    moments = {}                                # by file: two sentences may share a moment
     for answer in answers:
         for moment in answer.moments:
             name = pathlib.Path(path).stem
             for sec in (moment.start_sec, moment.end_sec):
                 name += f"-{int(sec // 60)}m{sec % 60:04.1f}s"
             moments[folder / f"{name}.mp4"] = moment
-    # before the first is written: all or nothing
+    # checked before the first clip is written
     for out in moments:
         if out.exists():
             raise Mistake(f"{out} already exists; choose another folder for --clips")
     folder.mkdir(parents=True, exist_ok=True)
     with video.open_video(path) as source:
-        # a file may claim any rate, or none
+        # a file may declare any frame rate, or none
         rate = min(60, max(10, round(source.streams.video[0].average_rate or 25)))
     for out, moment in tqdm(moments.items(), desc="clips", unit="clip", disable=None):
         times_sec = np.arange(moment.start_sec, moment.end_sec, 1 / rate)
