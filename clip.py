@@ -58,7 +58,7 @@ def byte_alphabet() -> dict[int, str]:
 
 @functools.cache
 def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
-    """token -> id, and pair of tokens -> rank of its merge."""
+    """token -> id, and pair of tokens -> its rank: pairs are merged in the order of the file."""
     lines = gzip.decompress(MERGES.read_bytes()).decode("utf-8").split("\n")
     # the file goes on: CLIP uses as many merges as give 49,152 tokens, of which 2 are special
     merges = [tuple(line.split()) for line in lines[1:49152 - 256 - 2 + 1]]
@@ -81,7 +81,7 @@ def word_ids(word: str) -> tuple[int, ...]:
     parts = letters[:-1] + [letters[-1] + "</w>"]       # "door" -> d, o, o, r</w>
     while len(parts) > 1:
         best = min(zip(parts, parts[1:]), key=lambda pair: ranks.get(pair, len(ranks)))
-        if best not in ranks:                           # no adjacent pair can be merged any more
+        if best not in ranks:                           # no adjacent pair is left to merge
             break
         merged = []
         i = 0
@@ -144,7 +144,7 @@ def crop(frames: Tensor, resolution: int) -> Tensor:
         frames = F.interpolate(frames, size, mode="bicubic", antialias=True)
     top = round((size[0] - resolution) / 2)
     left = round((size[1] - resolution) / 2)
-    return frames[:, :, top:top + resolution, left:left + resolution]
+    return frames[:, :, top:top + resolution, left:left + resolution]   # [T, 3, R, R]
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class Attention(nn.MultiheadAttention):
         # `hidden` [B, L] (clip2video's): added to the keys' logits, 0 or very negative to hide
         bias = None if hidden is None else hidden[:, None, None]        # [B, 1, 1, L]
         x = F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal)     # [B, heads, L, *]
-        return self.out_proj(x.transpose(1, 2).reshape(B, L, C))
+        return self.out_proj(x.transpose(1, 2).reshape(B, L, C))        # [B, L, C]
 
 
 class Block(nn.Module):
@@ -204,7 +204,7 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int, layers: int, heads: int, activation: type[nn.Module]):
         super().__init__()
-        if heads != width // 64:        # cannot be read off the weights' shapes: see `_heads`
+        if heads != width // 64:        # cannot be read off the weights' shapes: see `heads_of`
             self.register_buffer("heads", torch.tensor(heads))
         self.resblocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
 
@@ -229,6 +229,7 @@ class VisionTransformer(nn.Module):
             self.stem.append(nn.Conv2d(channels, planes, 3, stride=2, padding=1))
             channels = planes
         self.conv1 = nn.Conv2d(channels, width, patch, stride=patch, bias=False)
+        # uninitialised: the weights are loaded, or drawn by shapes.small_clip
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(self.grid ** 2 + 1, width))
         self.ln_pre = nn.LayerNorm(width)
@@ -268,9 +269,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(F.avg_pool2d(x, self.stride))
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn1(self.conv1(x)))                             # [B, planes, H, W]
         x = F.relu(self.bn2(self.conv2(x)))
-        x = self.bn3(self.conv3(F.avg_pool2d(x, self.stride)))
+        x = self.bn3(self.conv3(F.avg_pool2d(x, self.stride)))          # [B, 4 planes, H/s, W/s]
         return F.relu(x + shortcut)
 
 
@@ -288,10 +289,11 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(2).transpose(1, 2)                                # [B, HW, C]
-        x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding  # [B, 1 + HW, C]
-        q = self.q_proj(x[:, :1]).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        k = self.k_proj(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        v = self.v_proj(x).unflatten(2, (self.heads, -1)).transpose(1, 2)       # [B, heads, *, *]
+        x = torch.cat([x.mean(1, keepdim=True), x], 1)                  # [B, L = 1 + HW, C]
+        x = x + self.positional_embedding
+        q = self.q_proj(x[:, :1]).unflatten(2, (self.heads, -1)).transpose(1, 2)    # of the mean
+        k = self.k_proj(x).unflatten(2, (self.heads, -1)).transpose(1, 2)       # [B, heads, L, *]
+        v = self.v_proj(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
         x = F.scaled_dot_product_attention(q, k, v)                     # [B, heads, 1, C/heads]
         return self.c_proj(x.flatten(1))                                # [B, D]
 
@@ -348,7 +350,8 @@ class TextTower(nn.Module):
     def states(self, tokens: Tensor) -> Tensor:
         """Token ids [B, L <= 77] -> the state of every position, [B, L, C]; the feature is
         `ln_final(state) @ text_projection`."""
-        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
+        L = tokens.shape[1]
+        x = self.token_embedding(tokens) + self.positional_embedding[:L]        # [B, L, C]
         return self.transformer(x, causal=True)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
@@ -481,7 +484,7 @@ def build_text(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU
 
 
 def untrained(state: dict[str, Tensor], activation: type[nn.Module]) -> CLIP:
-    """A CLIP with the sizes of these weights, which it does not have yet."""
+    """A CLIP of the sizes of these weights, before they are loaded."""
     output = shape_of(state, "text_projection")[1]                                  # D
     if "visual.layer1.0.conv1.weight" in state:
         positions = shape_of(state, "visual.attnpool.positional_embedding")[0]      # 1 + HW

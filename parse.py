@@ -182,7 +182,7 @@ def main() -> None:
             query = parser.split(sentence)
             marks = [" "] * len(sentence)
             for start, end in parser.chunks(sentence):
-                marks[start:end] = "^" * (end - start)
+                marks[start:end] = "^" * (end - start)  # below the chunk
             half = parser.halve(sentence).static
             for name, words in (("Q", sentence), ("", "".join(marks)), ("Q^s", query.static),
                                 ("Q^d", query.dynamic), ("Q^h", half)):

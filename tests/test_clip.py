@@ -21,10 +21,9 @@ from conftest import decode
 from support import files, hugging_face
 from support.errors import Mistake
 
-GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "clip.json").read_text())
-spec = importlib.util.spec_from_file_location("make_clip",
-                                              pathlib.Path(__file__).parent / "golden"
-                                              / "make_clip.py")
+FOLDER = pathlib.Path(__file__).parent / "golden"
+GOLDEN = json.loads((FOLDER / "clip.json").read_text(encoding="utf-8"))
+spec = importlib.util.spec_from_file_location("make_clip", FOLDER / "make_clip.py")
 make_clip = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make_clip)
 
@@ -61,8 +60,8 @@ def test_tokenize_pads_with_zeros_between_start_and_end():
     """[start] a person [end] 0 ...; ids 320 and 2533 are the published ones."""
     rows = clip.tokenize(["a person", ""])
     assert rows.shape == (2, 77) and rows.dtype == torch.long
-    assert rows[0, :5].tolist() == [49406, 320, 2533, 49407,
-                                    0] and rows[1, :3].tolist() == [49406, 49407, 0]
+    assert rows[0, :5].tolist() == [49406, 320, 2533, 49407, 0]
+    assert rows[1, :3].tolist() == [49406, 49407, 0]
     assert torch.equal(clip.tokenize("a person"), rows[:1])
 
 
@@ -290,7 +289,7 @@ def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
         with pytest.raises(Mistake, match="not a valid weight file"):
             clip.load(name)
     assert not pathlib.Path("exploded").exists()
-    pathlib.Path("text.pt").write_text("not weights")
+    pathlib.Path("text.pt").write_text("not weights", encoding="utf-8")
     with pytest.raises(Mistake, match="not a valid weight file"):
         clip.load("text.pt")
     torch.save([1, 2], "list.pt")
@@ -341,8 +340,8 @@ def test_a_download_is_continued_and_gets_its_name_once_verified(server, tmp_pat
     server.limit = 1_500_000
     with pytest.raises(Mistake, match="run the command again"):
         clip.download("tiny", tmp_path)
-    assert not (tmp_path / "tiny.pt").exists() and (tmp_path
-                                                    / "tiny.pt.part").stat().st_size == 1_500_000
+    assert not (tmp_path / "tiny.pt").exists()
+    assert (tmp_path / "tiny.pt.part").stat().st_size == 1_500_000
     server.limit = None
     path = clip.download("tiny", tmp_path)
     assert path.read_bytes() == server.content and server.requests == [None, "bytes=1500000-"]

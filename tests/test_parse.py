@@ -55,7 +55,8 @@ def test_many_sentences_at_once_and_one_by_one():
 def labelled() -> dict[str, list[tuple[str, set]]]:
     """noun_chunks.txt: name of the sample -> (sentence, its chunks as offsets)."""
     samples = {}
-    for line in (pathlib.Path(__file__).parent / "noun_chunks.txt").read_text(encoding="utf-8").splitlines():
+    path = pathlib.Path(__file__).parent / "noun_chunks.txt"
+    for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("#"):
             name = line.strip("# ").split(":")[0]
             continue
