@@ -134,7 +134,7 @@ def features_of(path: str, model) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 def method(path, world: str, root: str) -> None:
     """Fig. 2: the method, with a video of the shapes world, laid out by assets/fig2.json."""
     boxes, arrows = json.loads((files.ASSETS / "fig2.json").read_text()).values()
-    plan = shapes.plan_of(shapes.World(), "train", 0)
+    plan = shapes.plan_of(0, "train", 0)
     row = shapes.samples_of("", "train", plan)[2]
     query = parse.Parser(known={row.sentence: [(0, row.sentence.rindex(" "))]}).split(row.sentence)
     _, x, patches = next(probe.moments_of(world, root, 1))

@@ -178,7 +178,7 @@ def moments_of(world: str, root: str, count: int):
     store = data.open_store(world, world, root)
     for i in range(count):
         name = f"train-{i:04d}"
-        plan = shapes.plan_of(shapes.world_of(world), "train", i)
+        plan = shapes.plan_of(shapes.seed_of(world), "train", i)
         frames, patches = (F.normalize(torch.from_numpy(
             store.read(name, kind).astype(np.float32)), dim=1) for kind in ("frames", "patches"))
         for event in plan["events"]:

@@ -684,7 +684,7 @@ def heat(given: argparse.Namespace) -> str:
             name, pictures = "heat-of-a-video", figures.features_of(given.video, model)
         else:
             _, x, patches = next(probe.moments_of(world, given.root, 1))
-            film = shapes.film(shapes.plan_of(shapes.World(), "train", 0))
+            film = shapes.film(shapes.plan_of(0, "train", 0))
             name, pictures = "heat", (film, x, patches)
         figures.heat(figure_path(name, given), *pictures, trained_heat(0, given))
     names = ("contrast", "warmest on the actor", "random patch on the actor")

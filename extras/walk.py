@@ -44,7 +44,7 @@ def inject(given) -> None:
     """Two videos of the shapes world through Eq. 1-5, before training."""
     exists = pathlib.Path(WEIGHTS).exists()
     model = clip_module.load(WEIGHTS) if exists else shapes.small_clip(0)
-    plans = [shapes.plan_of(shapes.World(), "train", i) for i in range(2)]
+    plans = [shapes.plan_of(0, "train", i) for i in range(2)]
     rows = [(i, s.sentence) for i in range(2) for s in shapes.samples_of("", "train", plans[i])]
     video_of = torch.tensor([i for i, _ in rows])
     parser = parse.Parser(known={s: [(0, s.rindex(" "))] for _, s in rows})

@@ -20,10 +20,9 @@ from conftest import decode
 from support import hugging_face
 from support.errors import Mistake
 
-GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "clip.json").read_text())
-spec = importlib.util.spec_from_file_location("make_clip",
-                                              pathlib.Path(__file__).parent / "golden"
-                                              / "make_clip.py")
+FOLDER = pathlib.Path(__file__).parent / "golden"
+GOLDEN = json.loads((FOLDER / "clip.json").read_text(encoding="utf-8"))
+spec = importlib.util.spec_from_file_location("make_clip", FOLDER / "make_clip.py")
 make_clip = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make_clip)
 
@@ -60,8 +59,8 @@ def test_tokenize_pads_with_zeros_between_start_and_end():
     """[start] a person [end] 0 ...; ids 320 and 2533 are the published ones."""
     rows = clip.tokenize(["a person", ""])
     assert rows.shape == (2, 77) and rows.dtype == torch.long
-    assert rows[0, :5].tolist() == [49406, 320, 2533, 49407,
-                                    0] and rows[1, :3].tolist() == [49406, 49407, 0]
+    assert rows[0, :5].tolist() == [49406, 320, 2533, 49407, 0]
+    assert rows[1, :3].tolist() == [49406, 49407, 0]
     assert torch.equal(clip.tokenize("a person"), rows[:1])
 
 
@@ -289,7 +288,7 @@ def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
         with pytest.raises(Mistake, match="not a valid weight file"):
             clip.load(name)
     assert not pathlib.Path("exploded").exists()
-    pathlib.Path("text.pt").write_text("not weights")
+    pathlib.Path("text.pt").write_text("not weights", encoding="utf-8")
     with pytest.raises(Mistake, match="not a valid weight file"):
         clip.load("text.pt")
     torch.save([1, 2], "list.pt")

@@ -292,7 +292,7 @@ def test_evaluation_and_clip_alone(world, checkpoint, device):
             (evaluate, "evaluate", "run.retriever.cells.cpu()", "run.retriever.cells"),
             (evaluate, "predict", "candidates=retriever.candidates).cpu()",
              "candidates=retriever.candidates)"),
-            (retrieve, "zero_shot_scores", ", device=frames.device"),
+            (retrieve, "zero_shot_scores", ".to(frames.device)", ""),
             (zero_shot, "z_scores", ".float().to(device)", ".float()"),
             (zero_shot, "run_of", "clip.read_state(path)).to(device)", "clip.read_state(path))")):
         is_caught(lambda: all_three(DEVICE), owner, name, text, *instead)
@@ -341,7 +341,7 @@ def test_retrieval_index_and_search(world, checkpoint, videos, tmp_path, device)
             (retrieve.Retriever, "moments", "transpose(1, 2).cpu()", "transpose(1, 2)"),
             (retrieve.ZeroShot, "text", ".to(self.device)", ""),
             (retrieve.ZeroShot, "text", "dim=1).cpu()", "dim=1)"),
-            (search, "search", "(x.cpu() for x", "(x for x"))):
+            (search, "search", "contrastive_text.cpu()", "contrastive_text"))):
         is_caught(lambda: all_of_it(NAME, tmp_path / f"{i}"), owner, name, text, instead)
 
 
