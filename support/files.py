@@ -66,7 +66,7 @@ def save(path: str | os.PathLike, content) -> None:
             os.fsync(file.fileno())     # else a power failure could leave an empty file
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)       # still there if writing failed
 
 
 def save_tensors(path: str | os.PathLike, content: object) -> None:
@@ -96,7 +96,7 @@ def did_you_mean(dataset: str, root: str | os.PathLike, published: Iterable[str]
     names = set(published)
     names.update(path.name for path in pathlib.Path(root).glob("*") if path.is_dir())
     near = difflib.get_close_matches(dataset, sorted(names), 1)
-    if dataset in names or not near:
+    if dataset in names or not near:            # it exists, so the name is not the mistake
         return ""
     return f"did you mean {near[0]}? If not, "
 
@@ -115,7 +115,7 @@ def sha256(path: str | os.PathLike) -> str:
 def fetch(address: str, digest: str, path: pathlib.Path) -> pathlib.Path:
     """Downloads `address` to `path`, unless a file with this SHA-256 is already there. Missing,
     with the address and where to put the file, if it cannot be downloaded."""
-    if path.exists() and sha256(path) == digest:
+    if path.exists() and sha256(path) == digest:        # a damaged one is replaced
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -126,8 +126,6 @@ def fetch(address: str, digest: str, path: pathlib.Path) -> pathlib.Path:
                       f"download it by hand to {path}") from error
     return path
 
-
-# ------------------------------------------------------------------------------------------ weights
 
 def read_tensors(path: str | os.PathLike) -> object:
     """What torch.save wrote: tensors and plain values.
@@ -141,7 +139,7 @@ def read_tensors(path: str | os.PathLike) -> object:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if _bytes_of(content, set()) > 2 * size:        # views may share one storage
             raise ValueError("its tensors claim more memory than the file has bytes")
-    except OSError:
+    except OSError:                     # no such file, no permission: its own message says so
         raise
     except Exception as error:  # torch raises a dozen types for a damaged or hostile file
         raise Mistake(f"{path} is not a valid weight file: {reason(error)}") from error

@@ -72,7 +72,7 @@ def check_options(config) -> None:
         least = field.metadata["least"]
         if choices and value not in choices:
             raise Mistake(f"{name_of(field)} must be one of {', '.join(choices)}, not {value!r}")
-        if least is not None and value < least:
+        if least is not None and value < least:                 # 0 is a limit, too
             raise Mistake(f"{name_of(field)} must be at least {least}")
         # an arbitrary integer would be an OverflowError somewhere in torch
         if isinstance(value, int) and abs(value) > LARGEST:
@@ -94,6 +94,7 @@ def add_options(parser: argparse.ArgumentParser, config: type, presets: dict[str
         for name, preset in presets.items():
             if field.name in preset:
                 defaults.append(f"{name} {preset[field.name]!r}")
+        # subtle: a string instead, if the Config's file imported annotations from __future__
         kind = field.type
         metavar = None                                  # argparse's own: the name in capitals
         if kind is bool:

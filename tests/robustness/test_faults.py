@@ -12,6 +12,7 @@ import sys
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy
 import pytest
 import torch
 
@@ -378,4 +379,5 @@ def test_deterministic_and_the_header(world, tmp_path):
     text = run(PROGRAMS / "deterministic.py", "--root", world, *SMALL, "--epochs", 1,
                "--deterministic", "--out", tmp_path / "run")
     assert text.endswith("deterministic True\n")
-    assert f"torch {torch.__version__}  commit" in text and "cpu  " in text and "threads" in text
+    assert f"torch {torch.__version__}  numpy {numpy.__version__}  commit" in text
+    assert "cpu  " in text and "threads" in text

@@ -126,6 +126,8 @@ def hostile(tmp_path: pathlib.Path) -> dict[str, bytes]:
                 with file.open("archive/data/0", "w", force_zip64=True) as part:
                     for _ in range(256):
                         part.write(bytes(1 << 24))
+            for part in file.infolist():
+                part.external_attr = 0          # as torch.save leaves it
         return out.getvalue()
 
     torch.save({"a": torch.arange(1000.)}, tmp_path / "good.pt")
