@@ -11,5 +11,5 @@
     reproduce   every table and figure (figures), ours beside the paper's; tables.json: their rows
     readings    other literal readings of Eq. 1-5; rehearsal: every table without the videos
     real        real features of Charades videos
-    bench       speed, in ratios; gpu_day: what to run first on a GPU
+    bench       speed, in ratios, on the CPU or a GPU
 """
