@@ -382,7 +382,7 @@ def build_text(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU
     """The text tower alone, from a state dict with or without an image tower; see `build`."""
     state = {key: value for key, value in state.items()
              if not key.startswith("visual.") and key not in ("logit_scale", *NOT_WEIGHTS)}
-    return fill(lambda: TextTower(*_text_sizes(state, activation)), state)
+    return fill(TextTower(*_text_sizes(state, activation)), state)
 
 
 # text towers of other networks, by the start of their name, or a folder with config.json
@@ -422,7 +422,7 @@ def build(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> 
         visual = functools.partial(VisionTransformer, grid * patch * 2 ** len(stem), patch, width,
                                    _count(known, "visual.transformer.resblocks."), heads, output,
                                    activation, stem)
-    return fill(lambda: CLIP(visual(), *sizes), known)
+    return fill(CLIP(visual(), *sizes), known)
 
 
 def _text_sizes(state: dict[str, Tensor], activation: type[nn.Module]) -> tuple:
@@ -451,11 +451,10 @@ def _count(state: dict[str, Tensor], prefix: str) -> int:
     return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
 
 
-def fill(make, state: dict[str, Tensor], what: str = "a CLIP") -> nn.Module:
-    """The model that `make()` returns, with these weights as float32, in evaluation mode. Mistake
+def fill(model, state: dict[str, Tensor], what: str = "a CLIP") -> nn.Module:
+    """The model with these weights as float32, in evaluation mode. Mistake
     for a missing, unknown or misshapen key."""
-    with torch.device("meta"):              # allocate nothing before the shapes are known to agree
-        expected = make().state_dict()
+    expected = model.state_dict()
     for key, value in expected.items():
         if key.endswith("num_batches_tracked"):
             state.setdefault(key, torch.tensor(0))
@@ -465,7 +464,6 @@ def fill(make, state: dict[str, Tensor], what: str = "a CLIP") -> nn.Module:
     unknown = [key for key in state if key not in expected]
     if unknown:
         raise Mistake(f"these are not the weights of {what}: the key {unknown[0]!r} is unknown")
-    model = make()
     model.load_state_dict({key: value.float() if value.is_floating_point() else value
                            for key, value in state.items()})
     return model.eval()

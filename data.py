@@ -9,14 +9,12 @@ videos with all their sentences, flattened: sentence s belongs to `video_of[s]`.
 Shapes: B videos, S sentences in the batch, T frames (T' with patches), N clips, D width of CLIP's
 joint space, D' channels of the patch features, H x W patch grid.
 """
-import support  # first, for a Ctrl-C while torch is imported
 import csv
 import json
 import math
 import os
 import pathlib
 import random
-import runpy
 import time
 from typing import NamedTuple
 
@@ -31,7 +29,6 @@ import mmn
 import parse
 from support import files, loading
 from support.errors import Mistake, reason
-from support.generated import Event, read_dict, read_events       # noqa: F401
 
 
 class Sample(NamedTuple):
@@ -56,17 +53,22 @@ class VideoError(Mistake):
 # -------------------------------------------------------------------------------------- annotations
 
 # dataset -> split -> the names its file goes by; the first that exists is read
+COMPOSITIONAL = {"train": ("train.json",), "novel-word": ("novel_word.json",),
+                 "novel-composition": ("novel_composition.json",),
+                 "trivial": ("test_trivial.json",)}
 FILES = {
-    "charades": {split: (f"charades_sta_{split}.txt", f"charades_{split}.json",
-                         f"charades_sta_{split}_tvr_format.jsonl") for split in ("train", "test")},
+    "charades": {"train": ("charades_sta_train.txt", "charades_train.json",
+                           "charades_sta_train_tvr_format.jsonl"),
+                 "test": ("charades_sta_test.txt", "charades_test.json",
+                          "charades_sta_test_tvr_format.jsonl")},
     "activitynet": {"train": ("train.json",), "val": ("val_1.json", "val.json"),
                     "test": ("val_2.json", "test.json")},
-    **dict.fromkeys(("charades-cg", "activitynet-cg"), {
-        "train": ("train.json",), "novel-word": ("novel_word.json",),
-        "novel-composition": ("novel_composition.json",), "trivial": ("test_trivial.json",)})}
+    "charades-cg": COMPOSITIONAL,
+    "activitynet-cg": COMPOSITIONAL,
+}
 # splits that share sentences with the original training split: refused for its checkpoints
-LEAKING = dict.fromkeys(("charades", "activitynet"),
-                        ("novel-word", "novel-composition", "trivial", "train-cg"))
+SHARED_SPLITS = ("novel-word", "novel-composition", "trivial", "train-cg")
+LEAKING = {"charades": SHARED_SPLITS, "activitynet": SHARED_SPLITS}
 CSV = ("Charades_v1_train.csv", "Charades_v1_test.csv")                 # durations of Charades
 OWN_SPLITS = ("train", "val", "val-novel-word", "test", "novel-word", "novel-composition")
 
@@ -78,8 +80,9 @@ def annotation_file(dataset: str, split: str, root: str | os.PathLike) -> pathli
         return folder / f"{split}.jsonl"
     if split not in FILES[dataset]:
         raise Mistake(f"{dataset} has no split {split!r}; it has {', '.join(FILES[dataset])}")
-    names = FILES[dataset][split]
-    return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
+    paths = [folder / name for name in FILES[dataset][split]]
+    existing = [path for path in paths if path.exists()]
+    return (existing + paths)[0]
 
 
 def splits(dataset: str, root: str | os.PathLike) -> list[str]:
@@ -124,9 +127,12 @@ def training_samples(dataset: str, select_on: str, limit: int,
     samples = {split: read_annotations(dataset, split, root)
                for split in ("train", select_on) if split in available}
     validating = {sample.video for sample in samples.get(select_on, [])}
-    names = dict.fromkeys(s.video for s in samples["train"] if s.video not in validating)
-    names = set(list(names)[:limit or None])
-    samples["train"] = [sample for sample in samples["train"] if sample.video in names]
+    names = {}                                  # name -> None: a set that keeps its order
+    for sample in samples["train"]:
+        if sample.video not in validating:      # or the epoch would be chosen on training videos
+            names[sample.video] = None
+    kept = set(list(names)[:limit or None])
+    samples["train"] = [sample for sample in samples["train"] if sample.video in kept]
     return samples
 
 
@@ -135,13 +141,18 @@ def read_file(path: str | os.PathLike) -> list[Sample]:
     path = pathlib.Path(path)
     if not path.is_file():
         raise Mistake(f"there is no annotation file {path}")
-    return {".txt": read_charades, ".jsonl": read_jsonl}.get(path.suffix, read_json)(path)
+    if path.suffix == ".txt":
+        return read_charades(path)
+    if path.suffix == ".jsonl":
+        return read_jsonl(path)
+    return read_json(path)
 
 
 def read_charades(path: pathlib.Path) -> list[Sample]:
     """Lines "VIDEO START END##sentence."; durations: `length` in Charades_v1_*.csv beside it."""
     durations_sec = {}
-    for table in (path.parent / name for name in CSV):
+    for name in CSV:
+        table = path.parent / name
         if not table.exists():
             raise Mistake(f"{table} of the Charades dataset is missing; it has the durations")
         with open(table, newline="", encoding="utf-8") as file:
@@ -164,11 +175,13 @@ def read_jsonl(path: pathlib.Path) -> list[Sample]:
         row = json.loads(line)
         if not row["relevant_windows"]:
             raise ValueError("it has no moment (relevant_windows)")
-        result = [to_sample(str(row["vid"]), row["query"], window, row.get("duration", math.nan))
-                  for window in row["relevant_windows"]]
-        for sample in result:
+        duration_sec = row.get("duration", math.nan)
+        result = []
+        for window in row["relevant_windows"]:
+            sample = to_sample(str(row["vid"]), row["query"], window, duration_sec)
             if sample.end_sec <= sample.start_sec:
                 raise ValueError(f"[{sample.start_sec}, {sample.end_sec}] ends before it begins")
+            result.append(sample)
         return result
 
     return read_lines(path, files.numbered_lines(path), samples)
@@ -185,15 +198,15 @@ def read_json(path: pathlib.Path) -> list[Sample]:
 
     def samples(item: tuple[str, dict]) -> list[Sample]:
         name, entry = item
-        return [to_sample(name, sentence, window, entry["duration"]) for window, sentence
-                in zip(entry["timestamps"], entry["sentences"], strict=True)]
+        pairs = zip(entry["timestamps"], entry["sentences"], strict=True)
+        return [to_sample(name, sentence, window, entry["duration"]) for window, sentence in pairs]
 
-    return read_lines(path, ((name, (name, entry)) for name, entry in videos), samples)
+    return read_lines(path, [(item[0], item) for item in videos], samples)
 
 
 def to_sample(name: str, sentence: str, window, duration_sec) -> Sample:
     """A Sample from a file's values. ValueError for invalid ones."""
-    start, end = (float(instant) for instant in window)
+    start, end = [float(instant) for instant in window]
     duration = float(duration_sec)
     if not isinstance(sentence, str) or not sentence.strip():
         raise ValueError("the sentence is empty")
@@ -204,16 +217,21 @@ def to_sample(name: str, sentence: str, window, duration_sec) -> Sample:
 
 def read_lines(path: pathlib.Path, lines, read) -> list[Sample]:
     """The samples of all (number or name, line). Mistake that lists every invalid one."""
-    samples, bad = [], []
+    samples = []
+    bad = []
     for number, line in lines:
         try:
             samples += read(line)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError,
                 RecursionError) as error:
-            what = f"no {error}" if isinstance(error, KeyError) else error
-            if isinstance(error, json.JSONDecodeError):
+            what = str(error)
+            if isinstance(error, KeyError):
+                what = f"no {error}"
+            elif isinstance(error, json.JSONDecodeError):
                 what = f"it is not valid json ({error})"
-            label = f"line {number}" if isinstance(number, int) else number
+            label = number                      # of a line, or the name of a video
+            if isinstance(number, int):
+                label = f"line {number}"
             bad.append(f"\n  {label}: {what}")
     if bad:
         raise Mistake(f"{path} has {len(bad)} invalid entries; correct or remove them:"
@@ -223,10 +241,14 @@ def read_lines(path: pathlib.Path, lines, read) -> list[Sample]:
 
 def clean(samples: list[Sample]) -> tuple[list[Sample], Cleaned]:
     """Clamps moments to [0, duration] and drops those that are then empty. No other code does."""
-    kept, clamped = [], 0
+    kept = []
+    clamped = 0
     for sample in samples:
-        limit = math.inf if math.isnan(sample.duration_sec) else sample.duration_sec
-        start, end = max(0.0, min(sample.start_sec, limit)), max(0.0, min(sample.end_sec, limit))
+        limit = sample.duration_sec
+        if math.isnan(limit):                   # not known
+            limit = math.inf
+        start = max(0.0, min(sample.start_sec, limit))
+        end = max(0.0, min(sample.end_sec, limit))
         clamped += (start, end) != (sample.start_sec, sample.end_sec)
         if end > start:
             kept.append(sample._replace(start_sec=start, end_sec=end))
@@ -235,9 +257,12 @@ def clean(samples: list[Sample]) -> tuple[list[Sample], Cleaned]:
 
 def write_jsonl(path: pathlib.Path, samples: list[Sample]) -> None:
     """Samples as QVHighlights lines, atomically."""
-    lines = [json.dumps({"qid": i, "query": s.sentence, "vid": s.video, "duration": s.duration_sec,
-                         "relevant_windows": [[s.start_sec, s.end_sec]]}) + "\n"
-             for i, s in enumerate(samples)]
+    lines = []
+    for i, sample in enumerate(samples):
+        row = {"qid": i, "query": sample.sentence, "vid": sample.video,
+               "duration": sample.duration_sec,
+               "relevant_windows": [[sample.start_sec, sample.end_sec]]}
+        lines.append(json.dumps(row) + "\n")
     files.save(path, "".join(lines))
 
 
@@ -246,9 +271,14 @@ def parser_of(dataset: str, root: str | os.PathLike, model: str = "",
     """The parser of a dataset's sentences: its chunks.json (the shapes world has one), unless a
     `model` is named; else spaCy, whose chunks are cached there."""
     folder = pathlib.Path(root) / dataset
-    if not model and (folder / "chunks.json").exists():
-        return parse.Parser(mask=mask, known=read_dict(folder / "chunks.json"))
-    return parse.Parser(model or None, mask, cache=folder)
+    path = folder / "chunks.json"
+    if model or not path.exists():
+        return parse.Parser(model or None, mask, cache=folder)
+    try:
+        return parse.Parser(mask=mask, known=dict(json.loads(files.read_text(path))))
+    except (ValueError, TypeError) as error:
+        raise Mistake(f"{path} is damaged ({error}); remove its folder and build it "
+                      f"again") from error
 
 
 # ----------------------------------------------------------------------------------------- features
@@ -256,12 +286,16 @@ def parser_of(dataset: str, root: str | os.PathLike, model: str = "",
 def clip_file(name: str, root: str | os.PathLike) -> str:
     """What `clip.load` should load: the CLIP of the dataset with that name, else `name` itself."""
     own = pathlib.Path(root) / name / "clip.pt"
-    return str(own) if own.exists() else name
+    if own.exists():
+        return str(own)
+    return name
 
 
 def store_folder(dataset: str, clip_name: str, root: str | os.PathLike) -> pathlib.Path:
     """Features of a dataset by one CLIP. The compositional splits use the original's videos."""
-    name = pathlib.Path(clip_name).stem if clip_name.endswith((".pt", ".bin")) else clip_name
+    name = clip_name
+    if clip_name.endswith((".pt", ".bin")):     # a file: its name without the ending
+        name = pathlib.Path(clip_name).stem
     name = name.replace("/", "-").replace("@", "-")
     return pathlib.Path(root) / dataset.removesuffix("-cg") / "features" / name
 
@@ -273,11 +307,14 @@ def open_store(dataset: str, clip_name: str, root: str | os.PathLike,
     folder = store_folder(dataset, clip_name, root)
     if not list(folder.glob("manifest*.json")):
         others = ", ".join(path.name for path in sorted(folder.parent.glob("*")))
-        others = f" (only those by {others}; see --clip)" if others else ""
-        meant = files.did_you_mean(dataset, root, (*FILES, "shapes"))
-        own = "" if dataset in FILES else f" --annotations FILE (published: {', '.join(FILES)})"
-        how = "shapes.py" if dataset.startswith("shapes") else (
-            f"data.py {dataset.removesuffix('-cg')} --videos DIR --clip {clip_name}{own}")
+        if others:
+            others = f" (only those by {others}; see --clip)"
+        how = f"data.py {dataset.removesuffix('-cg')} --videos DIR --clip {clip_name}"
+        if dataset.startswith("shapes"):
+            how = "shapes.py"
+        elif dataset not in FILES:              # a dataset of the user's, or a misspelled one
+            how += f" --annotations FILE (published: {', '.join(FILES)})"
+        meant = files.did_you_mean(dataset, root, list(FILES) + ["shapes"])
         raise Mistake(f"there are no features in {folder}{others}; {meant}make them with: python "
                       f"{how}")
     store = FeatureStore(folder)
@@ -291,6 +328,19 @@ def patch_frames(frames: int, count: int) -> np.ndarray:
     """Which of T frames keep their patch features: the middles of `count` equal parts."""
     count = min(count, frames)
     return ((np.arange(count) + 0.5) * frames / count).astype(int)
+
+
+def read_manifest(path: pathlib.Path) -> dict:
+    """Mistake if it is not one."""
+    try:
+        content = json.loads(files.read_text(path))
+        content["videos"].items()               # each of these raises if it is not as expected
+        int(content["frames"])
+        int(content["width"])
+        return content
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Mistake(f"{path} is damaged ({reason(error)}); remove it and run data.py again, "
+                      f"which makes what is missing") from error
 
 
 class FeatureStore:
@@ -307,20 +357,17 @@ class FeatureStore:
     a store, and must agree with an existing one. `part` is "-r" in process r of several."""
 
     def __init__(self, folder: str | os.PathLike, made: dict | None = None, part: str = ""):
-        self.folder, self.part, self.saved = pathlib.Path(folder), part, time.monotonic()
+        self.folder = pathlib.Path(folder)
+        self.part = part
+        self.saved = time.monotonic()           # when the manifest was saved last
         parts = sorted(self.folder.glob("manifest*.json"))
         if not parts and made is None:
             raise Mistake(f"there are no features in {folder}")
-        self.manifest = {**(made or {}), "normalised": False, "videos": {}}
+        self.manifest = dict(made or {}, normalised=False, videos={})
         for path in parts:
-            try:
-                existing = json.loads(path.read_text())
-                existing["videos"].items(), int(existing["frames"]), int(existing["width"])
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise Mistake(f"{path} is damaged ({reason(error)}); remove it and run data.py "
-                              f"again, which makes what is missing") from error
+            existing = read_manifest(path)
             if made is None and not self.manifest["videos"]:
-                self.manifest = {**existing, "videos": {}}
+                self.manifest = dict(existing, videos={})
             if not existing["videos"]:                  # every video failed: nothing was made
                 continue
             for key, value in self.manifest.items():
@@ -366,9 +413,12 @@ class FeatureStore:
 
     def read(self, video: str, kind: str) -> np.ndarray:
         """`kind` is "frames" or "patches"; float16."""
-        path, made = self.path(video, kind), self.manifest
-        shape = (made["frames"], made["width"]) if kind == "frames" else tuple(
-            made.get(name) for name in ("patch_frames", "patch_width", "grid", "grid"))
+        path = self.path(video, kind)
+        made = self.manifest
+        shape = (made["frames"], made["width"])
+        if kind == "patches":
+            grid = made.get("grid")
+            shape = (made.get("patch_frames"), made.get("patch_width"), grid, grid)
         try:
             # not memory-mapped: that takes twice as long, and keeps a file descriptor
             x = np.asarray(np.load(path, allow_pickle=False))
@@ -400,8 +450,9 @@ class Batch(NamedTuple):
     index: Tensor                                       # [S] place among the dataset's samples
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(*(value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-                       for value in self))
+        moved = {name: value.to(device, non_blocking=True) for name, value
+                 in self._asdict().items() if isinstance(value, Tensor)}
+        return self._replace(**moved)
 
 
 class Videos(Dataset):
@@ -427,14 +478,22 @@ class Videos(Dataset):
         self.lost = sum(len(by_video[name]) for name in self.missing)   # sentences
         self.samples = [sample for name in self.videos for sample in by_video[name]]
         counts = [len(by_video[name]) for name in self.videos]
-        self.first = np.cumsum([0, *counts])  # sentences of video i: first[i]:first[i + 1]
-        self.store, self.num_clips, self.patches = store, num_clips, patches
+        self.first = np.cumsum([0] + counts)    # sentences of video i: first[i]:first[i + 1]
+        self.store = store
+        self.num_clips = num_clips
+        self.patches = patches
         sentences = [sample.sentence for sample in self.samples]
-        self.queries = (list(map(parser.halve, sentences)) if halve
-                        else parser.split_all(sentences))
-        columns = list(zip(*self.queries))                              # three of S strings
-        self.tokens = torch.stack([tokenize(list(column), truncate=True) for column in columns])
-        self.spoken = torch.tensor([list(map(parse.has_word, column)) for column in columns])
+        if halve:                               # suppl. Table 5
+            self.queries = [parser.halve(sentence) for sentence in sentences]
+        else:
+            self.queries = parser.split_all(sentences)
+        tokens = []                             # of Q, Q^s, Q^d: [S, 77] each
+        spoken = []                             # [S] each
+        for column in zip(*self.queries):                               # three of S strings
+            tokens.append(tokenize(list(column), truncate=True))
+            spoken.append([parse.has_word(query) for query in column])
+        self.tokens = torch.stack(tokens)                               # [3, S, 77]
+        self.spoken = torch.tensor(spoken)                              # [3, S]
         self.moments_sec = torch.tensor([[s.start_sec, s.end_sec] for s in self.samples])
         self.durations_sec = torch.tensor([sample.duration_sec for sample in self.samples])
 
@@ -451,8 +510,11 @@ class Videos(Dataset):
 
     def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor | None] | VideoError:
         try:
-            return i, self.features(i, "frames"), self.features(i, "patches") if self.patches \
-                else None
+            frames = self.features(i, "frames")                         # [T, D]
+            patches = None
+            if self.patches:
+                patches = self.features(i, "patches")                   # [T', D', H, W]
+            return i, frames, patches
         except VideoError as error:     # a value, because torch rewrites a worker's exception
             return error
 
@@ -461,10 +523,14 @@ class Videos(Dataset):
         for item in some:
             if isinstance(item, VideoError):
                 return item
-        sentences = [range(self.first[i], self.first[i + 1]) for i, _, _ in items]
-        index = torch.tensor([s for own in sentences for s in own], dtype=torch.long)
-        video_of = torch.tensor([b for b, own in enumerate(sentences) for _ in own],
-                                dtype=torch.long)                       # [S]
+        index = []                              # of each sentence among all
+        video_of = []                           # of each sentence among the videos of this batch
+        for b, (i, _, _) in enumerate(items):
+            own = range(self.first[i], self.first[i + 1])
+            index += own
+            video_of += [b] * len(own)
+        index = torch.tensor(index, dtype=torch.long)                   # [S]
+        video_of = torch.tensor(video_of, dtype=torch.long)             # [S]
         frames = torch.stack([frames for _, frames, _ in some])[:len(items)]
         patches = None
         if self.patches:
@@ -482,7 +548,7 @@ class Videos(Dataset):
 def training_videos(config, store: FeatureStore, tokenize) -> tuple[dict[str, Videos], str]:
     """The videos of `training_samples` for a train.Config, and the name of the parser.
     `tokenize` as of the text tower."""
-    parser = parser_of(config.dataset, config.root, config.parser, config.mask)
+    parser = parser_of(config.dataset, config.root, mask=config.mask)
     print(f"parser: {parser.name}")
     samples = training_samples(config.dataset, config.select_on, config.limit_videos, config.root)
     videos = {}
@@ -498,4 +564,5 @@ def training_videos(config, store: FeatureStore, tokenize) -> tuple[dict[str, Vi
 
 
 if __name__ == "__main__":
-    runpy.run_module("extras.prepare", run_name="__main__", alter_sys=True)
+    from extras import prepare
+    prepare.main()

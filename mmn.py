@@ -16,7 +16,6 @@ CLIP's joint space, C width of the convolutions, J joint space of the two heads.
 the moment [i, j+1) * duration / N.
 """
 import functools
-import pkgutil
 
 import torch
 import torch.nn.functional as F
@@ -25,21 +24,16 @@ from torch import Tensor, nn
 SCORE_SCALE = 10.0      # of the IoU head: score = sigmoid(10 cos) (MMN's published code)
 TAU = 0.1               # temperature of Eq. 8 (MMN's published settings, both datasets)
 
-# f^g by name: a MomentMap with MMN's arguments, `add_convolutions`, `outputs`, `losses`, `scores`
-RETRIEVERS = {"mmn": "mmn.MMN", "2d-tan": "extras.tan.TAN"}
-
-
-def retriever_class(name: str) -> type[nn.Module]:
-    return pkgutil.resolve_name(RETRIEVERS[name])
-
 
 # ------------------------------------------------------------------------------ intervals and cells
 
 def interval_iou(a: Tensor, b: Tensor) -> Tensor:
     """IoU of intervals [..., 2] (start, end), broadcast against each other. 0 if both are empty."""
-    (a_start, a_end), (b_start, b_end) = a.unbind(-1), b.unbind(-1)
+    a_start, a_end = a.unbind(-1)
+    b_start, b_end = b.unbind(-1)
     overlap = (torch.minimum(a_end, b_end) - torch.maximum(a_start, b_start)).clamp(min=0)
     union = (a_end - a_start) + (b_end - b_start) - overlap
+    # subtle: clamped, because both intervals may be empty, and 0 / 0 is NaN
     return overlap / union.clamp(min=1e-9)
 
 
@@ -51,7 +45,9 @@ def iou_map(moments_sec: Tensor, durations_sec: Tensor, num_clips: int) -> Tenso
     returns        [S, N, N] in [0, 1]; 0 below the diagonal
     """
     clip = torch.arange(num_clips, device=moments_sec.device)
-    cells = torch.stack(torch.broadcast_tensors(clip[:, None], clip[None, :] + 1), -1)  # [N, N, 2]
+    first = clip[:, None].expand(num_clips, num_clips)                  # i of cell (i, j)
+    last = clip[None, :].expand(num_clips, num_clips)                   # j
+    cells = torch.stack([first, last + 1], -1)                          # [N, N, 2] clips
     cells = cells * (durations_sec / num_clips)[:, None, None, None]    # [S, N, N, 2]
     return interval_iou(cells, moments_sec[:, None, None, :]).triu()
 
@@ -62,7 +58,9 @@ def sparse_cells(num_clips: int, pool_counts: tuple[int, ...]) -> list[tuple[Ten
     The main diagonal holds the single clips. Level l = 0, 1, ... then adds pool_counts[l] diagonals
     that are 2^l apart, on each of them every 2^l-th cell: long moments are sampled coarsely."""
     # DEVIATION: MMN's sparse candidates; the paper enumerates all pairs of frames
-    diagonals, offset = [(torch.arange(num_clips), torch.arange(num_clips))], 0
+    clips = torch.arange(num_clips)
+    diagonals = [(clips, clips)]
+    offset = 0                                  # of the diagonal: clips in a moment, minus one
     for level, count in enumerate(pool_counts):
         for _ in range(count):
             offset += 2 ** level
@@ -84,24 +82,24 @@ class Convolution(nn.Module):
     def __init__(self, candidates: Tensor, kernel: int, layers: int):
         super().__init__()
         self.padding = [(kernel - 1) * layers // 2] + [0] * (layers - 1)
-        valid, window = candidates[None, None].float(), torch.ones(1, 1, kernel, kernel)
+        valid = candidates[None, None].float()                          # [1, 1, N, N]
+        window = torch.ones(1, 1, kernel, kernel)
         for i in range(layers):
             count = F.conv2d(valid, window, padding=self.padding[i])
             valid = (count > 0).float()
             self.register_buffer(f"weight{i}", valid / count.clamp(min=1), persistent=False)
 
-    def forward(self, x: Tensor, convs: nn.ModuleList, norms: nn.ModuleList | None) -> Tensor:
-        """[B, D, N, N] -> [B, C, N, N]; norms None: no BatchNorm."""
+    def forward(self, x: Tensor, convs: nn.ModuleList, norms: nn.ModuleList) -> Tensor:
+        """[B, D, N, N] -> [B, C, N, N]."""
         for i, conv in enumerate(convs):
             x = F.conv2d(x, conv.weight, conv.bias, padding=self.padding[i])
-            if norms is not None:
-                x = norms[i](x)
+            x = norms[i](x)
             x = F.relu(x) * self.get_buffer(f"weight{i}")
         return x
 
 
 class MomentMap(nn.Module):
-    """The 2D map: its candidate moments, and their features. MMN and 2D-TAN are built on it.
+    """The 2D map: its candidate moments, and their features before any convolution.
 
     num_clips    N; pool_kernel and pool_stride average T frames to N clips
     pool_counts  diagonals per level of the sparse map, see `sparse_cells`
@@ -112,20 +110,19 @@ class MomentMap(nn.Module):
                  pool_counts: tuple[int, ...], width: int = 0, features: int = 0):
         super().__init__()
         self.frame_fc = nn.Linear(features, width) if features else None
-        self.num_clips, self.pool_kernel, self.pool_stride = num_clips, pool_kernel, pool_stride
+        self.num_clips = num_clips
+        self.pool_kernel = pool_kernel
+        self.pool_stride = pool_stride
         self.pool_counts = tuple(pool_counts)
-        starts, ends = (torch.cat(side) for side in zip(*sparse_cells(num_clips, self.pool_counts)))
+        diagonals = sparse_cells(num_clips, self.pool_counts)
+        starts = torch.cat([start for start, _ in diagonals])           # [P] clips
+        ends = torch.cat([end for _, end in diagonals])
+        # buffers move with the model to its device; checkpoints need not hold constants
         self.register_buffer("cells", starts * num_clips + ends,
-                             persistent=False)                  # [P], index into N*N
+                             persistent=False)                          # [P], index into N*N
         candidates = torch.zeros(num_clips, num_clips, dtype=torch.bool)
         candidates[starts, ends] = True
         self.register_buffer("candidates", candidates, persistent=False)  # [N, N], True = a moment
-
-    def add_convolutions(self, width: int, hidden: int, kernel: int, layers: int) -> None:
-        """The weights `convs`, and `convolution`, which applies them."""
-        self.convs = nn.ModuleList(nn.Conv2d(width if i == 0 else hidden, hidden, kernel)
-                                   for i in range(layers))
-        self.convolution = Convolution(self.candidates, kernel, layers)
 
     def project(self, frames: Tensor) -> Tensor:
         """Frames as the map takes them: [B, T, features] -> [B, T, D]; CLIP's as they are."""
@@ -142,14 +139,17 @@ class MomentMap(nn.Module):
         diagonals = [x]
         for level, count in enumerate(self.pool_counts):
             for step in range(count):
-                # each diagonal is 2^level clips longer; a new level first drops every other moment
-                x = F.max_pool1d(x, 3, 2) if level and step == 0 else F.max_pool1d(x, 2, 1)
-                diagonals.append(x)
+                if level and step == 0:         # a new level: drop every other moment
+                    x = F.max_pool1d(x, 3, 2)
+                else:                           # one step further out: 2^level clips longer
+                    x = F.max_pool1d(x, 2, 1)
+                diagonals.append(x)             # [B, D, moments on this diagonal]
         return self.to_map(torch.cat(diagonals, 2))                     # [B, D, N, N]
 
     def to_map(self, values: Tensor) -> Tensor:
         """Values of the candidates [..., P] -> [..., N, N], 0 elsewhere."""
-        grid = values.new_zeros(*values.shape[:-1], self.num_clips ** 2)
+        N = self.num_clips
+        grid = values.new_zeros(values.shape[:-1] + (N * N,))           # [..., N * N]
         return grid.index_copy(-1, self.cells, values).unflatten(-1, (self.num_clips, -1))
 
     def at_candidates(self, grid: Tensor) -> Tensor:
@@ -169,7 +169,9 @@ class MMN(MomentMap):
                  pool_counts: tuple[int, ...], kernel: int, layers: int, hidden: int, joint: int,
                  features: int = 0):
         super().__init__(num_clips, pool_kernel, pool_stride, pool_counts, width, features)
-        self.add_convolutions(width, hidden, kernel, layers)
+        inputs = [width] + [hidden] * (layers - 1)
+        self.convs = nn.ModuleList(nn.Conv2d(channels, hidden, kernel) for channels in inputs)
+        self.convolution = Convolution(self.candidates, kernel, layers)     # applies them
         self.norms = nn.ModuleList(nn.BatchNorm2d(hidden) for _ in range(layers))
         self.iou_moment = nn.Conv2d(hidden, joint, 1)
         self.contrastive_moment = nn.Conv2d(hidden, joint, 1)
@@ -194,31 +196,15 @@ class MMN(MomentMap):
         """frames [B, T, D], text [S, D], video_of [S] -> (iou_scores [S, N, N] in (0, 1),
         contrastive_scores [S, N, N] in [-1, 1]): each sentence against the moments of its own
         video; 0 where there is no candidate."""
-        iou_moments, contrastive_moments, iou_text, contrastive_text = self.outputs(frames, text,
-                                                                                    video_of)
+        iou_moments, contrastive_moments = self.moments(frames)         # [B, J, P] each
+        iou_text, contrastive_text = self.sentences(text)               # [S, J] each
         return (self.to_map(overlap_scores(iou_moments, iou_text, video_of)),
                 self.to_map(cosine_scores(contrastive_moments, contrastive_text, video_of)))
 
-    # what every retriever offers to training, evaluation and retrieval
-
     def scores(self, frames: Tensor, text: Tensor, video_of: Tensor) -> Tensor:
         """Eq. (10), first line: what ranks the moments, [S, N, N]. Arguments as in `forward`."""
-        return fuse(*self(frames, text, video_of))
-
-    def outputs(self, frames: Tensor, text: Tensor, video_of: Tensor) -> tuple[Tensor, ...]:
-        """The input of `losses`, a row for each video or sentence, so that the rows of several
-        processes can be concatenated. Arguments as in `forward`."""
-        return *self.moments(frames), *self.sentences(text)
-
-    def losses(self, outputs: tuple[Tensor, ...], iou: Tensor, video_of: Tensor,
-               moments_sec: Tensor, config) -> dict[str, Tensor]:
-        """Eq. (7) and Eq. (8), means over the sentences. outputs: from `outputs`; iou [S, P] of
-        the candidates; config: train.Config, of which `margin` is read."""
-        iou_moments, contrastive_moments, iou_text, contrastive_text = outputs
-        scores = overlap_scores(iou_moments, iou_text, video_of)
-        return {"L_iou": iou_loss(scores, iou).mean(),
-                "L_cl": contrastive_loss(contrastive_moments, contrastive_text, iou, video_of,
-                                         moments_sec, TAU, config.margin).mean()}
+        iou_scores, contrastive_scores = self(frames, text, video_of)
+        return fuse(iou_scores, contrastive_scores)
 
 
 # ------------------------------------------------------------------------------------ the equations
@@ -279,7 +265,8 @@ def contrastive_loss(moments: Tensor, text: Tensor, iou: Tensor, video_of: Tenso
     returns      [S] nats
     """
     S, P = iou.shape
-    sentence, positive = torch.arange(S, device=iou.device), iou.argmax(1)      # [S]
+    sentence = torch.arange(S, device=iou.device)
+    positive = iou.argmax(1)                                            # [S] m of each sentence
 
     # p^m: the sentence among moments
     similarity = torch.einsum("sj,bjp->sbp", text, moments)             # [S, B, P]
@@ -348,6 +335,7 @@ def decode(scores: Tensor, durations_sec: Tensor, top_k: int = 1, nms: float = 0
     S, N = scores.shape[:2]
     if candidates is None:
         candidates = torch.ones(N, N, dtype=torch.bool, device=scores.device).triu()
+    # -inf, not 0: a candidate may score exactly 0 and still be the best
     left = scores.masked_fill(~candidates, float("-inf"))               # [S, N, N]
     result = scores.new_zeros(S, top_k, 3)
     for k in range(top_k):

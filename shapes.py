@@ -26,7 +26,7 @@ same weights, the small CLIP of world 0 is shipped (assets/small-clip.pt).
 Lengths are in pixels of a 32 x 32 frame with y downwards. Times in a script are in frame lengths,
 of which a video has 32; those that end in `_sec`, and those of `seconds`, are in seconds.
 """
-import support  # first, for a Ctrl-C while torch is imported
+from support.generated import Event, read_events
 import fractions
 import json
 import math
@@ -45,6 +45,7 @@ from tqdm import trange
 
 import clip
 import data
+import mmn
 import video
 from support import files, options, progress
 from support.errors import Mistake, reported
@@ -364,6 +365,26 @@ def samples_of(name: str, split: str, plan: dict) -> list[data.Sample]:
 
 def seconds(frame_lengths: int, plan: dict) -> float:
     return round(frame_lengths * plan["frame_sec"], 3)
+
+
+def event_accuracy(predicted: Tensor, samples: list[data.Sample],
+                   events: dict[str, list[Event]]) -> dict[str, float]:
+    """Noun and verb accuracy, percent: does the event with the highest IoU with the first answer
+    have the named actor, and the named verb? Chance is 50 each in the shapes world.
+    predicted [S, K, 2]."""
+    noun = verb = 0
+    for sample, answer in zip(samples, predicted[:, 0]):
+        own = events[sample.video]
+        spans = torch.tensor([[float(e.start_sec), float(e.end_sec)] for e in own])
+        label = torch.tensor([sample.start_sec, sample.end_sec])
+        named = own[int(mmn.interval_iou(spans, label).argmax())]
+        overlap = mmn.interval_iou(spans, answer)
+        if not overlap.any():                           # between two events: the nearer one
+            overlap = -(spans.mean(1) - answer.mean()).abs()
+        chosen = own[int(overlap.argmax())]
+        noun += chosen.noun == named.noun
+        verb += chosen.verb == named.verb
+    return {"noun accuracy": 100 * noun / len(samples), "verb accuracy": 100 * verb / len(samples)}
 
 
 # -------------------------------------------------------------------------------------- the dataset

@@ -16,8 +16,8 @@ what changes in the video) and departs from the paper as follows:
     L^sd (Eq. 3-5)                    left out                           it starts minimised
     masked words are dropped          replaced by "something"            the rest keeps its place
 
-The labelled moments are those that MMN is trained with anyway. Controls: `shuffled`, `rotated` and
-`random` targets; the last has never seen a video.
+The labelled moments are those that MMN is trained with anyway. The control is the target `random`,
+which has never seen a video.
 
 Shapes: S sentences, T frames, D width of CLIP's joint space.
 """
@@ -32,8 +32,9 @@ import inject
 from support import parallel, progress
 from support.errors import Mistake
 
-TARGETS = ("change", "mean", "whole", "shuffled", "rotated", "random")
-LR, BATCH = 1e-3, 64                # of stage 1; BATCH sentences
+TARGETS = ("change", "whole", "random")
+LR = 1e-3                           # of stage 1
+BATCH = 64                          # sentences
 QUERIES = {"full": 0, "none": None, "static": 1, "half": 1, "dynamic": 2}   # rows of Videos.tokens
 
 
@@ -48,7 +49,7 @@ def temporal_change(static: Tensor | None, frames: Tensor, moments_sec: Tensor,
     static         [S, D] x^qs of the original text tower; None: all frames have the same weight
     frames         [S, T, D] frames of each sentence's video, T equal parts of its duration
     moments_sec    [S, 2]; durations_sec [S]
-    target         "change"; or for comparison "mean" of the moment, "whole": mean of the video
+    target         "change"; or for comparison "whole", the attended mean of the whole video
     returns        [S, D], without gradient
     """
     # DEVIATION: attention without parameters, which cannot collapse, replaces TransDecoder
@@ -56,7 +57,8 @@ def temporal_change(static: Tensor | None, frames: Tensor, moments_sec: Tensor,
     T = frames.shape[1]
     centre = (torch.arange(T, device=frames.device) + 0.5) / T          # [T] share of the video
     centre = centre * durations_sec[:, None]                            # [S, T] seconds
-    start, end = moments_sec[:, :1], moments_sec[:, 1:]
+    start = moments_sec[:, :1]                                          # [S, 1]
+    end = moments_sec[:, 1:]                                            # [S, 1]
     middle = (start + end) / 2
     attention = torch.zeros_like(centre)                                # [S, T]
     if static is not None:
@@ -70,8 +72,6 @@ def temporal_change(static: Tensor | None, frames: Tensor, moments_sec: Tensor,
         weight = attention.masked_fill(~inside, float("-inf")).softmax(1)       # [S, T]
         return torch.einsum("st,std->sd", weight, frames)               # [S, D]
 
-    if target == "mean":
-        return weighted(start, end).detach()
     if target == "whole":
         return weighted(torch.zeros_like(start), durations_sec[:, None]).detach()
     return (weighted(middle, end) - weighted(start, middle)).detach()
@@ -83,18 +83,12 @@ def stage_targets(text: clip.TextTower, videos: data.Videos, config,
     """The target of each sentence's x^qd in stage 1, [S, D], and the indices of the sentences that
     have both a static and a dynamic query, [S'].
 
-    `temporal_change` (or a control), standardised over those sentences: minus its mean, divided by
+    `temporal_change` (or the control), standardised over those sentences: minus its mean, divided by
     its root mean square."""
-    row = QUERIES[config.context_query]
-    static = torch.cat([text.encode_text(part.to(device))               # x^qs of the original tower
-                        for part in videos.tokens[row or 0].split(1024)])
-    static, target = F.normalize(static, dim=1), []                     # [S, D]
-    for batch in videos.batches(64, device=device):
-        batch = batch.to(device)
-        asking = None if row is None else static[batch.index]
-        target.append(temporal_change(asking, batch.frames[batch.video_of], batch.moments_sec,
-                                      batch.durations_sec, config.stage_target))
-    target = control(torch.cat(target), videos, config)                 # [S, D]
+    if config.stage_target == "random":
+        target = random_codes(videos, config.seed).to(device)           # [S, D]
+    else:
+        target = video_targets(text, videos, config, device)            # [S, D]
     into = QUERIES[config.inject_into]
     usable = (videos.spoken[1] & videos.spoken[into]).nonzero()[:, 0]
     if len(usable) < 2:
@@ -105,21 +99,32 @@ def stage_targets(text: clip.TextTower, videos: data.Videos, config,
     return target / target[usable].square().mean().sqrt().clamp(min=1e-6), usable
 
 
-def control(target: Tensor, videos: data.Videos, config) -> Tensor:
-    """The controls, which take away one thing each; any other target is returned as it is."""
-    generator = torch.Generator().manual_seed(config.seed)
-    S, D = target.shape
-    if config.stage_target == "random":         # no video at all: a random code per dynamic query
-        dynamic = dict.fromkeys(query.dynamic for query in videos.queries)
-        codes = {query: i for i, query in enumerate(dynamic)}
-        table = torch.randn(len(codes), D, generator=generator)
-        return table[[codes[query.dynamic] for query in videos.queries]].to(target.device)
-    if config.stage_target == "shuffled":       # another sentence's video
-        return target[torch.randperm(S, generator=generator)]
-    if config.stage_target == "rotated":        # no alignment with CLIP's axes
-        rotation = torch.linalg.qr(torch.randn(D, D, generator=generator)).Q
-        return target @ rotation.to(target.device)
-    return target
+def video_targets(text: clip.TextTower, videos: data.Videos, config,
+                  device: torch.device) -> Tensor:
+    """`temporal_change` for every sentence, [S, D]."""
+    row = QUERIES[config.context_query]
+    tokens = videos.tokens[row or 0]                                    # [S, 77]
+    static = torch.cat([text.encode_text(part.to(device))               # x^qs of the original tower
+                        for part in tokens.split(1024)])
+    static = F.normalize(static, dim=1)                                 # [S, D]
+    targets = []
+    for batch in videos.batches(64, device=device):
+        batch = batch.to(device)
+        asking = None if row is None else static[batch.index]
+        targets.append(temporal_change(asking, batch.frames[batch.video_of], batch.moments_sec,
+                                       batch.durations_sec, config.stage_target))
+    return torch.cat(targets)
+
+
+def random_codes(videos: data.Videos, seed: int) -> Tensor:
+    """The control, which uses no video at all: a random code for each dynamic query, [S, D]."""
+    generator = torch.Generator().manual_seed(seed)
+    number_of = {}                              # dynamic query -> its number, in order of appearance
+    for query in videos.queries:
+        number_of.setdefault(query.dynamic, len(number_of))
+    width = videos.store.manifest["width"]                              # D
+    codes = torch.randn(len(number_of), width, generator=generator)
+    return codes[[number_of[query.dynamic] for query in videos.queries]]
 
 
 @torch.no_grad()
@@ -137,8 +142,8 @@ def query_cosine(text: clip.TextTower, videos: data.Videos, device: torch.device
     return inject.pairwise_cosine(x)[pairs].mean().item()
 
 
-def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config, device: torch.device,
-                     run: progress.Run) -> list[dict]:
+def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config,
+                     device: torch.device) -> list[dict]:
     """Algorithm 1, line "Adapts the textual encoder f^q", as a stage of its own. Returns its log.
 
     Eq. (2) with another target: || f^q(Q^d) - target ||^2, see `stage_targets`."""
@@ -156,11 +161,12 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config, device: 
                                   fused=True)
     generator = torch.Generator().manual_seed(config.seed)
     log = []
-    for step in (bar := tqdm(range(config.stage_steps), desc="stage 1: text tower",
-                             disable=not run.is_first or None)):
+    bar = tqdm(range(config.stage_steps), desc="stage 1: text tower",
+               disable=parallel.rank() > 0 or None)
+    for step in bar:
         warm_up = (step + 1) / 20
-        optimiser.param_groups[0]["lr"] = LR * min(warm_up,
-                                                   progress.cosine(step / config.stage_steps))
+        decay = progress.cosine(step / config.stage_steps)
+        optimiser.param_groups[0]["lr"] = LR * min(warm_up, decay)
         chosen = usable[torch.randint(len(usable), (BATCH,), generator=generator)]
         # DEVIATION: x^qd as it is, without FC: nothing stands between the target and the tower
         tokens = videos.tokens[into, parallel.share(chosen)].to(device)
@@ -180,9 +186,8 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config, device: 
                         "var target": inject.batch_variance(target[chosen]).item(),
                         "cos x^qd": query_cosine(text, videos, device)})
             bar.set_postfix(L_vc=f"{loss.item():.2f}")
-        run.stop_if_asked("stopped in stage 1, of which nothing is kept; --resume starts it again",
-                          save=False)
-    first, last = log[0], log[-1]
+    first = log[0]
+    last = log[-1]
     print(f"stage 1, {config.stage_steps} steps: |x^qd - target|^2 {first['L_vc']:.4g} -> "
           f"{last['L_vc']:.4g}, cos x^qd {first['cos x^qd']:.4g} -> {last['cos x^qd']:.4g}")
     return log

@@ -12,11 +12,10 @@ Methods: `mmn` is the retriever alone; `vdi` adds Eq. 1-5 as printed, all in one
 A run is a folder: ckpt.pt (the best epoch on the validation split, all that evaluate.py needs),
 last.pt (for --resume), log.jsonl, results.json. support/progress.py resumes, logs and saves.
 """
-import support  # first, for a Ctrl-C while torch is imported
-import contextlib
 import dataclasses
 import json
 import pathlib
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +33,8 @@ from support.errors import Mistake, reported
 from support.options import option
 
 METHODS = ("mmn", "vdi", "vdi-staged")
-MMN, VDI, STAGED = "retriever mmn", "method vdi", "method vdi-staged"      # who reads an option
+VDI = "method vdi"                          # the methods that read an option
+STAGED = "method vdi-staged"
 INJECTION = "method vdi, vdi-staged"
 
 
@@ -47,15 +47,14 @@ class Config:
     out: str = option("", "folder of the run (empty: runs/<dataset>-<method>)")
     seed: int = option(0, "of weights, data order and targets")
     root: str = option("data", "folder of datasets")
-    clip: str = option("ViT-B/32", "of the features: CLIP's name or file, a dataset, a --backbone")
-    text_clip: str = option("", "text tower, if another: a CLIP, DistilBERT; shuffled: permuted")
-    parser: str = option("", "spaCy pipeline (empty: en_core_web_sm; shapes needs none)")
+    clip: str = option("ViT-B/32", "which features to use: a CLIP (name or file), a dataset's own "
+                       "CLIP, or a --backbone")
+    text_clip: str = option("", "another text tower: a CLIP, DistilBERT, or shuffled (permuted)")
     mask: str = option("", "word for masked words (empty: dropped; vdi-staged: something)")
-    limit_videos: int = option(0, "train on the first so many videos only (0: all)", least=0)
+    limit_videos: int = option(0, "train on the first N videos only (0 = all)", least=0)
     select_on: str = option("val", "split that selects the epoch ('test' is common practice)")
     workers: int = option(0, "processes that read features", least=0)
     # the retriever (MMN's published settings)
-    retriever: str = option("mmn", "f^g", tuple(mmn.RETRIEVERS))
     num_clips: int = option(16, "N, side of the 2D map", least=1)
     frames: int = option(32, "T, features per video; T / N are averaged to a clip", least=1)
     pool_counts: tuple[int, ...] = option((15,), "diagonals per level, each level twice as coarse")
@@ -64,9 +63,9 @@ class Config:
     hidden: int = option(512, "their width", least=1)
     joint: int = option(256, "J, width of the joint space", least=1)
     # the losses, Eq. 11; lambda_vc and lambda_sd: Sec. 4.1.3
-    lambda_cl: float = option(0.05, "weight of Eq. 8", only=MMN)
-    margin: float = option(0.4, "margin on the positive of Eq. 8", only=MMN)
-    cl_decay_epoch: int = option(7, "epochs until lambda_cl drops to a hundredth", only=MMN)
+    lambda_cl: float = option(0.05, "weight of Eq. 8")
+    margin: float = option(0.4, "margin on the positive of Eq. 8")
+    cl_decay_epoch: int = option(7, "epochs until lambda_cl drops to a hundredth")
     lambda_vc: float = option(0.5, "weight of Eq. 2", only=VDI)
     lambda_sd: float = option(0.01, "weight of Eq. 5", only=VDI)
     # what the paper's tables compare; the defaults are the paper's method
@@ -85,7 +84,6 @@ class Config:
     epochs: int = option(18, "passes over the training videos", least=1)
     milestones: tuple[int, ...] = option((8, 13), "epochs that cut lr to a tenth; none: cosine")
     patience: int = option(5, "epochs without a better validation result before the run stops")
-    bf16: bool = option(False, "bfloat16 autocast in f^q and f^g; weights and losses stay float32")
     stage_steps: int = option(800, "steps of stage 1", least=1, only=STAGED)
     stage_target: str = option("change", "target (staged.py)", staged.TARGETS, only=STAGED)
 
@@ -102,12 +100,12 @@ class Config:
 
     @property
     def folder(self) -> pathlib.Path:
-        suffix = "" if self.retriever == "mmn" else f"-{self.retriever}"
-        return pathlib.Path(self.out or f"runs/{self.dataset}-{self.method}{suffix}")
+        return pathlib.Path(self.out or f"runs/{self.dataset}-{self.method}")
 
 
-LAMBDA_IOU, CLIP_NORM = 1.0, 5.0            # weight of Eq. 7; largest norm of the gradient (MMN)
-ADAMW = dict(betas=(0.9, 0.99), weight_decay=1e-5, fused=True)      # MMN's published settings
+LAMBDA_IOU = 1.0                            # weight of Eq. 7 (MMN's published settings)
+CLIP_NORM = 5.0                             # largest norm of the gradient (the same)
+ADAMW = dict(betas=(0.9, 0.99), weight_decay=1e-5, fused=True)          # (the same)
 
 PRESETS = {
     # python train.py --dataset charades --device cuda     the paper's run
@@ -119,27 +117,23 @@ PRESETS = {
     "shapes": dict(method="vdi-staged", kernel=3, layers=2, hidden=192, joint=128, lambda_cl=0.5,
                    lr=3e-3, text_lr=0.3, text_from_epoch=0, batch=16, epochs=30, milestones=(),
                    cl_decay_epoch=1000, patience=1000, limit_videos=400),
-    # python train.py --retriever 2d-tan     without BatchNorm it learns slower; widths as published
-    "shapes 2d-tan": dict(lr=1e-3, epochs=60),
-    "charades 2d-tan": dict(joint=512),
-    "activitynet 2d-tan": dict(joint=512, lr=1e-4),
 }
 
 
-def preset(dataset: str, retriever: str = "mmn") -> dict:
+def preset(dataset: str) -> dict:
     """The fields that differ from the defaults; for your own datasets those of the shapes world."""
-    family, own = dataset.removesuffix("-cg"), {}
-    if dataset.startswith("shapes"):
-        family, own = "shapes", {"clip": dataset}
-    elif family not in PRESETS:
-        family, own = "shapes", {"limit_videos": 0}
-    return {**PRESETS[family], **own, **PRESETS.get(f"{family} {retriever}", {})}
+    family = dataset.removesuffix("-cg")
+    if dataset.startswith("shapes"):            # every shapes world has a CLIP of its own
+        return PRESETS["shapes"] | {"clip": dataset}
+    if family in PRESETS:
+        return PRESETS[family]
+    return PRESETS["shapes"] | {"limit_videos": 0}
 
 
 def configure(**given) -> Config:
-    """The given fields; else the preset of the dataset and the retriever; else the defaults."""
+    """The given fields; else the preset of the dataset; else the defaults."""
     given.setdefault("dataset", "shapes")
-    fields = preset(given["dataset"], given.get("retriever", "mmn")) | given
+    fields = preset(given["dataset"]) | given
     if fields.get("method") == "vdi-staged":    # the other methods drop masked words
         fields.setdefault("mask", "something")
     return Config(**fields)
@@ -153,68 +147,111 @@ class Model(nn.Module):
 
     def __init__(self, config: Config, text: clip.TextTower, made: dict):
         super().__init__()
-        pool, width = config.frames // config.num_clips, text.output
+        width = text.output                                             # D
+        pool = config.frames // config.num_clips                        # frames per clip
         self.sizes = dict(width=width, num_clips=config.num_clips, pool_kernel=pool,
                           pool_stride=pool, pool_counts=config.pool_counts, kernel=config.kernel,
                           layers=config.layers, hidden=config.hidden, joint=config.joint)
         if not made["resolution"] or made["width"] != width:    # resolution 0: another network
             self.sizes["features"] = made["width"]
-        retriever = mmn.retriever_class(config.retriever)(**self.sizes)
-        self.text, self.retriever = text, cropped.speed_up(retriever)   # f^q, f^g
-        self.context = self.dynamic = None
+        self.text = text                                                # f^q
+        self.retriever = cropped.speed_up(mmn.MMN(**self.sizes))        # f^g
+        self.context = None                                             # Eq. 1, 2
+        self.dynamic = None                                             # Eq. 3-5
         if config.method == "vdi":
             # UNSPECIFIED: the number of heads; 64 wide as in CLIP, but at least 4
             heads = max(4, width // 64)
             self.context = inject.VisualContext(width, heads)
             if config.lambda_sd and made["patch_frames"]:   # without patches data.Videos complains
-                size = made["patch_width"], made["grid"], made["patch_frames"]
-                self.dynamic = inject.SpatialDynamic(width, *size, heads, config.sequence == "lstm")
+                self.dynamic = inject.SpatialDynamic(
+                    width, made["patch_width"], made["grid"], made["patch_frames"], heads,
+                    lstm=config.sequence == "lstm")
 
 
-def terms(model: Model, batch: data.Batch,
-          config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+class Queries(NamedTuple):
+    """The sentences of a batch as features, in the roles that the paper's tables vary."""
+    full: Tensor                # [S, D] x^q, by which MMN retrieves
+    asking: Tensor | None       # [S, D] x^qs, which attends to the frames; None: a learned probe
+    adapted: Tensor | None      # [S, D] x^qd, into which is injected; None without injection
+    has_adapted: Tensor | None  # [S] bool, True = the adapted query has a word
+    has_both: Tensor | None     # [S] bool, True = the static query has one, too
+
+
+def encode_queries(model: Model, batch: data.Batch, config: Config) -> Queries:
+    """x = f^q(Q), L2-normalised, for all sentences of this process's share of the batch."""
+    injects = model.context is not None
+    tokens = batch.tokens if injects else batch.tokens[:1]              # [3 or 1, S, 77]
+    x = F.normalize(model.text.encode_text(tokens.flatten(0, 1)), dim=1)
+    x = x.unflatten(0, (len(tokens), -1))                               # [3 or 1, S, D]
+    if not injects:
+        return Queries(x[0], None, None, None, None)
+    row = staged.QUERIES[config.context_query]          # Table 3; Q^h is in the place of Q^s
+    asking = None if row is None else x[row]
+    row = staged.QUERIES[config.inject_into]            # suppl. Table 4
+    # UNSPECIFIED: what an empty query means; it has no term in Eq. 2, nor in Eq. 5
+    has_adapted = batch.spoken[row]                                     # [S]
+    return Queries(x[0], asking, x[row], has_adapted, batch.spoken[1] & has_adapted)
+
+
+def terms(model: Model, batch: data.Batch, config: Config) -> dict[str, Tensor]:
     """The terms of Eq. (11), each a mean over the batch, under the names of their equations; and
     the variances of both sides of Eq. (2) and Eq. (5), which show whether they have collapsed.
-    `batch` is this process's share; the losses are those of all processes' shares together."""
-    S = len(batch.video_of)
-    queries = batch.tokens if model.context is not None else batch.tokens[:1]
-    with torch.autocast(batch.frames.device.type, torch.bfloat16, enabled=config.bf16):
-        x = F.normalize(model.text.encode_text(queries.flatten(0, 1)), dim=1)   # [S or 3 S, D]
-        outputs = model.retriever.outputs(batch.frames, x[:S], batch.video_of)
-    before = sum(parallel.everyone(len(batch.videos))[:parallel.rank()])    # videos before mine
-    video_of = parallel.gather(batch.video_of + before)                 # [S]
-    iou = model.retriever.at_candidates(batch.iou)                      # [S, P]
-    losses = model.retriever.losses(tuple(parallel.gather(y.float()) for y in outputs),
-                                    parallel.gather(iou), video_of,
-                                    parallel.gather(batch.moments_sec), config)
-    if model.context is None:
-        return losses, {}
 
+    `batch` is this process's share; the losses are those of all processes' shares together, with
+    all their negatives: that is what `parallel.gather` is for."""
+    queries = encode_queries(model, batch, config)
+    counts = parallel.gather(torch.tensor([len(batch.videos)], device=batch.frames.device))
+    videos_before = counts[:parallel.rank()].sum()              # in the shares before this one
+    video_of = parallel.gather(batch.video_of + videos_before)          # [S of all shares]
+    losses = retrieval_terms(model, batch, queries, video_of, config)
+    if model.context is not None and config.lambda_vc:
+        losses.update(context_term(model, batch, queries, video_of, config))
+    if model.context is not None and config.lambda_sd:
+        losses.update(dynamic_term(model, batch, queries, video_of, config))
+    return losses
+
+
+def retrieval_terms(model: Model, batch: data.Batch, queries: Queries, video_of: Tensor,
+                    config: Config) -> dict[str, Tensor]:
+    """L^iou of Eq. (7) and L^cl of Eq. (8), which train the moment retriever."""
+    moments = [parallel.gather(x) for x in model.retriever.moments(batch.frames)]   # [B, J, P]
+    texts = [parallel.gather(x) for x in model.retriever.sentences(queries.full)]   # [S, J]
+    iou = parallel.gather(model.retriever.at_candidates(batch.iou))     # [S, P]
+    moments_sec = parallel.gather(batch.moments_sec)                    # [S, 2]
+    scores = mmn.overlap_scores(moments[0], texts[0], video_of)         # Eq. 6 [S, P]
+    contrastive = mmn.contrastive_loss(moments[1], texts[1], iou, video_of, moments_sec,
+                                       margin=config.margin)            # [S]
+    return {"L_iou": mmn.iou_loss(scores, iou).mean(), "L_cl": contrastive.mean()}
+
+
+def context_term(model: Model, batch: data.Batch, queries: Queries, video_of: Tensor,
+                 config: Config) -> dict[str, Tensor]:
+    """L^vc of Eq. (2): the dynamic query should carry what the static query finds in the video."""
     frames = model.retriever.project(batch.frames)                      # [B, T, D]
-    full, static, dynamic = x.float().view(3, S, x.shape[1])    # x^q, x^qs (or x^qh), x^qd [S, D]
-    adapted, spoken = dynamic, parallel.gather(batch.spoken[2])
-    if config.inject_into == "full":                                    # suppl. Table 4
-        adapted, spoken = full, parallel.gather(batch.spoken[0])
-    asking = {"static": static, "half": static, "full": full, "none": None}[config.context_query]
-    vc_form, sd_form = config.forms.split("-")                          # suppl. Table 3
-    sides = {}
-    # UNSPECIFIED: what an empty query means; it has no term in Eq. 2, nor in Eq. 5
-    if config.lambda_vc:
-        has_both = parallel.gather(batch.spoken[1]) & spoken            # [S]
-        context = parallel.gather(model.context(asking, frames, batch.video_of))    # x~^qs
-        projected = parallel.gather(model.context.project(adapted))     # FC(x^qd) [S, D]
-        loss = injection_loss(vc_form, projected, context, video_of, has_both)
-        losses["L_vc"] = loss.sum() / has_both.sum().clamp(min=1)
-        sides |= {"var FC(x^qd), Eq. 2": projected, "var x~^qs": context}
-    if config.lambda_sd:
-        which = data.patch_frames(frames.shape[1], batch.patches.shape[1])
-        motion = model.dynamic(frames[:, which], batch.patches)         # m~ [B, D]
-        motion = parallel.gather(motion[batch.video_of])                # [S, D]
-        projected = parallel.gather(model.dynamic.project(adapted))     # FC(x^qd) [S, D]
-        loss = injection_loss(sd_form, projected, motion, video_of, spoken)
-        losses["L_sd"] = loss.sum() / spoken.sum().clamp(min=1)
-        sides |= {"var FC(x^qd), Eq. 5": projected, "var m~": motion}
-    return losses, {name: inject.batch_variance(value.detach()) for name, value in sides.items()}
+    context = parallel.gather(model.context(queries.asking, frames, batch.video_of))    # x~^qs
+    projected = parallel.gather(model.context.project(queries.adapted))     # FC(x^qd) [S, D]
+    has_both = parallel.gather(queries.has_both)                        # [S]
+    form = config.forms.split("-")[0]                                   # suppl. Table 3
+    loss = injection_loss(form, projected, context, video_of, has_both)
+    return {"L_vc": loss.sum() / has_both.sum().clamp(min=1),
+            "var FC(x^qd), Eq. 2": inject.batch_variance(projected.detach()),
+            "var x~^qs": inject.batch_variance(context.detach())}
+
+
+def dynamic_term(model: Model, batch: data.Batch, queries: Queries, video_of: Tensor,
+                 config: Config) -> dict[str, Tensor]:
+    """L^sd of Eq. (5): two sentences should be as similar as the motions in their videos."""
+    frames = model.retriever.project(batch.frames)                      # [B, T, D]
+    which = data.patch_frames(frames.shape[1], batch.patches.shape[1])  # the T' with patches
+    motion = model.dynamic(frames[:, which], batch.patches)             # m~ [B, D]
+    motion = parallel.gather(motion[batch.video_of])                    # [S, D]
+    projected = parallel.gather(model.dynamic.project(queries.adapted))     # FC(x^qd) [S, D]
+    has_adapted = parallel.gather(queries.has_adapted)                  # [S]
+    form = config.forms.split("-")[1]                                   # suppl. Table 3
+    loss = injection_loss(form, projected, motion, video_of, has_adapted)
+    return {"L_sd": loss.sum() / has_adapted.sum().clamp(min=1),
+            "var FC(x^qd), Eq. 5": inject.batch_variance(projected.detach()),
+            "var m~": inject.batch_variance(motion.detach())}
 
 
 def injection_loss(form: str, projected: Tensor, seen: Tensor, video_of: Tensor,
@@ -234,7 +271,8 @@ def total_loss(losses: dict[str, Tensor], config: Config, epoch: int) -> Tensor:
     decay = 0.01 if epoch >= config.cl_decay_epoch else 1.0     # DEVIATION: MMN's code, not Eq. 11
     weights = {"L_iou": LAMBDA_IOU, "L_cl": config.lambda_cl * decay, "L_vc": config.lambda_vc,
                "L_sd": config.lambda_sd}
-    return sum(weights[name] * value for name, value in losses.items())
+    # `losses` also holds the variances for the log, and lacks the terms of weight 0
+    return sum(weights[name] * losses[name] for name in weights if name in losses)
 
 
 # -------------------------------------------------------------------------------------- Algorithm 1
@@ -251,13 +289,17 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, config: Config, epochs: 
 def quality(row: dict) -> float | None:
     """What selects the epoch. None without a validation split: the last epoch is kept."""
     # UNSPECIFIED: which metric stops early; the sum of the two that the paper reports
-    return row["R@1,IoU=0.5"] + row["R@1,IoU=0.7"] if "R@1,IoU=0.5" in row else None
+    if "R@1,IoU=0.5" not in row:
+        return None
+    return row["R@1,IoU=0.5"] + row["R@1,IoU=0.7"]
 
 
 def start(config: Config, made: dict, device: torch.device) -> tuple[Model, torch.optim.Optimizer]:
     """The model before the first step, and the optimiser of Eq. (11)."""
     torch.manual_seed(config.seed)
-    source = config.clip if config.text_clip in ("", "shuffled") else config.text_clip
+    source = config.text_clip
+    if source in ("", "shuffled"):
+        source = config.clip                    # the text tower of the features' own CLIP
     if not made["resolution"] and source == config.clip:
         raise Mistake(f"{config.clip} has no text tower; add --text-clip distilbert-base-uncased")
     text = clip.load_text(data.clip_file(source, config.root))
@@ -266,9 +308,9 @@ def start(config: Config, made: dict, device: torch.device) -> tuple[Model, torc
             p.data = p.data.flatten()[torch.randperm(p.numel())].view_as(p)
     model = Model(config, text, made).to(device)
     others = [p for name, p in model.named_parameters() if not name.startswith("text.")]
-    return model, torch.optim.AdamW(
-        [{"params": list(model.text.parameters()), "base": config.lr * config.text_lr},
-         {"params": others, "base": config.lr}], lr=config.lr, **ADAMW)    # DEVIATION: f^g, too
+    groups = [{"params": list(model.text.parameters()), "base": config.lr * config.text_lr},
+              {"params": others, "base": config.lr}]            # DEVIATION: f^g is trained, too
+    return model, torch.optim.AdamW(groups, lr=config.lr, **ADAMW)
 
 
 def validate(model: Model, videos: dict[str, data.Videos], config: Config,
@@ -284,37 +326,41 @@ def validate(model: Model, videos: dict[str, data.Videos], config: Config,
     return row
 
 
-def algorithm_1(config: Config, resume: bool, signals: progress.Signals) -> None:
+def shuffle(seed: int, epoch: int) -> torch.Generator:
+    """What draws the order of the videos: of its own in each epoch, so that a run can resume."""
+    return torch.Generator().manual_seed(1_000_003 * seed + epoch)
+
+
+def algorithm_1(config: Config, resume: bool) -> None:
     """Algorithm 1: stage 1 of vdi-staged, then the loop."""
     device = parallel.pick_device(config.device)
     store = data.open_store(config.dataset, config.clip, config.root, config.frames)
     model, optimiser = start(config, store.manifest, device)
     videos, parser = data.training_videos(config, store, model.text.tokenize)
     run = progress.Run(config.folder, dataclasses.asdict(config), model, optimiser, config.epochs,
-                       quality, config.patience, resume, config.bf16, signals)
+                       quality, config.patience, resume)
     if run.is_new and config.method == "vdi-staged":
-        run.begin_with(staged.adapt_text_tower(model.text, videos["train"], config, device, run))
+        run.begin_with(staged.adapt_text_tower(model.text, videos["train"], config, device))
 
     for epoch in run.epochs():                                  # those left, while patience lasts
         model.train()
         # UNSPECIFIED: whether the text tower waits; MMN freezes it for the first epochs
         model.text.requires_grad_(epoch >= config.text_from_epoch)
-        shuffle = torch.Generator().manual_seed(1_000_003 * config.seed + epoch)
-        loader = videos["train"].batches(config.batch, shuffle, config.workers, device)
-        for step, batch in run.steps(loader):                   # those left, if it was interrupted
+        loader = videos["train"].batches(config.batch, shuffle(config.seed, epoch), config.workers,
+                                         device)
+        for step, batch in run.steps(loader):
             batch = batch.to(device)
             set_learning_rate(optimiser, config, epoch + step / len(loader))
 
-            losses, spread = terms(model, batch, config)        # Eq. 2, 5, 7, 8
+            losses = terms(model, batch, config)                # Eq. 2, 5, 7, 8
             loss = total_loss(losses, config, epoch)            # Eq. 11
 
             optimiser.zero_grad()
             loss.backward()
             parallel.sum_gradients(model)
             norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-            if run.is_finite(losses, norm):         # else the run stops; under bf16 it may go on
-                optimiser.step()
-            run.add(losses | spread | {"L": loss})              # means for the log
+            optimiser.step()
+            run.add(losses, loss, norm)                 # for the log; not finite: the run stops
         if run.end_epoch(validate(model, videos, config, device)):      # the best so far
             save_checkpoint(config, model, run.history, videos["train"], parser)
 
@@ -322,7 +368,8 @@ def algorithm_1(config: Config, resume: bool, signals: progress.Signals) -> None
 def save_checkpoint(config: Config, model: Model, history: list[dict], train_videos: data.Videos,
                     parser: str) -> None:
     """ckpt.pt: everything that evaluate.py and retrieve.py need, also on another machine."""
-    made = {key: value for key, value in train_videos.store.manifest.items() if key != "videos"}
+    made = dict(train_videos.store.manifest)
+    del made["videos"]
     files.save_tensors(config.folder / "ckpt.pt", {
         "config": dataclasses.asdict(config), "epoch": len(history), "history": history,
         "metrics": history[-1], "sizes": model.sizes, "retriever": model.retriever.state_dict(),
@@ -333,23 +380,23 @@ def save_checkpoint(config: Config, model: Model, history: list[dict], train_vid
 
 def train(config: Config, resume: bool = False) -> dict[str, dict]:
     """One run, in config.folder. Returns the results of the selected epoch (the first process)."""
-    first = parallel.rank() == 0
-    with progress.locked(config.folder, resume) if first else contextlib.nullcontext():
-        if first:
-            shapes.build_for(config)
-        parallel.wait()
-        with progress.Signals() as signals:
-            algorithm_1(config, resume, signals)
-        if not first:
-            return {}
-        device = parallel.pick_device(config.device)
-        run = evaluate.load(config.folder / "ckpt.pt", device)
-        results = evaluate.evaluate(run, device=device, allow_missing=True)
-        files.save(config.folder / "results.json", json.dumps(results, indent=1))
-        saved = run.checkpoint
-        how = "the last" if quality(saved["metrics"]) is None else f"best on {config.select_on}"
-        print(f"epoch {saved['epoch']}, {how}\n{evaluate.table(results)}")
-        return results
+    is_first = parallel.rank() == 0
+    if is_first:
+        progress.new_folder(config.folder, resume)
+        shapes.build_for(config)
+    parallel.wait()
+    algorithm_1(config, resume)
+    if not is_first:
+        return {}
+    device = parallel.pick_device(config.device)
+    run = evaluate.load(config.folder / "ckpt.pt", device)
+    results = evaluate.evaluate(run, device=device, allow_missing=True)
+    files.save(config.folder / "results.json", json.dumps(results, indent=1))
+    selected = f"best on {config.select_on}"
+    if quality(run.checkpoint["metrics"]) is None:
+        selected = "the last"                           # there is no validation split
+    print(f"epoch {run.checkpoint['epoch']}, {selected}\n{evaluate.table(results)}")
+    return results
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -361,7 +408,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Config, dict]:
     return options.parse(parser, Config, configure, PRESETS, argv, flags={
         "resume": "continue the run in --out",
         "deterministic": "use deterministic algorithms only (slower on CUDA)"}, groups={
-        "dataset": "start here", "root": "data", "retriever": "the retriever",
+        "dataset": "start here", "root": "data", "num_clips": "the retriever",
         "lambda_cl": "the losses, Eq. 11", "context_query": "what the paper's tables compare",
         "lr": "optimisation", "stage_steps": "stage 1 of vdi-staged"})
 

@@ -41,7 +41,7 @@ class DistilBert(nn.Module):
                 return cls(bert, tokenizer).float().eval()
         except Exception as error:  # of a dozen types, for a folder, the network, or a damaged file
             raise Missing(f"{name} cannot be read as a DistilBERT: {reason(error)}") from error
-        return clip.fill(lambda: cls(transformers.DistilBertModel(config), tokenizer), state,
+        return clip.fill(cls(transformers.DistilBertModel(config), tokenizer), state,
                          "this DistilBERT")
 
     def tokenize(self, texts: list[str], truncate: bool = False) -> Tensor:

@@ -48,7 +48,7 @@ def settings(config) -> str:
     return textwrap.fill("  ".join(shown), 100, break_long_words=False, break_on_hyphens=False)
 
 
-def training_command(checkpoint: pathlib.Path, retrievers: Iterable[str]) -> str:
+def training_command(checkpoint: pathlib.Path, retrievers=()) -> str:
     """The train.py command whose run is the folder of a checkpoint, as far as its name tells:
     <dataset>-<method> or <dataset>-<method>-<retriever>, in runs/ unless it is --out."""
     folder, arguments = checkpoint.parent, ["python", "train.py"]

@@ -4,21 +4,19 @@
     for epoch in run.epochs():
         for step, batch in run.steps(loader):
             ...
-            run.add(losses)
+            run.add(losses, loss, norm)
         if run.end_epoch(metrics):                      # the best so far
             save_tensors(folder / "ckpt.pt", ...)
 
-A run can be interrupted at any step and then ends with the same bits as one that was not: Ctrl-C
-and SIGTERM finish the step and save, after SIGKILL the epoch starts again. The folder holds last.pt
-(everything needed to resume), log.jsonl (a line for each epoch) and a lock.
+A run is saved at the end of every epoch. One that was stopped at any point continues from there
+and ends with the same bits as one that was not. The folder holds last.pt (everything needed to
+resume) and log.jsonl (a line for each epoch).
 """
-import contextlib
 import json
 import math
 import pathlib
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -29,69 +27,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from support import files, parallel
-from support.errors import Mistake, Stopped, reason
+from support.errors import Mistake, reason
 
-try:
-    import fcntl
-except ImportError:                             # Windows
-    fcntl = None
-
-LOCK = "lock"
 ELSEWHERE = ("device", "root", "out", "workers", "allow_missing")       # may change on resuming
 
 
-class Signals:
-    """Inside the block, the first SIGINT or SIGTERM is only recorded in `received`, so that the
-    current step can be finished and saved; a second one stops at once."""
-
-    def __init__(self):
-        self.received = 0
-
-    def __enter__(self) -> "Signals":
-        try:
-            self.before = {number: signal.signal(number, self.remember)
-                           for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:                      # only the main thread can handle signals
-            self.before = {}
-        return self
-
-    def remember(self, number: int, frame) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = number
-        # a signal to the whole group also ends the DataLoader's workers; torch must not raise then
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        print("stopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def locked(folder: pathlib.Path, resume: bool):
-    """The folder of a run, for one process at a time. Mistake if it already holds a run that is not
-    to be resumed, or if another process writes to it. The lock ends with the process."""
-    if not resume and folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+def new_folder(folder: pathlib.Path, resume: bool) -> None:
+    """Mistake if the folder of a run already holds one that is not to be resumed. `Run` creates it,
+    so that a run which fails before its first step leaves nothing behind."""
+    if not resume and folder.exists() and any(folder.iterdir()):
         raise Mistake(f"{folder} already holds a run; continue it with --resume, or choose another "
                       f"--out")
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w") as file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Mistake(f"another process is writing to {folder}; wait for it, or choose another "
-                          f"--out") from None
-        for left in folder.glob(".*.tmp"):      # a killed process was writing these
-            left.unlink()
-        try:
-            yield
-        except BaseException:
-            if [path.name for path in folder.iterdir()] == [LOCK]:      # nothing was written
-                (folder / LOCK).unlink()
-                folder.rmdir()
-            raise
+    for leftover in folder.glob(".*.tmp"):      # a killed process was writing these
+        leftover.unlink()
 
 
 def same_configuration(theirs: dict, ours: dict, folder: pathlib.Path) -> None:
@@ -109,22 +57,32 @@ class Run:
     config      plain values, which a resumed run must share
     quality     row of the log -> number, highest for the best epoch; None if it was not validated
     patience    epochs without a better one before the run stops
-    reduced     True: a step whose gradient overflows is skipped and counted; False: it is an error
 
-    `is_new` (attribute): nothing was resumed. The attributes of train.py's loop: `history` (a row
-    for each finished epoch), `epoch` and `done` (steps of it that are behind us)."""
+    Attributes: `is_new` (nothing was resumed), `epoch` (finished epochs), `history` (their rows of
+    the log), `before` (rows logged before the first epoch), `is_first` (this process logs)."""
 
     def __init__(self, folder: pathlib.Path, config: dict, model: nn.Module,
-                 optimiser: torch.optim.Optimizer, epochs: int, quality, patience: int = 10 ** 9,
-                 resume: bool = False, reduced: bool = False, signals: Signals | None = None):
-        self.folder, self.config, self.model, self.optimiser = folder, config, model, optimiser
-        self.total, self.quality, self.patience, self.reduced = epochs, quality, patience, reduced
-        self.signals, self.is_first = signals or Signals(), parallel.rank() == 0
-        self.history, self.before = [], []
-        self.epoch, self.done, self.skipped, self.sums = 0, 0, 0, {}
-        self.is_new = not (resume and self._restore())
-        if self.is_first and resume:
-            self._rewrite_log()
+                 optimiser: torch.optim.Optimizer, epochs: int, quality,
+                 patience: int = 10 ** 9, resume: bool = False):
+        self.folder = folder
+        self.config = config
+        self.model = model
+        self.optimiser = optimiser
+        self.total = epochs
+        self.quality = quality
+        self.patience = patience
+        self.is_first = parallel.rank() == 0
+        self.epoch = 0
+        self.history = []
+        self.before = []
+        self.is_new = True
+        if self.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+        if resume:
+            self.is_new = not self._restore()
+            if self.is_first:
+                # drop what a killed run logged after it was last saved: it will be logged again
+                self._write_log()
         minutes = self.history[-1]["minutes"] if self.history else 0
         self.started = time.time() - 60 * minutes
 
@@ -136,70 +94,63 @@ class Run:
             raise Mistake(f"only some of the processes see {path}; give all machines the same "
                           f"folder")
         if not exists[0]:
-            path = self.folder / "ckpt.pt"
-            if not path.exists():
+            if not (self.folder / "ckpt.pt").exists():
                 return False
+            path = self.folder / "ckpt.pt"      # a finished run, whose last.pt was removed
         saved = files.read_tensors(path)
         try:
             same_configuration(saved["config"], self.config, self.folder)
             if not exists[0]:
                 return False
+            if saved.get("done"):       # an earlier version also saved in the middle of an epoch
+                raise ValueError("it was saved in the middle of an epoch")
             self._set_state(saved)
         except Mistake:
             raise
         except Exception as error:      # torch raises several types for what does not fit
             raise Mistake(f"{path} is not of a run that can be resumed here: {reason(error)}; "
                           f"choose another --out") from error
-        print(f"resuming after epoch {self.epoch}"
-              + (f" and {self.done} steps" if self.done else ""))
+        print(f"resuming after epoch {self.epoch}")
         return True
 
     def _set_state(self, saved: dict) -> None:
         """Continues from the content of last.pt."""
         self.model.load_state_dict(saved["model"])
         self.optimiser.load_state_dict(saved["optimiser"])
-        device = next(self.model.parameters()).device
         torch.set_rng_state(saved["rng"])
-        set_device_rng(device, saved.get("device rng", {}))
-        self.history, self.before = saved["history"], saved["before"]
-        self.epoch, self.done, self.skipped = saved["epoch"], saved["done"], saved["skipped"]
-        self.sums = {name: value.to(device) for name, value in saved["sums"].items()}
+        set_device_rng(next(self.model.parameters()).device, saved["device rng"])
+        self.history = saved["history"]
+        self.before = saved["before"]
+        self.epoch = saved["epoch"]
+        # a damaged file fails here, not after an epoch of training
         json.dumps([float(row["minutes"]) for row in self.history] + self.before)
         self.best_epoch()
 
-    def _rewrite_log(self) -> None:
-        """Drops what a killed run logged after its last checkpoint: it will be logged again."""
-        rows = (*self.before, *self.history)
+    def _write_log(self) -> None:
+        rows = self.before + self.history
         files.save(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def save(self) -> None:
         """Writes last.pt: everything needed to continue with the same bits."""
-        if self.is_first:
-            files.save_tensors(self.folder / "last.pt", {
-                "config": self.config, "epoch": self.epoch, "done": self.done,
-                "skipped": self.skipped, "sums": self.sums, "history": self.history,
-                "before": self.before, "model": self.model.state_dict(),
-                "optimiser": self.optimiser.state_dict(), "rng": torch.get_rng_state(),
-                "device rng": device_rng(next(self.model.parameters()).device)})
+        if not self.is_first:
+            return
+        device = next(self.model.parameters()).device
+        files.save_tensors(self.folder / "last.pt", {
+            "config": self.config, "epoch": self.epoch, "history": self.history,
+            "before": self.before, "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(), "rng": torch.get_rng_state(),
+            "device rng": device_rng(device)})
 
     def begin_with(self, rows: list[dict]) -> None:
         """Logs and saves what was done before the first epoch (stage 1 of vdi-staged)."""
         self.before = rows
         if self.is_first:
-            self._rewrite_log()
+            self._write_log()
             self.save()
 
-    def stop_if_asked(self, sentence: str = "", save: bool = True) -> None:
-        """Ends the run, in all processes alike, if one of them received a signal."""
-        if any(parallel.everyone(self.signals.received)):
-            if save:
-                self.save()
-            raise Stopped(sentence or f"stopped after {self.done} steps of epoch {self.epoch + 1}; "
-                          f"continue with --resume", self.signals.received or signal.SIGTERM)
-
     def epochs(self):
-        """The numbers of the epochs that are left, from 0, for as long as patience lasts."""
-        for self.epoch in range(self.epoch, self.total):
+        """The numbers of the remaining epochs, from 0, for as long as patience lasts."""
+        while self.epoch < self.total:
             if len(self.history) - self.best_epoch() >= self.patience:
                 return
             yield self.epoch
@@ -208,76 +159,59 @@ class Run:
             self.save()
 
     def steps(self, loader):
-        """(step, batch) of the steps of this epoch that are left."""
-        self.waited_sec, self.length = 0.0, len(loader)
+        """(step, batch) of this epoch."""
+        self.sums = {}
+        self.length = len(loader)
+        self.waited_sec = 0.0           # for the loader
         bar = tqdm(loader, desc=f"epoch {self.epoch + 1}", leave=False,
                    disable=not self.is_first or None)
-        ready = self.epoch_started = time.perf_counter()
-        for step, batch in enumerate(self._until_stopped(bar)):
-            if step < self.done:                        # done before the run was interrupted
-                ready = self.epoch_started = time.perf_counter()
-                continue
+        self.epoch_started = ready = time.perf_counter()
+        for step, batch in enumerate(bar):
             self.waited_sec += time.perf_counter() - ready
             self.batch = batch
             yield step, batch
-            self.done = step + 1
-            self.stop_if_asked()
             ready = time.perf_counter()
-        self.stop_if_asked()
 
-    def _until_stopped(self, batches):
-        """All batches, or those up to a signal that also ended the workers that read them."""
-        try:
-            yield from batches
-        except (RuntimeError, Mistake):
-            if not self.signals.received:
-                raise
-
-    def is_finite(self, losses: dict[str, Tensor], norm: Tensor) -> bool:
-        """Are the losses and the norm of the gradient finite? If not, the run stops, naming the
-        term and the videos. In reduced precision a step is skipped if only the norm is not."""
-        values = {**losses, "the gradient's norm": norm}
+    def add(self, losses: dict[str, Tensor], loss: Tensor, norm: Tensor) -> None:
+        """Adds the terms of this step and their total to the means of the epoch. Mistake, naming
+        the term and the videos, if one of them or the norm of the gradient is not finite."""
+        values = losses | {"L": loss}
+        checked = values | {"the gradient's norm": norm}
         # subtle: a GPU runs ahead of Python until Python reads a value, so all are read at once
-        finite = torch.stack([value.detach().isfinite() for value in values.values()]).tolist()
-        for (name, value), good in zip(values.items(), finite):
-            if not good and (name in losses or not self.reduced):
-                self._fail(name, value)
-        self.skipped += not finite[-1]
-        return finite[-1]
-
-    def _fail(self, name: str, value: Tensor) -> None:
-        path = self.folder / f"nonfinite-{parallel.rank()}.pt"
-        videos = [video for part in parallel.everyone(self.batch.videos) for video in part]
-        files.save_tensors(path, {"term": name, "batch": self.batch._asdict()})
-        raise Mistake(f"{name} is {value.item()} for the videos {', '.join(videos)}; the batch was "
-                      f"saved to {path}; check its features, or lower --lr")
-
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Adds this step's values to the means of the epoch."""
+        finite = torch.stack([value.detach().isfinite() for value in checked.values()]).tolist()
+        for name, is_finite in zip(checked, finite):
+            if not is_finite:
+                self._fail(name, checked[name])
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach()
 
+    def _fail(self, name: str, value: Tensor) -> None:
+        path = self.folder / f"nonfinite-{parallel.rank()}.pt"
+        files.save_tensors(path, {"term": name, "batch": self.batch._asdict()})
+        raise Mistake(f"{name} is {value.item()} for the videos {', '.join(self.batch.videos)}; "
+                      f"the batch was saved to {path}; check its features, or lower --lr")
+
     def end_epoch(self, metrics: dict[str, float]) -> bool:
-        """Logs the epoch; `metrics` are the first process's. Is it the best so far, and is this the
-        process that saves it?"""
+        """Logs the epoch; `metrics` are the first process's. Returns whether it is the best so far
+        and this process is the one that saves it."""
         row = {"epoch": self.epoch + 1}
-        if self.skipped:
-            row["skipped"] = self.skipped
-        row |= {name: float(value / self.length) for name, value in self.sums.items()}
+        for name, value in self.sums.items():
+            row[name] = float(value / self.length)
         row["data %"] = 100 * self.waited_sec / (time.perf_counter() - self.epoch_started)
-        row |= metrics | {"minutes": (time.time() - self.started) / 60}
-        self.history.append(row := parallel.everyone(row)[0])
-        self.done, self.sums, self.skipped = 0, {}, 0
+        row.update(metrics)
+        row["minutes"] = (time.time() - self.started) / 60
+        row = parallel.everyone(row)[0]         # patience must agree in all processes
+        self.history.append(row)
         if not self.is_first:
             return False
-        with open(self.folder / "log.jsonl", "a") as file:
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
         return self.best_epoch() == len(self.history)
 
     def best_epoch(self) -> int:
-        """The epoch (from 1) of the highest quality, the first of several; without validation the
-        last."""
+        """The epoch (from 1) of the highest quality, the first of several; the last one without
+        validation."""
         qualities = [self.quality(row) for row in self.history]
         if not qualities or qualities[0] is None:
             return len(qualities)
@@ -285,8 +219,7 @@ class Run:
 
 
 def device_rng(device: torch.device) -> dict[str, Tensor]:
-    """The state of a device's own random generator, which dropout uses, by kind of device. That of
-    the CPU is torch's."""
+    """The state of a device's own random generator, by kind of device (torch's is the CPU's)."""
     if device.type == "cpu":
         return {}
     return {device.type: torch.get_device_module(device).get_rng_state()}
@@ -305,18 +238,20 @@ def cosine(progress: float) -> float:
 
 def versions() -> dict[str, str]:
     """What a result depends on besides its configuration."""
-    commit, program = "", pathlib.Path(sys.argv[0])
+    commit = ""
     if shutil.which("git"):
         asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                               cwd=pathlib.Path(__file__).parent)
+                               encoding="utf-8", cwd=pathlib.Path(__file__).parent)
         commit = asked.stdout.strip()
+    program = pathlib.Path(sys.argv[0])
+    command = " ".join([f"{program.parent.name}/{program.name}"] + sys.argv[1:])
     return {"python": platform.python_version(), "torch": str(torch.__version__),
             "numpy": np.__version__, "platform": platform.platform(), "commit": commit,
-            "command": " ".join([f"{program.parent.name}/{program.name}", *sys.argv[1:]])}
+            "command": command}
 
 
 def environment(device: torch.device) -> str:
-    """The same in a line."""
+    """The versions, the device and the number of threads in one line."""
     made = versions()
-    return (f"python {made['python']}  torch {made['torch']}  commit "
+    return (f"python {made['python']}  torch {made['torch']}  numpy {made['numpy']}  commit "
             f"{made['commit'][:12] or 'unknown'}  {device}  {torch.get_num_threads()} threads")

@@ -2,10 +2,13 @@
 import ast
 import collections
 import dataclasses
+import importlib.metadata
 import io
 import pathlib
 import sys
 import tokenize
+
+from packaging.specifiers import SpecifierSet
 
 import train
 
@@ -169,6 +172,21 @@ def test_readme_loop_and_config():
     loop = [node for node in ast.walk(ast.parse((HERE / "train.py").read_text(encoding="utf-8")))
             if isinstance(node, ast.FunctionDef) and "loss.backward()" in ast.unparse(node)]
     assert len(loop) == 1 and loop[0].end_lineno - loop[0].lineno < 50
+
+
+LOWEST_PYTHON = (3, 10)          # as README says
+
+
+def test_the_lowest_python():
+    """The syntax, and the pinned requirements, exist for it. (Others resolve to older versions.)"""
+    for path in modules().values():
+        ast.parse(path.read_text(encoding="utf-8"), feature_version=LOWEST_PYTHON)
+    lowest = ".".join(map(str, LOWEST_PYTHON))
+    assert f"Python {lowest} or later" in (HERE / "README.md").read_text(encoding="utf-8")
+    for line in (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        if "==" in line:
+            needed = importlib.metadata.metadata(line.split("==")[0])["Requires-Python"]
+            assert not needed or SpecifierSet(needed).contains(f"{lowest}.0"), (line, needed)
 
 
 OURS = (*PAPER, *BESIDE, *FOLDERS)

@@ -1,6 +1,6 @@
-"""Makes predictions.jsonl, truth.jsonl and predictions.json, the golden files of test_evaluate.py:
+"""Makes predictions.jsonl, truth.jsonl and predictions.json, the golden files of test_qvhighlights.py:
 random moments, and their scores by plain loops written after QVHighlights' definition of them,
-without a line of evaluate.py.
+without a line of extras/qvhighlights.py.
 
     python tests/golden/make_predictions.py
 """
