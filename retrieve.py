@@ -114,11 +114,14 @@ def zero_shot_scores(frames: Tensor, text: Tensor, num_clips: int, power: float 
     T = len(frames)
     if T < num_clips:
         raise ValueError(f"{T} frames cannot be divided into {num_clips} clips")
-    sums = F.pad((text.double() @ frames.double().T).cumsum(1), (1, 0))         # [S, T + 1]
-    edges = (torch.arange(num_clips + 1, device=frames.device) * T / num_clips).round().long()
+    # float64, because differences of long sums lose digits; on the CPU, because mps has none
+    similarity = text.cpu().double() @ frames.cpu().double().T                  # [S, T]
+    sums = F.pad(similarity.cumsum(1), (1, 0))                                  # [S, T + 1]
+    edges = (torch.arange(num_clips + 1) * T / num_clips).round().long()        # [N + 1]
     length = edges[None, 1:] - edges[:-1, None]                                 # [N, N]
     inside = sums[:, None, edges[1:]] - sums[:, edges[:-1], None]               # [S, N, N]
-    return contrast(sums[:, -1, None, None], inside, length, T, power).to(frames.dtype)
+    scores = contrast(sums[:, -1, None, None], inside, length, T, power)        # [S, N, N]
+    return scores.to(frames.dtype).to(frames.device)
 
 
 def search_intervals(similarity: Tensor, shortest: int, longest: Tensor | int, top_k: int = 1,

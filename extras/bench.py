@@ -118,7 +118,7 @@ def bench_steps(device: torch.device) -> None:
             optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, **train.ADAMW)
 
             def step() -> None:             # as in train.py, without its checks
-                losses, _ = train.terms(model, batch, config)
+                losses = train.terms(model, batch, config)
                 optimiser.zero_grad()
                 train.total_loss(losses, config, epoch=0).backward()
                 optimiser.step()
