@@ -1,6 +1,6 @@
 """Beside the paper: everything that neither training nor evaluation needs. `python -m extras.NAME`.
 
-    walk        the equations on a small example, what a video or an image looks like to CLIP
+    walk        the equations on a small example
     prepare     annotations and features of a dataset (the command of data.py)
     index       an index over a folder of videos; search: by sentences; serve: in a browser
     show        what retrieve.py found: text, json, plot, page, clips
