@@ -1,25 +1,18 @@
-"""How fast is it? Ratios measured in one run on one machine.
+"""How fast is it, on the CPU or on a GPU? Compare the ratios of one run, not the times of two.
 
-    python -m extras.bench                              # seven minutes on two cores
-    python -m extras.bench step search                  # some of it
-    python -m extras.bench video --videos DIR           # extraction, from real videos
+    python -m extras.bench --device cpu                 # a few minutes on two cores
+    python -m extras.bench --device cuda                # with the published batch size
+    python -m extras.bench towers search                # some of it
+    python -m extras.bench --videos DIR                 # with extraction from these videos
 
-Each row is compared with the plain way of doing the same, or with what the machine can do. A
-different result is an error. Weights are random, because speed does not depend on them.
+Weights and features are random, in the sizes of ViT-B/32 and of the published settings. Whether a
+GPU computes the same as the CPU is tested by: pytest --device cuda tests/test_device.py
 """
-import support  # first, for a Ctrl-C while torch is imported
-import argparse
-import json
-import math
-import multiprocessing
 import os
-import pathlib
 import platform
-import sys
 import tempfile
 import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,312 +20,190 @@ from torch import Tensor, nn
 import clip
 import data
 import mmn
+import retrieve
 import train
 import video
-from extras.index import Index
-from retrieve import contrast, search_intervals
-from support import cropped, options, parallel
+from support import options, parallel
 from support.errors import Mistake, reported
 
+BENCHMARKS = ("towers", "steps", "search", "video")
 
-def seconds_of(work, device: torch.device = torch.device("cpu"), at_least: float = 3.0) -> float:
-    """Mean seconds of `work()`, repeated for `at_least` seconds after one warm-up run."""
-    work()
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronise()
-    count, started = 0, time.perf_counter()
-    while not count or time.perf_counter() - started < at_least:
+
+def seconds_of(work, device: torch.device, at_least: float = 2.0) -> float:
+    """Mean seconds of `work()`, repeated for `at_least` seconds after a warm-up run."""
+    wait = torch.get_device_module(device).synchronize
+    work()                          # the first run allocates memory and chooses algorithms
+    wait()
+    count = 0
+    started = time.perf_counter()
+    while time.perf_counter() - started < at_least:
         work()
-        synchronise()
+        wait()                      # otherwise only the start of GPU kernels is timed
         count += 1
     return (time.perf_counter() - started) / count
 
 
-def row(what: str, value: float, unit: str, ratio: float | None = None, to: str = "") -> dict:
-    """A line of the table; `ratio` compares it with the line named `to`, above 1 is better."""
-    return dict(what=what, value=value, unit=unit, ratio=ratio, to=to)
+def report(what: str, value: float, unit: str, comparison: str = "") -> None:
+    print(f"{what:54s} {value:9,.4g} {unit:11s} {comparison}".rstrip(), flush=True)
 
 
-def same(ours: Tensor, theirs: Tensor, what: str, tolerance: float = 1e-5) -> None:
-    """AssertionError if two ways of computing the same differ."""
-    difference = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)
-    assert difference <= tolerance, f"{what}: the two ways differ by {difference:.2g}"
-
-
-def random_vit_b32(device: torch.device = torch.device("cpu"), small: bool = False) -> clip.CLIP:
-    """A CLIP of the size of ViT-B/32; `small`: of two narrow layers, with features as wide."""
+def random_clip() -> clip.CLIP:
+    """A CLIP of ViT-B/32's size."""
     torch.manual_seed(0)
-    resolution, patch, width, layers, C = (32, 8, 64, 2, 64) if small else (224, 32, 768, 12, 512)
-    visual = clip.VisionTransformer(resolution, patch, width, layers, width // 64, 512,
-                                    clip.QuickGELU)
-    model = clip.CLIP(visual, 49408, 77, C, layers, C // 64, 512, clip.QuickGELU)
+    visual = clip.VisionTransformer(resolution=224, patch=32, width=768, layers=12, heads=12,
+                                    output=512, activation=clip.QuickGELU)
+    model = clip.CLIP(visual, 49408, 77, 512, 12, 8, 512, clip.QuickGELU)   # 12 layers, 8 heads
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
-    return model.to(device).eval()
+    return model.eval()
+
+
+def random_batch(config: train.Config) -> data.Batch:
+    """A batch of the size of `config`, with two sentences per video."""
+    torch.manual_seed(0)
+    B = config.batch
+    S = 2 * B
+    moments_sec = (30 * torch.rand(S, 2)).sort(1).values                # [S, 2]
+    durations_sec = torch.full((S,), 30.0)
+    return data.Batch(
+        videos=[f"video {i}" for i in range(B)],
+        frames=F.normalize(torch.randn(B, config.frames, 512), dim=2),  # [B, T, D]
+        patches=F.normalize(torch.randn(B, 32, 512, 7, 7), dim=2),      # [B, T', D', H, W]
+        tokens=clip.tokenize(["door " * 11] * 3 * S).view(3, S, 77),
+        spoken=torch.ones(3, S, dtype=torch.bool),
+        video_of=torch.arange(B).repeat_interleave(2),                  # [S]
+        moments_sec=moments_sec,
+        durations_sec=durations_sec,
+        iou=mmn.iou_map(moments_sec, durations_sec, config.num_clips),  # [S, N, N]
+        index=torch.arange(S))
+
+
+def random_model(config: train.Config) -> train.Model:
+    """The model that train.py would train, for features of ViT-B/32."""
+    text = random_clip()
+    text.visual = None              # frozen; its features are read from the store
+    made = {"resolution": 224, "width": 512, "patch_width": 512, "grid": 7, "patch_frames": 32}
+    return train.Model(config, text, made).train()
 
 
 @torch.no_grad()
-def bench_text(given: argparse.Namespace) -> list[dict]:
-    """The text tower on the sentences of a batch, against running all 77 positions."""
-    device = parallel.pick_device(given.device)
-    model = random_vit_b32(device)
-
-    def all_positions(tokens: Tensor) -> Tensor:
-        x = model.states(tokens)[torch.arange(len(tokens)), tokens.argmax(1)]
-        return model.ln_final(x) @ model.text_projection
-
-    rows = []
-    for name in ("charades", "activitynet"):
-        sentences = [s.sentence for s in data.read_annotations(name, "train", given.annotations)]
-        chosen = np.random.default_rng(0).choice(len(sentences), 112, replace=False)
-        tokens = clip.tokenize([sentences[i] for i in chosen], truncate=True).to(device)
-        same(model.encode_text(tokens), all_positions(tokens), "text tower")
-        plain = seconds_of(lambda: all_positions(tokens), device)
-        ours = seconds_of(lambda: model.encode_text(tokens), device)
-        L = int(tokens.argmax(1).max()) + 1
-        rows += [row(f"text: {name}, 112 sentences, 77 positions", 1000 * plain, "ms"),
-                 row(f"text: {name}, to the last end token ({L})", 1000 * ours, "ms",
-                     plain / ours, "77")]
-    return rows
+def bench_towers(device: torch.device) -> None:
+    """The image tower, and the text tower on sentences of usual and of full length."""
+    count = 64                      # frames, and sentences
+    model = random_clip().to(device)
+    images = torch.rand(count, 3, 224, 224, device=device)
+    seconds = seconds_of(lambda: model.encode_image(images), device)    # features and patches
+    report("towers: image tower", count / seconds, "frames/s")
+    tokens = clip.tokenize(["door " * 75] * count).to(device)           # [64, 77]
+    full_seconds = seconds_of(lambda: model.encode_text(tokens), device)
+    report("towers: text tower, 77 tokens", count / full_seconds, "sentences/s")
+    # faster, because only the positions up to the last end token of a batch are computed
+    tokens = clip.tokenize(["door " * 11] * count).to(device)
+    seconds = seconds_of(lambda: model.encode_text(tokens), device)
+    report("towers: text tower, 13 tokens", count / seconds, "sentences/s",
+           f"{full_seconds / seconds:.2f} x 77 tokens")
 
 
-def random_batch(config: train.Config) -> tuple[Tensor, ...]:
-    """Features of real shape, two sentences per video: frames, text, video_of, iou, moments_sec."""
-    generator, B, S = torch.Generator().manual_seed(0), config.batch, 2 * config.batch
-    frames = F.normalize(torch.randn(B, config.frames, 512, generator=generator), dim=2)
-    text = F.normalize(torch.randn(S, 512, generator=generator), dim=1)
-    moments_sec = (30 * torch.rand(S, 2, generator=generator)).sort(1).values
-    iou = mmn.iou_map(moments_sec, torch.full((S,), 30.0), config.num_clips)
-    return frames, text, torch.arange(B).repeat_interleave(2), iou, moments_sec
+def bench_steps(device: torch.device) -> None:
+    """A training step at both published settings. That of mmn is also stage 2 of vdi-staged, and is
+    compared with itself with the published convolution instead of support/cropped.py."""
+    B = 2                                   # on the CPU, where 48 videos take minutes
+    if device.type == "cuda":
+        B = 48                              # as published
+    for dataset in ("charades", "activitynet"):
+        for method in ("mmn", "vdi"):
+            config = train.configure(dataset=dataset, method=method, batch=B)
+            model = random_model(config).to(device)
+            batch = random_batch(config).to(device)
+            optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, **train.ADAMW)
+
+            def step() -> None:             # as in train.py, without its checks
+                losses = train.terms(model, batch, config)
+                optimiser.zero_grad()
+                train.total_loss(losses, config, epoch=0).backward()
+                optimiser.step()
+
+            seconds = seconds_of(step, device)
+            report(f"step: {dataset}, {method}, {B} videos", seconds, "s")
+            if method == "mmn":
+                cells = model.retriever.candidates.cpu()                # [N, N]
+                convolution = mmn.Convolution(cells, config.kernel, config.layers)
+                model.retriever.convolution = convolution.to(device)
+                published_seconds = seconds_of(step, device)
+                report(f"step: {dataset}, mmn, published convolution", published_seconds, "s",
+                       f"{published_seconds / seconds:.2f} x mmn")
 
 
-def random_tokens(count: int) -> Tensor:
-    """Sentences of twelve random words, [count, 77]."""
-    words = torch.randint(1, 49406, (count, 12), generator=torch.Generator().manual_seed(0))
-    return F.pad(F.pad(F.pad(words, (1, 0), value=49406), (0, 1), value=49407), (0, 63))
+@torch.no_grad()
+def bench_search(device: torch.device) -> None:
+    """One sentence against many moments of MMN in float16, as an index stores them (J = 256). And
+    CLIP alone against all intervals of a video of two hours, which runs on the CPU."""
+    count = 500_000                         # 256 MB for each head, more than a cache holds
+    iou = F.normalize(torch.randn(count, 256, device=device), dim=1).half()             # [R, J]
+    contrastive = F.normalize(torch.randn(count, 256, device=device), dim=1).half()     # [R, J]
+
+    def best() -> Tensor:
+        overlap = torch.sigmoid(mmn.SCORE_SCALE * torch.mv(iou, iou[0]).float())        # [R]
+        return mmn.fuse(overlap, torch.mv(contrastive, contrastive[0]).float()).topk(10).indices
+
+    seconds = seconds_of(best, device)      # twice a pass over 256 MB; the rest is small
+    report(f"search: ten best of {count:,} moments", 1000 * seconds, "ms")
+    similarity = torch.randn(1, 2 * 60 * 60 * 2)        # two hours at two frames per second
+    seconds = seconds_of(lambda: retrieve.search_intervals(similarity, 2, 600), torch.device("cpu"))
+    report("search: CLIP alone, a video of 2 h (cpu)", 1000 * seconds, "ms")
 
 
-def whole_batch(config: train.Config, patches: bool) -> data.Batch:
-    """random_batch as train.terms reads it, each query with the same number of words."""
-    frames, _, video_of, iou, moments_sec = random_batch(config)
-    S, generator = len(video_of), torch.Generator().manual_seed(1)
-    seen = F.normalize(torch.randn(config.batch, 8, 512, 7, 7, generator=generator), dim=2)
-    return data.Batch([str(i) for i in range(config.batch)], frames, seen if patches else None,
-                      random_tokens(3 * S).view(3, S, 77), torch.ones(3, S, dtype=torch.bool),
-                      video_of, moments_sec, torch.full((S,), 30.0), iou, torch.arange(S))
-
-
-def retriever_of(config: train.Config) -> mmn.MMN:
-    torch.manual_seed(0)
-    pool = config.frames // config.num_clips
-    return mmn.MMN(512, config.num_clips, pool, pool, config.pool_counts, config.kernel,
-                   config.layers, config.hidden, config.joint)
-
-
-def one_step(published: bool, config: train.Config) -> tuple[Tensor, float, float, float]:
-    """Losses [2], seconds of forward and backward, and the peak memory of this process in GiB."""
-    frames, text, video_of, iou, moments_sec = random_batch(config)
-    model = retriever_of(config)
-    if not published:
-        cropped.speed_up(model)
+def bench_video(device: torch.device, folder: str) -> None:
+    """Extraction of 32 frames per video, against the slower of its halves."""
+    T = 32
+    paths = video.find_files(folder, video.VIDEOS)
+    workers = max(1, os.cpu_count() - 1)    # one core encodes
     started = time.perf_counter()
-    losses = model.losses(model.outputs(frames, text, video_of), model.at_candidates(iou), video_of,
-                          moments_sec, config).values()
-    between = time.perf_counter()
-    sum(losses).backward()
-    ended = time.perf_counter()
-    status = pathlib.Path("/proc/self/status").read_text()      # ru_maxrss starts at the parent's
-    gib = int(status.split("VmHWM:")[1].split()[0]) / 2 ** 20
-    return torch.stack([*losses]).detach(), between - started, ended - between, gib
-
-
-def bench_step(given: argparse.Namespace) -> list[dict]:
-    """A training step of the retriever at the setting of Charades-STA: support/cropped.py against
-    the published convolution of mmn.py, each in a process, and so with a memory, of its own."""
-    config, results = train.Config(dataset="charades"), []
-    for published in (True, False):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            results.append(pool.apply(one_step, (published, config)))
-    (theirs, *published), (ours, *mine) = results
-    same(ours, theirs, "losses of a step")
-    rows = []
-    for k, (what, unit) in enumerate((("forward", "s"), ("backward", "s"), ("memory", "GiB"))):
-        rows += [row(f"step: published convolution, {what}", published[k], unit),
-                 row(f"step: ours, {what}", mine[k], unit, published[k] / mine[k], "published")]
-    return rows
-
-
-def greedy_nms(moments: Tensor, scores: Tensor, top_k: int, nms: float) -> Tensor:
-    """The published way: sort a query's candidates, and let each remaining one drop those after it
-    that overlap it by more than `nms`. [top_k, 2]"""
-    moments = moments[scores.argsort(descending=True)]
-    dropped = torch.zeros(len(moments), dtype=torch.bool)
-    for i in range(len(moments) - 1):
-        if not dropped[i]:
-            dropped[i + 1:] |= mmn.interval_iou(moments[i], moments[i + 1:]) > nms
-    return moments[~dropped][:top_k]
-
-
-def bench_nms(given: argparse.Namespace) -> list[dict]:
-    """The five best of ActivityNet-Captions' 1,104 candidates, for 256 queries."""
-    model = retriever_of(train.configure(dataset="activitynet"))
-    scores = torch.rand(256, 64, 64, generator=torch.Generator().manual_seed(0))
-    durations_sec = torch.full((256,), 64.0)
-    i, j = model.candidates.nonzero().unbind(1)
-    moments = torch.stack([i, j + 1], 1).float()
-
-    def theirs() -> Tensor:
-        return torch.stack([greedy_nms(moments, s[model.candidates], 5, 0.5) for s in scores])
-
-    def ours() -> Tensor:
-        return mmn.decode(scores, durations_sec, 5, 0.5, model.candidates)[..., :2]
-
-    same(ours(), theirs(), "moments after NMS", 0)
-    plain, fast = seconds_of(theirs), seconds_of(ours)
-    return [row("NMS: 256 queries, 1,104 candidates, one query at a time", 1000 * plain, "ms"),
-            row("NMS: 256 queries, ours", 1000 * fast, "ms", plain / fast, "one at a time")]
-
-
-def bench_search(given: argparse.Namespace) -> list[dict]:
-    """A sentence in an index of a million random moments, J = 256, against reading it once."""
-    J, each, count = 256, 136, 7352
-    with tempfile.TemporaryDirectory() as folder:
-        index = Index.__new__(Index)
-        index.folder, index.mapped, index.kind = pathlib.Path(folder), None, "checkpoint"
-        index.content = {"joint": J, "videos": {
-            f"{i}.mp4": {"first": i * each, "rows": each} for i in range(count)}}
-        rng = np.random.default_rng(0)
-        for name in ("iou.f16", "contrastive.f16"):
-            with open(index.folder / name, "wb") as file:
-                for _ in range(count):
-                    x = rng.standard_normal((each, J), dtype=np.float32)
-                    x /= np.linalg.norm(x, axis=1, keepdims=True)
-                    file.write(x.astype(np.float16).tobytes())
-        spans = np.sort(rng.uniform(0, 30, (count * each, 2)).astype(np.float32), 1)
-        (index.folder / "spans.f32").write_bytes(spans.tobytes())
-        q = F.normalize(torch.randn(2, J, generator=torch.Generator().manual_seed(0)), dim=1)
-        iou, _, contrastive = index.map_files()
-        best = max(float(mmn.fuse(torch.sigmoid(mmn.SCORE_SCALE * a.float() @ q[0]),
-                                  b.float() @ q[1]).max())
-                   for a, b in zip(iou.split(1 << 16), contrastive.split(1 << 16)))
-        ours = index.search(*q)[0].moment.score
-        same(torch.tensor(ours), torch.tensor(best), "best moment", 1e-6)
-        raw = [x.view(torch.int16).numpy() for x in (iou, contrastive)]
-        reading = seconds_of(lambda: [part.max() for x in raw for part in np.array_split(x, 32)])
-        searching = seconds_of(lambda: index.search(*q))
-    return [row("search: reading the index once", 1000 * reading, "ms"),
-            row(f"search: {count * each:,} moments (61 h of video)", 1000 * searching, "ms",
-                reading / searching, "reading")]
-
-
-def bench_zero_shot(given: argparse.Namespace) -> list[dict]:
-    """CLIP alone: a folder of videos of 30 s, and one video of two hours, at two frames per second,
-    against averaging the cosines of every moment."""
-    rows = []
-    for what, videos, frames, longest in (("61 h in 7,352 videos", 7352, 60, 30),
-                                          ("one video of 2 h", 1, 14_400, 600)):
-        x = F.normalize(torch.randn(videos * frames, 512), dim=1)
-        q, halves = F.normalize(torch.randn(512), dim=0), x.half()
-        moments = videos * sum(frames - k + 1 for k in range(2, longest + 1))
-
-        def search() -> Tensor:
-            similarity = torch.cat([part.float() @ q for part in halves.split(1 << 16)])
-            return torch.cat([search_intervals(part, 2, longest) for part in
-                              similarity.view(videos, frames).split(256)])
-
-        def averages() -> Tensor:
-            similarity = torch.cat([part.float() @ q for part in halves.split(1 << 16)])
-            similarity = similarity.view(videos, 1, frames).double()
-            total, best = similarity.sum(2), torch.full((videos,), -math.inf, dtype=torch.double)
-            for k in range(2, longest + 1):
-                inside = k * F.avg_pool1d(similarity, k, 1)[:, 0]
-                best = best.maximum(contrast(total, inside, torch.tensor(k), frames).amax(1))
-            return best
-
-        same(search()[:, 0, 2], averages(), "best moments", 1e-9)
-        plain, ours = seconds_of(averages), seconds_of(search)
-        rows += [row(f"zero-shot: {what}, averages", 1000 * plain, "ms"),
-                 row(f"zero-shot: {what}, {moments:,} moments", 1000 * ours, "ms", plain / ours,
-                     "averages")]
-    return rows
-
-
-def bench_video(given: argparse.Namespace) -> list[dict]:
-    """Extraction of 32 frames per video, against its halves: file -> frames, frames -> features."""
-    device, T = parallel.pick_device(given.device), 32
-    precision = video.PRECISIONS["fp16" if device.type == "cuda" else "float32"]
-    good = {}
-    for name, path in video.find_files(given.videos, video.VIDEOS).items():
-        decoded = video.attempt(path, T, 224)
-        if decoded.frames is None:
-            print(f"skipped: {decoded.reason}", file=sys.stderr)
-        else:
-            good[name], pixels = path, torch.from_numpy(decoded.frames)
-    if not good:
-        raise Mistake(f"{given.videos} contains no readable video; name a folder with --videos")
-    many = {f"{name} {i}": path for i in range(4) for name, path in good.items()}
-    workers, frames = max(1, (os.cpu_count() or 2) - 1), len(many) * T
-    started = time.perf_counter()
-    for _ in video.decode_all(many, T, 224, workers):
-        pass
+    decoded = [each for _, each in video.decode_all(paths, T, 224, workers)
+               if each.frames is not None]
     decoding = time.perf_counter() - started
-    model, batch = random_vit_b32(device), 256 if device.type == "cuda" else 32
-    images = pixels.repeat(batch // T, 1, 1, 1)
-    encoding = frames / batch * seconds_of(
-        lambda: video.encode_frames(model, images, batch, precision), device, 6.0)
-    with tempfile.TemporaryDirectory() as folder:
-        store = data.FeatureStore(folder, video.made_by(model, "random", "", T, T))
+    if not decoded:
+        raise Mistake(f"{folder} contains no readable video; name another folder with --videos")
+    model = random_clip().to(device)                                    # reads 224 x 224 pixels
+    pixels = torch.from_numpy(decoded[0].frames)                        # [T, 3, R, R]
+    encoding = len(decoded) * seconds_of(lambda: video.encode_frames(model, pixels, T), device)
+    with tempfile.TemporaryDirectory() as target:
+        store = data.FeatureStore(target, video.made_by(model, "random", "", T))
         started = time.perf_counter()
-        video.extract(store, model, many, list(many), set(), workers, batch, precision)
-        total = time.perf_counter() - started
-    return [row(f"video: decode, {workers} processes", frames / decoding, "frames/s"),
-            row("video: encode, ViT-B/32", frames / encoding, "frames/s"),
-            row("video: extraction, decoding beside encoding", frames / total, "frames/s",
-                max(decoding, encoding) / total, "the slower half")]
-
-
-BENCHES = {"text": bench_text, "step": bench_step, "nms": bench_nms, "search": bench_search,
-           "zero-shot": bench_zero_shot, "video": bench_video}
-
-
-def hardware(device: torch.device) -> str:
-    """The machine in one line."""
-    name, cpu = platform.processor() or platform.machine(), pathlib.Path("/proc/cpuinfo")
-    if cpu.exists():
-        name = cpu.read_text().split("model name")[1].split("\n")[0].strip("\t: ")
-    gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
-    return f"{os.cpu_count()} cores of {name}{gpu}, torch {torch.__version__}"
+        video.extract(store, model, paths, list(paths), set(), workers, batch=T)
+        extraction = time.perf_counter() - started
+    report(f"video: decoding, {workers} processes", len(decoded) / decoding, "videos/s")
+    report("video: encoding", len(decoded) / encoding, "videos/s")
+    report("video: extraction, decoding beside encoding", len(decoded) / extraction, "videos/s",
+           f"{max(decoding, encoding) / extraction:.2f} x the slower half")
 
 
 def main() -> None:
-    arguments = options.parser("speed, in ratios", prog="python -m extras.bench")
-    add = arguments.add_argument
-    add("bench", nargs="*", help=f"{', '.join(BENCHES)} (default: all)")
-    add("--annotations", default="data", help="folder with the published annotations, for text "
-                                              "(from: python data.py charades, activitynet)")
-    add("--videos", default="videos", help="folder of video files, for video")
-    add("--device", **options.DEVICE)
-    add("--json", action="store_true", help="print json")
-    given = arguments.parse_args()
+    parser = options.parser("measure the speed, in ratios", prog="python -m extras.bench")
+    parser.add_argument("names", nargs="*", default=BENCHMARKS, metavar="benchmark",
+                        help=f"{', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument("--device", **options.DEVICE)
+    parser.add_argument("--videos", help="folder of video files, for the benchmark video")
+    given = parser.parse_args()
     with reported():
-        if unknown := set(given.bench) - BENCHES.keys():
-            raise Mistake(f"there is no benchmark {min(unknown)!r}; choose from "
-                          f"{', '.join(BENCHES)}")
-        rows, machine = [], hardware(parallel.pick_device(given.device))
-        for name in given.bench or BENCHES:
-            try:
-                rows += BENCHES[name](given)
-            except Mistake as error:
-                if given.bench:
-                    raise
-                print(f"skipped: {name}: {error}", file=sys.stderr)
-        if given.json:
-            print(json.dumps({"machine": machine, "rows": rows}))
-            return
-        print(machine)
-        for line in rows:
-            ratio = f"{line['ratio']:9.2f} x {line['to']}" if line["ratio"] else ""
-            print(f"{line['what']:56s}  {line['value']:9,.4g} {line['unit']:9}{ratio}".rstrip())
+        unknown = set(given.names) - set(BENCHMARKS)
+        if unknown:
+            raise Mistake(f"no benchmark {min(unknown)!r}; choose from {', '.join(BENCHMARKS)}")
+        device = parallel.pick_device(given.device)
+        print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+              f"{torch.get_num_threads()} threads, torch {torch.__version__}, device {device}")
+        if device.type == "cuda":
+            print(torch.cuda.get_device_name(device))
+        if "towers" in given.names:
+            bench_towers(device)
+        if "steps" in given.names:
+            bench_steps(device)
+        if "search" in given.names:
+            bench_search(device)
+        if "video" in given.names and given.videos:
+            bench_video(device, given.videos)
+        elif "video" in given.names:
+            print("video: skipped, because it needs a folder of videos; name one with --videos")
 
 
 if __name__ == "__main__":

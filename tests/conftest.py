@@ -26,6 +26,9 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=300, metavar="N",
                      help="examples of each kind in tests/robustness/test_fuzz.py (default 300; "
                           "videos: a twentieth, at least 15)")
+    parser.addoption("--device", default="", metavar="NAME",
+                     help="cuda, cuda:N or mps: the device that tests/test_device.py compares with "
+                          "the CPU (default: a simulated one)")
 
 
 INSIDE = ("evaluate.py", "retrieve.py", "-m extras.walk", "-m extras.index", "-m extras.search",

@@ -8,9 +8,9 @@
 A tensor "on" it is a wrapper around a CPU tensor, with which every operation is computed. What it
 shows is where tensors lie: an operation on tensors of both devices raises, unless it is one that a
 GPU allows too: copies, indices on the CPU, and numbers (zero-dimensional CPU tensors) in pointwise
-operations. And it counts where a GPU would wait. It shows nothing about a GPU's kernels: rounding,
-speed, memory, streams, and autocast, which changes nothing here. Registered in torch once per
-process, in effect inside `mode` only.
+operations. A float64 tensor on it raises, too, as on mps. And it counts where a GPU would wait. It
+shows nothing about a GPU's kernels: rounding, speed, memory, streams, and autocast, which changes
+nothing here. Registered in torch once per process, in effect inside `mode` only.
 """
 import collections
 import contextlib
@@ -66,6 +66,8 @@ class Simulated(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor):
+        if held.dtype == torch.float64:
+            raise TypeError(f"{NAME} has no float64")           # as mps
         return torch.Tensor._make_wrapper_subclass(
             cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(),
             dtype=held.dtype, device=DEVICE)

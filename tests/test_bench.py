@@ -1,34 +1,68 @@
-"""What extras/bench.py compares computes the same."""
+"""extras/bench.py: its sizes are those it claims, and its parts run."""
 import dataclasses
+import re
 
 import pytest
 import torch
 
-import mmn
+import shapes
 import train
 from conftest import command
 from extras import bench
 
-
-def test_both_steps_have_the_same_losses():
-    """Five layers, of which two are cropped; three videos with two sentences each."""
-    config = dataclasses.replace(train.Config(), num_clips=8, frames=16, pool_counts=(3, 2),
-                                 kernel=3, layers=5, hidden=12, joint=8, batch=3)
-    (theirs, *_), (ours, *_) = (bench.one_step(published, config) for published in (True, False))
-    assert len(ours) == 2 and torch.allclose(ours, theirs, atol=1e-5)
-    with pytest.raises(AssertionError, match="x: the two ways differ by"):
-        bench.same(ours + 0.1, theirs, "x")
+CPU = torch.device("cpu")
 
 
-def test_greedy_nms_of_one_query():
-    """[0, 4) drops [0, 3) (IoU 0.75) and keeps [2, 6) (IoU 1/3)."""
-    moments = torch.tensor([[0., 3.], [2., 6.], [0., 4.], [8., 9.]])
-    kept = bench.greedy_nms(moments, torch.tensor([0.8, 0.7, 0.9, 0.1]), 2, 0.5)
-    assert kept.tolist() == [[0, 4], [2, 6]]
-    assert mmn.interval_iou(moments[0], moments[2]).item() == 0.75
+def test_the_model_has_the_size_of_vit_b32():
+    """151,277,313 parameters, as OpenAI's ViT-B/32 has."""
+    model = bench.random_clip()
+    assert sum(p.numel() for p in model.parameters()) == 151_277_313
+    assert model.visual.grid == 7
+
+
+@pytest.mark.parametrize("dataset", ["charades", "activitynet"])
+def test_a_batch_is_one_of_the_published_settings(dataset):
+    config = train.configure(dataset=dataset, batch=3)
+    batch = bench.random_batch(config)
+    assert batch.frames.shape == (3, config.frames, 512)
+    assert batch.tokens.shape == (3, 6, 77) and (batch.tokens.argmax(2) == 12).all()
+    assert batch.iou.shape == (6, config.num_clips, config.num_clips)
+    assert batch.video_of.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_every_step_is_timed(monkeypatch, capsys):
+    """With two narrow layers: mmn, mmn with the published convolution, vdi, at both settings."""
+    configure = train.configure
+    monkeypatch.setattr(train, "configure", lambda **given: dataclasses.replace(
+        configure(**given), num_clips=16, frames=32, pool_counts=(15,), layers=2, kernel=3,
+        hidden=16))
+    monkeypatch.setattr(bench, "seconds_of", lambda work, device: work() or 1.0)
+    bench.bench_steps(CPU)
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.split("  +", line)[0] for line in lines] == [
+        f"step: {dataset}, {what}" for dataset in ("charades", "activitynet")
+        for what in ("mmn, 2 videos", "mmn, published convolution", "vdi, 2 videos")]
+    assert lines[1].endswith("1.00 x mmn")
+
+
+def test_seconds_are_means(monkeypatch):
+    """A clock that advances by one second whenever it is read: started at 1, read at 2 (work), 3
+    (work), 4 (enough), 5: four seconds for two runs."""
+    ticks = iter(range(1, 100))
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(ticks))
+    runs = []
+    assert bench.seconds_of(lambda: runs.append(0), CPU, at_least=3.0) == 2.0
+    assert len(runs) == 3                       # a warm-up run, and two
+
+
+def test_extraction_is_compared_with_its_slower_half(tmp_path):
+    shapes.export(tmp_path, 2)
+    printed = command("-m", "extras.bench", "video", "--device", "cpu", "--videos", tmp_path)
+    assert "2 videos in" in printed and re.search(r"extraction.*x the slower half", printed)
 
 
 def test_mistakes_are_one_sentence(tmp_path):
-    for arguments, text in ((("speed",), "there is no benchmark 'speed'"),
-                            (("text", "--annotations", tmp_path), "there is no annotation file")):
+    for arguments, text in ((("speed",), "no benchmark 'speed'"),
+                            (("video", "--videos", tmp_path), "no readable video")):
         assert text in command("-m", "extras.bench", *arguments, status=2)
+    assert "skipped" in command("-m", "extras.bench", "video")

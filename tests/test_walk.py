@@ -4,10 +4,7 @@ import pathlib
 import re
 import textwrap
 
-import pytest
-
 import parse
-import shapes
 from conftest import command
 
 HERE = pathlib.Path(__file__).parent.parent
@@ -25,20 +22,6 @@ def test_parse_underlines_the_chunks(tmp_path):
     printed = command(HERE / "parse.py", "a person opens the door", cwd=tmp_path)
     documented = textwrap.dedent(parse.__doc__.split('door"\n\n')[1].split("\n\n")[0])
     assert printed == f"parser: {name}\n{re.sub(' *the noun chunks', '', documented)}\n"
-
-
-def test_clip_compares_an_image_and_texts(world, tmp_path):
-    """A text compared with itself gives 1, and the shares of the image add up to 1. Without weights
-    one sentence says where to get them."""
-    shapes.export(tmp_path, 1)
-    image, texts = tmp_path / "test-0000.mp4", ("the red circle rises", "a blue square")
-    printed = walk("clip", image, *texts, "--weights", world / "shapes" / "clip.pt",
-                   cwd=tmp_path)
-    rows = [line.split() for line in printed.splitlines()[2:]]
-    assert [row[2 + i] for i, row in enumerate(rows)] == ["1.000"] * 2
-    assert rows[0][3] == rows[1][2] and rows[0][4:] == texts[0].split()
-    assert sum(float(row[1]) for row in rows) == pytest.approx(1, abs=2e-3)
-    assert "data/shapes/clip.pt" in walk("clip", image, *texts, cwd=tmp_path, status=2)
 
 
 def test_inject_walks_from_frames_to_both_losses(tmp_path):
@@ -68,17 +51,6 @@ def test_mmn_shows_how_the_map_is_decoded(tmp_path):
 def test_evaluate_explains_by_hand(tmp_path):
     """IoU 6 / 20, 8 / 20, 8 / 11; the second answer is dropped by NMS, the third is the hit."""
     printed = walk("evaluate", cwd=tmp_path)
-    assert [m for m in re.findall(r"= (\d.\d\d), (\w+) hit at 0.5", printed)] == [
-        ("0.30", "no"), ("0.40", "no"), ("0.73", "a")]
+    assert re.findall(r"IoU \d+ / \d+ = (\d.\d\d)", printed) == ["0.30", "0.40", "0.73"]
+    assert "first by IoU 0.89 > 0.5 and is dropped; the third, by 0.19, stays" in printed
     assert "R@1,IoU=0.5 0.00   R@1,IoU=0.7 0.00   R@5,IoU=0.5 100.00" in printed
-
-
-def test_video_prints_what_would_be_sampled(tmp_path):
-    """The exported video has 32 parts; four of them are sampled at 1/8, 3/8, 5/8, 7/8 of it."""
-    shapes.export(tmp_path, 1)
-    printed = walk("video", tmp_path / "test-0000.mp4", "--frames", 4, cwd=tmp_path)
-    duration_sec = float(re.search(r"([\d.]+) s$", printed.splitlines()[0])[1])
-    times = [float(t) for t in re.findall(r"([\d.]+) s #", printed)]
-    assert times == pytest.approx([duration_sec * (2 * k + 1) / 8 for k in range(4)], abs=0.01)
-    assert "256 x 256" in printed and "100% of the picture" in printed
-    assert "cannot be opened" in walk("video", HERE / "README.md", cwd=tmp_path, status=2)
