@@ -1,8 +1,8 @@
 """CLIP: the image-text model that everything here starts from (paper: f^v and f^q, Sec. 3).
 
-In the order of the data: text -> tokens (BPE), frames -> pixels, the two image towers (ViT,
-ModifiedResNet), the causal text tower, and the loading of weights. The module tree uses OpenAI's
-parameter names, so that a published state dict loads without renaming.
+Listed in the order in which data flows through it: text -> tokens (BPE), frames -> pixels, the two
+image towers (ViT, ModifiedResNet), the causal text tower, and the loading of weights. The modules
+have OpenAI's parameter names, so that a published state dict loads without renaming.
 
 Left out: training of the large models, and half precision (everything here is float32; callers may
 use autocast). The activation is not guessed from a file's name: it is an argument of `load`.
@@ -13,8 +13,8 @@ use autocast). The activation is not guessed from a file's name: it is an argume
     q = model.encode_text(clip.tokenize("a person opens the door"))
 
 `python -m extras.walk clip IMAGE "the red circle rises" "the red circle falls"` prints the cosines
-of an image with texts, and of the texts with each other: that of two verbs is near 1, which is what
-the paper sets out to change.
+of an image with texts, and of the texts with each other: two sentences that differ only in the verb
+have a cosine near 1, which is what the paper sets out to change.
 
 Shapes: B images or sentences, L words (77 at most), C width of a tower, D width of the joint space,
 D' channels of the patch features, H x W patch grid, R input resolution.
@@ -24,7 +24,6 @@ import gzip
 import html
 import os
 import pathlib
-import pkgutil
 import zipfile
 
 import ftfy
@@ -33,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support import files, hugging_face
+from support import distilbert, files, hugging_face
 from support.errors import Mistake, naming
 
 # ----------------------------------------------------------------------------------- text -> tokens
@@ -49,22 +48,27 @@ def byte_alphabet() -> dict[int, str]:
     """Each of the 256 bytes as one printable character, in the order of CLIP's vocabulary.
 
     Printable Latin-1 bytes represent themselves; the other 68 get the characters from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
-                 *range(ord("®"), ord("ÿ") + 1)]
+    # subtle: printable ones come first, and a token's id is its place in the vocabulary
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
     others = [byte for byte in range(256) if byte not in printable]
-    return {**{byte: chr(byte) for byte in printable},
-            **{byte: chr(256 + i) for i, byte in enumerate(others)}}
+    alphabet = {byte: chr(byte) for byte in printable}
+    alphabet.update({byte: chr(256 + i) for i, byte in enumerate(others)})
+    return alphabet
 
 
 @functools.cache
 def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
-    """(token -> id, pair -> rank): 256 bytes, again at a word's end, 48,894 merges, 2 special."""
+    """token -> id, and pair of tokens -> its rank: pairs are merged in the order of the file."""
     lines = gzip.decompress(MERGES.read_bytes()).decode("utf-8").split("\n")
+    # the file goes on: CLIP uses as many merges as give 49,152 tokens, of which 2 are special
     merges = [tuple(line.split()) for line in lines[1:49152 - 256 - 2 + 1]]
-    letters = list(byte_alphabet().values())
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), START, END]
-    return ({token: i for i, token in enumerate(tokens)},
-            {pair: rank for rank, pair in enumerate(merges)})
+    tokens = list(byte_alphabet().values())                             # 256 bytes,
+    tokens += [letter + "</w>" for letter in tokens]                    # again at a word's end,
+    tokens += ["".join(pair) for pair in merges]                        # 48,894 merges,
+    tokens += [START, END]                                              # in all 49,408
+    ids = {token: i for i, token in enumerate(tokens)}
+    ranks = {pair: rank for rank, pair in enumerate(merges)}
+    return ids, ranks
 
 
 @functools.lru_cache(maxsize=2 ** 18)
@@ -74,14 +78,15 @@ def word_ids(word: str) -> tuple[int, ...]:
     if word in (START, END):
         return (ids[word],)
     letters = [byte_alphabet()[byte] for byte in word.encode("utf-8")]
-    parts = letters[:-1] + [letters[-1] + "</w>"]
+    parts = letters[:-1] + [letters[-1] + "</w>"]       # "door" -> d, o, o, r</w>
     while len(parts) > 1:
         best = min(zip(parts, parts[1:]), key=lambda pair: ranks.get(pair, len(ranks)))
-        if best not in ranks:
+        if best not in ranks:                           # no adjacent pair is left to merge
             break
-        merged, i = [], 0
+        merged = []
+        i = 0
         while i < len(parts):
-            if tuple(parts[i:i + 2]) == best:
+            if tuple(parts[i:i + 2]) == best:           # every occurrence is merged, left to right
                 merged.append(parts[i] + parts[i + 1])
                 i += 2
             else:
@@ -93,15 +98,13 @@ def word_ids(word: str) -> tuple[int, ...]:
 
 def encode(text: str) -> list[int]:
     """Token ids of any string, without start and end. `encode("a person")` is [320, 2533]."""
-    return list(sentence_ids(text))
-
-
-@functools.lru_cache(maxsize=2 ** 17)
-def sentence_ids(text: str) -> tuple[int, ...]:
-    """`encode`, cached: every epoch and every table tokenizes the same sentences again."""
+    # twice, as in OpenAI's code: captions from the web contain "&amp;amp;"
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     text = regex.sub(r"\s+", " ", text).strip().lower()
-    return tuple(i for word in WORD.findall(text) for i in word_ids(word))
+    ids = []
+    for word in WORD.findall(text):
+        ids += word_ids(word)           # cached: sentences share most of their words
+    return ids
 
 
 def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = False) -> Tensor:
@@ -109,16 +112,16 @@ def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = 
 
     Mistake for more than `context_length` tokens; with truncate=True the end token is kept."""
     texts = [texts] if isinstance(texts, str) else texts
-    start, end = vocabulary()[0][START], vocabulary()[0][END]
+    tokens, _ = vocabulary()
     result = torch.zeros(len(texts), context_length, dtype=torch.long)
     for row, text in enumerate(texts):
-        ids = [start, *sentence_ids(text), end]
+        ids = [tokens[START]] + encode(text) + [tokens[END]]
         if len(ids) > context_length:
             if not truncate:
                 raise Mistake(f"this sentence has {len(ids)} tokens and CLIP reads "
-                              f"{context_length}; shorten it or pass truncate=True: "
-                              f"{text[:60]!r}")
-            ids = ids[:context_length - 1] + [end]
+                              f"{context_length}; shorten it or pass truncate=True: {text[:60]!r}")
+            # the end token stays: the sentence's feature is read at its place
+            ids = ids[:context_length - 1] + [tokens[END]]
         result[row, :len(ids)] = torch.tensor(ids)
     return result
 
@@ -139,14 +142,15 @@ def crop(frames: Tensor, resolution: int) -> Tensor:
     if size != [h, w]:
         # subtle: on uint8 this computes as Pillow does, rounding after each of the two directions
         frames = F.interpolate(frames, size, mode="bicubic", antialias=True)
-    top, left = (round((side - resolution) / 2) for side in size)
-    return frames[:, :, top:top + resolution, left:left + resolution]
+    top = round((size[0] - resolution) / 2)
+    left = round((size[1] - resolution) / 2)
+    return frames[:, :, top:top + resolution, left:left + resolution]   # [T, 3, R, R]
 
 
 def normalise(pixels: Tensor) -> Tensor:
     """uint8 [T, 3, R, R] -> float of the same shape, as CLIP was trained: mean 0, deviation 1."""
-    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1)
-                 for v in (PIXEL_MEAN, PIXEL_STD))
+    mean = torch.tensor(PIXEL_MEAN, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(PIXEL_STD, device=pixels.device).view(3, 1, 1)
     return (pixels / 255 - mean) / std
 
 
@@ -172,9 +176,9 @@ class Attention(nn.MultiheadAttention):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)       # [B, L, 3C]
         q, k, v = qkv.view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # [B, heads, L, *]
         # `hidden` [B, L] (clip2video's): added to the keys' logits, 0 or very negative to hide
-        bias = None if hidden is None else hidden[:, None, None]
-        x = F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal)
-        return self.out_proj(x.transpose(1, 2).reshape(B, L, C))
+        bias = None if hidden is None else hidden[:, None, None]        # [B, 1, 1, L]
+        x = F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal)     # [B, heads, L, *]
+        return self.out_proj(x.transpose(1, 2).reshape(B, L, C))        # [B, L, C]
 
 
 class Block(nn.Module):
@@ -196,11 +200,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. Heads are 64 wide; another number of heads is in the state dict."""
+    """A stack of blocks. Heads are 64 wide; any other number of heads is in the state dict."""
 
     def __init__(self, width: int, layers: int, heads: int, activation: type[nn.Module]):
         super().__init__()
-        if heads != width // 64:
+        if heads != width // 64:        # cannot be read off the weights' shapes: see `heads_of`
             self.register_buffer("heads", torch.tensor(heads))
         self.resblocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
 
@@ -219,9 +223,13 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.resolution = resolution
         self.grid = resolution // 2 ** len(stem) // patch               # H = W
-        self.stem = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1)
-                                  for a, b in zip((3, *stem), stem))
-        self.conv1 = nn.Conv2d(stem[-1] if stem else 3, width, patch, stride=patch, bias=False)
+        self.stem = nn.ModuleList()
+        channels = 3
+        for planes in stem:
+            self.stem.append(nn.Conv2d(channels, planes, 3, stride=2, padding=1))
+            channels = planes
+        self.conv1 = nn.Conv2d(channels, width, patch, stride=patch, bias=False)
+        # uninitialised: the weights are loaded, or drawn by shapes.small_clip
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(self.grid ** 2 + 1, width))
         self.ln_pre = nn.LayerNorm(width)
@@ -232,11 +240,12 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, R, R] -> global feature [B, D] (class token), patch features [B, D, H, W]."""
         x = images
-        for convolution in self.stem:
+        for convolution in self.stem:                                   # none in OpenAI's models
             x = F.relu(convolution(x))
         x = self.conv1(x).flatten(2).transpose(1, 2)                    # [B, HW, C]
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)       # [B, 1 + HW, C]
         x = self.transformer(self.ln_pre(x + self.positional_embedding))
+        # OpenAI projects the class token only; the paper's X~^v needs the patches, too
         x = self.ln_post(x) @ self.proj                                 # [B, 1 + HW, D]
         return x[:, 0], x[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))
 
@@ -260,9 +269,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(F.avg_pool2d(x, self.stride))
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn1(self.conv1(x)))                             # [B, planes, H, W]
         x = F.relu(self.bn2(self.conv2(x)))
-        x = self.bn3(self.conv3(F.avg_pool2d(x, self.stride)))
+        x = self.bn3(self.conv3(F.avg_pool2d(x, self.stride)))          # [B, 4 planes, H/s, W/s]
         return F.relu(x + shortcut)
 
 
@@ -280,9 +289,11 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(2).transpose(1, 2)                                # [B, HW, C]
-        x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding  # [B, 1 + HW, C]
-        q, k, v = (f(y).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, heads, *, C/heads]
-                   for f, y in ((self.q_proj, x[:, :1]), (self.k_proj, x), (self.v_proj, x)))
+        x = torch.cat([x.mean(1, keepdim=True), x], 1)                  # [B, L = 1 + HW, C]
+        x = x + self.positional_embedding
+        q = self.q_proj(x[:, :1]).unflatten(2, (self.heads, -1)).transpose(1, 2)    # of the mean
+        k = self.k_proj(x).unflatten(2, (self.heads, -1)).transpose(1, 2)       # [B, heads, L, *]
+        v = self.v_proj(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
         x = F.scaled_dot_product_attention(q, k, v)                     # [B, heads, 1, C/heads]
         return self.c_proj(x.flatten(1))                                # [B, D]
 
@@ -293,7 +304,8 @@ class ModifiedResNet(nn.Module):
     def __init__(self, resolution: int, layers: tuple[int, ...], width: int, heads: int,
                  output: int):
         super().__init__()
-        self.resolution, self.grid = resolution, resolution // 32
+        self.resolution = resolution
+        self.grid = resolution // 32                                    # H = W
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
         self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
@@ -303,18 +315,20 @@ class ModifiedResNet(nn.Module):
         channels = width
         for i, blocks in enumerate(layers):
             planes = width * 2 ** i
-            first = Bottleneck(channels, planes, 1 if i == 0 else 2)
-            channels = 4 * planes
-            rest = [Bottleneck(channels, planes, 1) for _ in range(blocks - 1)]
-            self.add_module(f"layer{i + 1}", nn.Sequential(first, *rest))
+            stage = nn.Sequential()
+            for j in range(blocks):
+                halved = i > 0 and j == 0       # every stage but the first halves the map
+                stage.append(Bottleneck(channels, planes, stride=2 if halved else 1))
+                channels = 4 * planes
+            self.add_module(f"layer{i + 1}", stage)
         self.attnpool = AttentionPool(self.grid, channels, heads, output)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, R, R] -> global feature [B, D] (attention pool), last map [B, D', H, W]."""
-        x = F.relu(self.bn1(self.conv1(images)))
+        x = F.relu(self.bn1(self.conv1(images)))                        # [B, C/2, R/2, R/2]
         x = F.relu(self.bn2(self.conv2(x)))
-        x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)            # [B, C, R/4, R/4]
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))       # [B, 32C, R/32, R/32]
         return self.attnpool(x), x
 
 
@@ -334,28 +348,31 @@ class TextTower(nn.Module):
     tokenize = staticmethod(tokenize)                   # sentences -> what `encode_text` reads
 
     def states(self, tokens: Tensor) -> Tensor:
-        """Token ids [B, L <= 77] -> the state of every position, [B, L, C], of which
-        `ln_final(state) @ text_projection` is the feature."""
-        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
+        """Token ids [B, L <= 77] -> the state of every position, [B, L, C]; the feature is
+        `ln_final(state) @ text_projection`."""
+        L = tokens.shape[1]
+        x = self.token_embedding(tokens) + self.positional_embedding[:L]        # [B, L, C]
         return self.transformer(x, causal=True)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids [B, L <= 77] -> [B, D], not normalised. An empty batch gives [0, D]."""
-        if not len(tokens):
+        if not len(tokens):             # argmax and max below do not accept an empty tensor
             return self.text_projection.new_zeros(0, self.output)
         end = tokens.argmax(1)  # the end token has the largest id; the first one counts
         L = int(end.max()) + 1  # exact: nothing after the end token can be seen by it
-        x = self.states(tokens[:, :L])[torch.arange(len(tokens), device=tokens.device), end]
+        rows = torch.arange(len(tokens), device=tokens.device)
+        x = self.states(tokens[:, :L])[rows, end]                       # [B, C]
         return self.ln_final(x) @ self.text_projection                  # [B, D]
 
 
 class CLIP(TextTower):
     """Both towers; `visual` is a VisionTransformer or a ModifiedResNet."""
 
-    def __init__(self, visual: nn.Module, *text_sizes):
-        super().__init__(*text_sizes)
+    def __init__(self, visual: nn.Module, vocabulary_size: int, context_length: int, width: int,
+                 layers: int, heads: int, output: int, activation: type[nn.Module]):
+        super().__init__(vocabulary_size, context_length, width, layers, heads, output, activation)
         self.visual = visual
-        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())   # log of 1 / temperature
 
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, R, R] -> (x [B, D], patches [B, D', H, W]), not normalised, in one pass."""
@@ -366,113 +383,31 @@ class CLIP(TextTower):
         return self.visual(images)
 
 
-def contrastive_loss(logits: Tensor) -> Tensor:
-    """CLIP's loss: each row picks its column, each column its row, of [B, B] scaled cosines whose
-    diagonal holds the pairs. (CE(S) + CE(S^T)) / 2, nats."""
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
 # ------------------------------------------------------------------------------------------ weights
 
-NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # in some files
-
-
-def build_text(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> TextTower:
-    """The text tower alone, from a state dict with or without an image tower; see `build`."""
-    state = {key: value for key, value in state.items()
-             if not key.startswith("visual.") and key not in ("logit_scale", *NOT_WEIGHTS)}
-    return fill(TextTower(*_text_sizes(state, activation)), state)
-
-
-# text towers of other networks, by the start of their name, or a folder with config.json
-TOWERS = {"distilbert": "extras.distilbert.DistilBert"}
-
-
-def load_text(name: str, state: dict[str, Tensor] | None = None) -> nn.Module:
-    """f^q of a CLIP (as of `load`) or of TOWERS, with the weights of that name or with `state`."""
-    path = pathlib.Path(name)
-    for start, place in TOWERS.items():
-        if path.name.startswith(start) or (path / "config.json").is_file():
-            return pkgutil.resolve_name(place).load(name, state)
-    with naming(name):
-        return build_text(read_state(name) if state is None else state)
-
-
-def build(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> CLIP:
-    """A CLIP in float32 and evaluation mode, its sizes read off a state dict with OpenAI's keys.
-
-    Mistake, naming the key, if the weights are not a CLIP's. The activation cannot be read off the
-    weights: pass nn.GELU for models trained with it (LAION's)."""
-    known = {key: value for key, value in state.items() if key not in NOT_WEIGHTS}
-    sizes = _text_sizes(known, activation)
-    output = _get(known, "text_projection").shape[1]
-    if "visual.layer1.0.conv1.weight" in known:
-        grid = round((len(_get(known, "visual.attnpool.positional_embedding")) - 1) ** 0.5)
-        layers = tuple(_count(known, f"visual.layer{i}.") for i in (1, 2, 3, 4))
-        width = len(known["visual.layer1.0.conv1.weight"])
-        visual = functools.partial(ModifiedResNet, 32 * grid, layers, width,
-                                   max(1, width * 32 // 64), output)
-    else:
-        width, channels, patch = _get(known, "visual.conv1.weight").shape[:3]
-        grid = round((len(_get(known, "visual.positional_embedding")) - 1) ** 0.5)
-        stem = tuple(len(known[f"visual.stem.{i}.weight"])
-                     for i in range(_count(known, "visual.stem.")))
-        heads = _heads(known, "visual.transformer.heads", width)
-        visual = functools.partial(VisionTransformer, grid * patch * 2 ** len(stem), patch, width,
-                                   _count(known, "visual.transformer.resblocks."), heads, output,
-                                   activation, stem)
-    return fill(CLIP(visual(), *sizes), known)
-
-
-def _text_sizes(state: dict[str, Tensor], activation: type[nn.Module]) -> tuple:
-    vocabulary_size, width = _get(state, "token_embedding.weight").shape
-    heads = _heads(state, "transformer.heads", width)
-    return (vocabulary_size, len(_get(state, "positional_embedding")), width,
-            _count(state, "transformer.resblocks."), heads, _get(state, "text_projection").shape[1],
-            activation)
-
-
-def _heads(state: dict[str, Tensor], key: str, width: int) -> int:
-    heads = int(state.get(key, width // 64))
-    if heads < 1 or width % heads:
-        raise Mistake(f"these are not the weights of a CLIP: {heads} heads of width {width}")
-    return heads
-
-
-def _get(state: dict[str, Tensor], key: str, what: str = "a CLIP") -> Tensor:
-    if key not in state:
-        raise Mistake(f"these are not the weights of {what}: the key {key!r} is missing")
-    return state[key]
-
-
-def _count(state: dict[str, Tensor], prefix: str) -> int:
-    """Number of modules in the list `prefix`."""
-    return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
-
-
-def fill(model, state: dict[str, Tensor], what: str = "a CLIP") -> nn.Module:
-    """The model with these weights as float32, in evaluation mode. Mistake
-    for a missing, unknown or misshapen key."""
-    expected = model.state_dict()
-    for key, value in expected.items():
-        if key.endswith("num_batches_tracked"):
-            state.setdefault(key, torch.tensor(0))
-        elif _get(state, key, what).shape != value.shape:
-            raise Mistake(f"these are not the weights of {what}: {key!r} has shape "
-                          f"{list(state[key].shape)}, expected {list(value.shape)}")
-    unknown = [key for key in state if key not in expected]
-    if unknown:
-        raise Mistake(f"these are not the weights of {what}: the key {unknown[0]!r} is unknown")
-    model.load_state_dict({key: value.float() if value.is_floating_point() else value
-                           for key, value in state.items()})
-    return model.eval()
-
-
+# name -> SHA-256 of the file (which is also in its address), file, width D, resolution R
+PUBLISHED = {
+    "RN50": ("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
+             "RN50.pt", 1024, 224),
+    "RN101": ("8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
+              "RN101.pt", 512, 224),
+    "RN50x4": ("7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
+               "RN50x4.pt", 640, 288),
+    "RN50x16": ("52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa",
+                "RN50x16.pt", 768, 384),
+    "RN50x64": ("be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c",
+                "RN50x64.pt", 1024, 448),
+    "ViT-B/32": ("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+                 "ViT-B-32.pt", 512, 224),
+    "ViT-B/16": ("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+                 "ViT-B-16.pt", 512, 224),
+    "ViT-L/14": ("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+                 "ViT-L-14.pt", 768, 224),
+    "ViT-L/14@336px": ("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+                       "ViT-L-14-336px.pt", 768, 336),
+}
 ADDRESS = "https://openaipublic.azureedge.net/clip/models"
-# lines "name, SHA-256 of the file (which is also in its address), file name, D, resolution"
-PUBLISHED = {name: (digest, file, int(D), int(R)) for name, digest, file, D, R in map(
-    str.split, (files.ASSETS / "clip.txt").read_text().splitlines())}
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # in some files
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -480,11 +415,11 @@ def sha256(path: str | os.PathLike) -> str:
     return PUBLISHED[path][0] if path in PUBLISHED else files.sha256(path)
 
 
-def download(name: str, folder: str | os.PathLike | None = None) -> pathlib.Path:
-    """The verified file of a published model; downloaded to `folder` (~/.cache/clip) if need be."""
-    digest, file_name, *_ = PUBLISHED[name]
-    folder = pathlib.Path(folder or "~/.cache/clip").expanduser()
-    return files.fetch(f"{ADDRESS}/{digest}/{file_name}", digest, folder / file_name)
+def download(name: str, folder: str | os.PathLike = "~/.cache/clip") -> pathlib.Path:
+    """The verified file of a published model; downloaded to `folder` unless it is there."""
+    digest, file = PUBLISHED[name][:2]
+    path = pathlib.Path(folder).expanduser() / file
+    return files.fetch(f"{ADDRESS}/{digest}/{file}", digest, path)
 
 
 def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -493,16 +428,16 @@ def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
     opened only if its SHA-256 is one of OpenAI's."""
     path = download(path) if path in PUBLISHED else pathlib.Path(path)
     if not path.is_file():
-        raise Mistake(f"{path} is neither a weight file nor the name of a published "
-                      f"CLIP: {', '.join(PUBLISHED)}")
+        raise Mistake(f"{path} is neither a weight file nor the name of a published CLIP: "
+                      f"{', '.join(PUBLISHED)}")
     if zipfile.is_zipfile(path) and any("/code/" in n for n in zipfile.ZipFile(path).namelist()):
-        if sha256(path) not in {digest for digest, *_ in PUBLISHED.values()}:
+        if sha256(path) not in [model[0] for model in PUBLISHED.values()]:
             raise Mistake(f"{path} is a TorchScript archive, which contains code, and its SHA-256 "
                           f"is not that of a published CLIP; save its state dict with torch.save "
                           f"and load that")
         return torch.jit.load(path, map_location="cpu").state_dict()
     state = files.read_tensors(path)
-    for wrapper in ("state_dict", "model"):
+    for wrapper in ("state_dict", "model"):             # open_clip's checkpoints, and others'
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
@@ -518,3 +453,106 @@ def load(name_or_path: str | os.PathLike, device: str | torch.device = "cpu",
     OpenAI's archive, a plain or open_clip state dict, Hugging Face's pytorch_model.bin."""
     with naming(name_or_path):
         return build(read_state(name_or_path), activation).to(device)
+
+
+def load_text(name: str, state: dict[str, Tensor] | None = None) -> nn.Module:
+    """f^q of a CLIP (as in `load`) or a DistilBERT, with its own weights or with `state`."""
+    if distilbert.is_distilbert(name):
+        return distilbert.load(name, state)
+    with naming(name):
+        return build_text(read_state(name) if state is None else state)
+
+
+def build(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> CLIP:
+    """A CLIP in float32 and evaluation mode, its sizes read off a state dict with OpenAI's keys.
+
+    Mistake, naming the key, if the weights are not a CLIP's. The activation cannot be read off the
+    weights: pass nn.GELU for models trained with it (LAION's)."""
+    state = {key: value for key, value in state.items() if key not in NOT_WEIGHTS}
+    with torch.device("meta"):      # allocate nothing before all shapes are known to agree
+        check(untrained(state, activation), state)
+    return fill(untrained(state, activation), state)
+
+
+def build_text(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> TextTower:
+    """The text tower alone, from a state dict with or without an image tower; see `build`."""
+    state = {key: value for key, value in state.items()
+             if not key.startswith("visual.") and key not in ("logit_scale", *NOT_WEIGHTS)}
+    with torch.device("meta"):
+        check(TextTower(**text_sizes(state), activation=activation), state)
+    return fill(TextTower(**text_sizes(state), activation=activation), state)
+
+
+def untrained(state: dict[str, Tensor], activation: type[nn.Module]) -> CLIP:
+    """A CLIP of the sizes of these weights, before they are loaded."""
+    output = shape_of(state, "text_projection")[1]                                  # D
+    if "visual.layer1.0.conv1.weight" in state:
+        positions = shape_of(state, "visual.attnpool.positional_embedding")[0]      # 1 + HW
+        width = len(state["visual.layer1.0.conv1.weight"])
+        layers = tuple(count(state, f"visual.layer{i}.") for i in (1, 2, 3, 4))
+        visual = ModifiedResNet(resolution=32 * round((positions - 1) ** 0.5), layers=layers,
+                                width=width, heads=max(1, width // 2), output=output)
+    else:
+        width, _, patch = shape_of(state, "visual.conv1.weight")[:3]
+        positions = shape_of(state, "visual.positional_embedding")[0]               # 1 + HW
+        stem = []
+        while f"visual.stem.{len(stem)}.weight" in state:
+            stem.append(len(state[f"visual.stem.{len(stem)}.weight"]))
+        pixels = patch * 2 ** len(stem)                 # a patch is so many pixels wide
+        visual = VisionTransformer(
+            resolution=pixels * round((positions - 1) ** 0.5), patch=patch, width=width,
+            layers=count(state, "visual.transformer.resblocks."),
+            heads=heads_of(state, "visual.transformer.heads", width), output=output,
+            activation=activation, stem=tuple(stem))
+    return CLIP(visual, **text_sizes(state), activation=activation)
+
+
+def text_sizes(state: dict[str, Tensor]) -> dict[str, int]:
+    """The arguments of a TextTower with these weights."""
+    vocabulary_size, width = shape_of(state, "token_embedding.weight")
+    return dict(vocabulary_size=vocabulary_size, width=width,
+                context_length=shape_of(state, "positional_embedding")[0],
+                layers=count(state, "transformer.resblocks."),
+                heads=heads_of(state, "transformer.heads", width),
+                output=shape_of(state, "text_projection")[1])
+
+
+def heads_of(state: dict[str, Tensor], key: str, width: int) -> int:
+    heads = int(state.get(key, width // 64))            # 64 wide unless the weights say otherwise
+    if heads < 1 or width % heads:
+        raise Mistake(f"these are not the weights of a CLIP: {heads} heads of width {width}")
+    return heads
+
+
+def shape_of(state: dict[str, Tensor], key: str) -> torch.Size:
+    if key not in state:
+        raise Mistake(f"these are not the weights of a CLIP: the key {key!r} is missing")
+    return state[key].shape
+
+
+def count(state: dict[str, Tensor], prefix: str) -> int:
+    """Number of modules in the list `prefix`."""
+    return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
+
+
+def check(model: nn.Module, state: dict[str, Tensor], what: str = "a CLIP") -> None:
+    """Mistake for a missing, unknown or misshapen key. The model may be on the device "meta"."""
+    expected = model.state_dict()
+    for key, value in expected.items():
+        if key not in state:
+            if key.endswith("num_batches_tracked"):     # some files lack it, and nothing reads it
+                continue
+            raise Mistake(f"these are not the weights of {what}: the key {key!r} is missing")
+        if state[key].shape != value.shape:
+            raise Mistake(f"these are not the weights of {what}: {key!r} has shape "
+                          f"{list(state[key].shape)}, expected {list(value.shape)}")
+    for key in state:
+        if key not in expected:
+            raise Mistake(f"these are not the weights of {what}: the key {key!r} is unknown")
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], what: str = "a CLIP") -> nn.Module:
+    """The model with these weights, as float32 and in evaluation mode. Mistake if they differ."""
+    check(model, state, what)
+    model.load_state_dict(state)                        # a copy: half precision becomes float32
+    return model.eval()

@@ -119,12 +119,14 @@ def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
         config = saved["config"]
         sizes = saved["sizes"]
         weights = saved["retriever"]
-        # what is claimed is compared with what is there before anything is allocated
+        # what a file claims is compared with what is in it before anything is allocated
         fits = sum(sizes["pool_counts"]) < sizes["num_clips"] <= 512
         if not fits or sizes["layers"] > len(weights):
             raise ValueError(f"its weights do not have the sizes {sizes}")
         if "window_sec" not in saved or "parser" not in saved:
             raise ValueError("it lacks window_sec or parser")
+        with torch.device("meta"):                      # which allocates nothing
+            clip.check(mmn.MMN(**sizes), weights, "this retriever")
         retriever = clip.fill(mmn.MMN(**sizes), weights, "this retriever")
         tower = clip.load_text(config.get("text_clip", ""), saved["text"])
     except Missing:             # of the text tower, a package or its configuration

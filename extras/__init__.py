@@ -6,7 +6,6 @@
     show        what retrieve.py found: text, json, plot, page, clips
     zero_shot   CLIP alone, without training: a row of the evaluation, and its choices
     tan         2D-TAN, a second retriever
-    distilbert  DistilBERT, a text tower that is not a CLIP's
     probe       what CLIP's features and Eq. 3-5 contain
     reproduce   every table and figure (figures), ours beside the paper's; tables.json: their rows
     readings    other literal readings of Eq. 1-5; rehearsal: every table without the videos

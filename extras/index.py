@@ -1,18 +1,17 @@
 """An index over a folder of videos: which moment of which video does a sentence describe?
 
     python -m extras.index DIR --out index/                     # CLIP alone, without training
-    python -m extras.index ckpt.pt DIR --out index/             # with a trained MMN
+    python -m extras.index ckpt.pt DIR --out index/             # with a trained model
     python -m extras.search index/ "a person opens the door"
 
-The same command updates the index after a change. Neither of MMN's two embeddings of a moment
-depends on the sentence (Eq. 6, 9), so its index stores those of all moments of all videos, and a
-search is a product with two vectors. Without a checkpoint the score of a moment is linear in its
-frames (retrieve.contrast), so the index stores the frames.
+Rerun the same command to update the index after a change. Neither of MMN's two embeddings of a
+moment depends on the sentence (Eq. 6, 9), so its index stores those of all moments of all videos,
+and a search is a product with two vectors. Without a checkpoint, the score of a moment is linear in
+its frames (retrieve.contrast), so the index stores the frames.
 
 Shapes: R rows of an index (moments, or frames), J width of MMN's joint space, D of CLIP's, V
-videos.
+videos, F frames of the longest of some videos.
 """
-import support  # first, for a Ctrl-C while torch is imported
 import bisect
 import json
 import math
@@ -27,7 +26,8 @@ from tqdm import tqdm
 
 import mmn
 import video
-from retrieve import Moment, Retriever, ZeroShot, add_options, greedy_nms, note, search_intervals
+from retrieve import (Moment, Retriever, ZeroShot, add_options, greedy_nms, note, retriever_of,
+                      search_intervals)
 from support import files, options
 from support.errors import Mistake, reported
 from support.text import printable
@@ -39,7 +39,7 @@ FILES = {"checkpoint": {"iou.f16": torch.half, "spans.f32": torch.float32,
 
 
 class Hit(NamedTuple):
-    """An answer from an index; z as in retrieve.Answer; order: what the answers are ordered by."""
+    """An answer from an index. z: as in retrieve.Answer; order: what the answers are sorted by."""
     video: str
     moment: Moment
     z: float
@@ -61,31 +61,35 @@ class Index:
 
     def __init__(self, folder: str | os.PathLike, made: dict | None = None):
         self.folder = pathlib.Path(folder)
-        self.table, self.mapped = self.folder / "videos.json", None
+        self.table = self.folder / "videos.json"
+        self.mapped = None                                      # see map_files
+        made = made or {}
         if self.table.exists():
             self.content = self.read_table()
-        elif made is None:
+        elif not made:
             raise Mistake(f"{folder} is not an index; make one with: python -m extras.index DIR "
                           f"--out {folder}")
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.content = {**made, "joint": 0, "videos": {}}
-        if any(self.content.get(name) != value for name, value in (made or {}).items()
-               if name != "checkpoint"):
-            raise Mistake(f"{folder} was made with another checkpoint or setting, "
-                          f"{self.content['checkpoint']}; choose another --out")
-        self.content |= made or {}                              # its file may have moved
+            self.content = made | {"joint": 0, "videos": {}}
+        for name, value in made.items():
+            # a checkpoint is identified by its SHA-256; its file may have moved
+            if name != "checkpoint" and self.content.get(name) != value:
+                raise Mistake(f"{folder} was made with another checkpoint or setting, "
+                              f"{self.content['checkpoint']}; choose another --out")
+        self.content |= made                                    # where the checkpoint is now
         self.kind = "clip" if "rate" in self.content else "checkpoint"
 
     def read_table(self) -> dict:
         """videos.json. Mistake if it is damaged."""
         try:
-            content = json.loads(self.table.read_text())
+            content = json.loads(self.table.read_text(encoding="utf-8"))
             if not isinstance(content["checkpoint"], str) or not isinstance(content["sha256"], str):
                 raise ValueError("invalid checkpoint")
             counts = [content["joint"]]
             for about in content["videos"].values():
                 counts += [about["first"], about["rows"]]
+            # subtle: `type`, because True is an int, too
             if not all(type(count) is int and count >= 0 for count in counts):
                 raise ValueError("invalid row count")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -94,7 +98,8 @@ class Index:
         return content
 
     def rows(self) -> int:
-        return max((v["first"] + v["rows"] for v in self.content["videos"].values()), default=0)
+        ends = [about["first"] + about["rows"] for about in self.content["videos"].values()]
+        return max(ends, default=0)                             # removed videos leave gaps
 
     def save(self) -> None:
         self.mapped = None                                      # the files may have changed
@@ -105,23 +110,22 @@ class Index:
         first = self.rows()
         for (file, kind), x in zip(FILES[self.kind].items(), arrays):
             values = x.to(kind).numpy()
-            path = self.folder / file
-            path.touch()
-            with open(path, "r+b") as out:
+            with open(self.folder / file, "ab") as out:
+                # overwrite rows left behind by an interrupted addition or a removed video
                 out.truncate(first * values.shape[1] * values.itemsize)
-                out.seek(0, os.SEEK_END)
                 out.write(values.tobytes())
                 out.flush()
-                os.fsync(out.fileno())
+                os.fsync(out.fileno())                          # on disk before the table names it
         self.content["joint"] = arrays[0].shape[1]
         self.content["videos"][name] = about | {"first": first, "rows": len(arrays[0])}
         self.save()
 
     def update(self, retriever: Retriever | ZeroShot, folder: str | os.PathLike) -> dict[str, str]:
-        """Synchronises the index with a folder of videos: reads new and changed files, drops those
-        removed. Returns and prints file -> reason for those that could not be read."""
+        """Synchronises the index with a folder of videos: reads new and changed files, drops
+        removed ones. Returns and prints file -> reason for those that could not be read."""
         videos = videos_in(folder)
-        indexed, failed = self.content["videos"], {}
+        indexed = self.content["videos"]
+        failed = {}
         self.content["folder"] = str(pathlib.Path(folder).resolve())
         for name in list(indexed):
             if name not in videos:
@@ -134,20 +138,22 @@ class Index:
         for name, path in tqdm(videos.items(), desc="index", unit="video", disable=None):
             if name in indexed:
                 continue
-            about = video.state_of(path)
+            about = video.state_of(path)            # first, as the file may change meanwhile
             try:
                 encoded = retriever.encode(path)
-            except video.VideoError as error:
+            except video.VideoError as error:       # continue with the other videos
                 failed[name] = str(error)
                 tqdm.write(printable(f"failed: {name}: {error}"))
                 continue
-            generic = retriever.generic_best(encoded)
-            about |= {"duration_sec": encoded.duration_sec, "generic": float(generic.mean()),
-                      "deviation": float(generic.std().clamp(min=1e-9))}
+            # stored to compute z at search time
+            generic = retriever.generic_best(encoded)                   # [G] scores
+            about["duration_sec"] = encoded.duration_sec
+            about["generic"] = float(generic.mean())
+            about["deviation"] = float(generic.std().clamp(min=1e-9))
             if self.kind == "clip":
-                self.add(name, about, [encoded.frames])
+                self.add(name, about, [encoded.frames])                 # [F, D]
             else:
-                spans, iou, contrastive = retriever.moments(encoded)
+                spans, iou, contrastive = retriever.moments(encoded)    # [W * P, 2 or J]
                 self.add(name, about, [iou, spans, contrastive])
         self.save()
         if failed:
@@ -156,24 +162,26 @@ class Index:
 
     def map_files(self) -> list[Tensor]:
         """The arrays of FILES, [R, width] each, memory-mapped. Mistake if a file is too short."""
-        R, J = self.rows(), self.content["joint"]
+        R = self.rows()
         if self.mapped is None or len(self.mapped[0]) != R:
             self.mapped = []
             for name, kind in FILES[self.kind].items():
-                width, path = 2 if name.startswith("spans") else J, self.folder / name
+                path = self.folder / name
+                width = 2 if name.startswith("spans") else self.content["joint"]
                 if not path.exists() or path.stat().st_size < R * width * kind.itemsize:
-                    raise Mistake(f"{path} is damaged; remove {self.folder} and index again")
-                self.mapped.append(torch.from_file(str(path), False, R * width,
-                                                   dtype=kind).view(R, width))
+                    raise Mistake(f"{path} is damaged; remove {self.folder} and make the index "
+                                  f"again")
+                values = torch.from_file(str(path), False, R * width, dtype=kind)       # not shared
+                self.mapped.append(values.view(R, width))
         return self.mapped
 
     def z(self, about: dict, score: float) -> float:
-        """As of retrieve.Answer; nan in an index that does not know it."""
+        """As in retrieve.Answer; nan in an index made before z was stored."""
         return (score - about.get("generic", math.nan)) / about.get("deviation", math.nan)
 
     def hit(self, name: str, moment: Moment) -> Hit:
         z = self.z(self.content["videos"][name], moment.score)
-        return Hit(name, moment, z, z if self.kind == "clip" else moment.score)
+        return Hit(name, moment, z, order=z if self.kind == "clip" else moment.score)
 
     def search_frames(self, text: Tensor, top_k: int = 10, per_video: int = 3,
                       among: set[str] | None = None) -> list[Hit]:
@@ -185,34 +193,38 @@ class Index:
         names = [name for name in self.content["videos"] if among is None or name in among]
         if not names:
             raise Mistake(f"{self.folder} contains no video; add some with: python -m extras.index")
-        similarity = torch.cat([part.float() @ text for part in
-                                self.map_files()[0].split(1 << 16)])            # [R]
+        blocks = self.map_files()[0].split(1 << 16)             # bounds the memory for float32
+        similarity = torch.cat([block.float() @ text for block in blocks])      # [R]
+        # subtle: a video whose best moment is not among the top_k cannot contribute an answer
         abouts = [self.content["videos"][name] for name in names]
-        first = self.best_of(similarity, abouts, 1)[:, 0, 2]        # [V]
+        first = self.best_of(similarity, abouts, 1)[:, 0, 2]    # [V] scores
         z = torch.tensor([self.z(about, score) for about, score in zip(abouts, first.tolist())])
         chosen = z.topk(min(top_k, len(names))).indices.tolist()
-        found = self.best_of(similarity, [abouts[v] for v in chosen], per_video)
-        hits = [self.hit(names[v], Moment(*moment)) for v, rows in zip(chosen, found.tolist())
-                for moment in rows if moment[2] > -math.inf]
+        moments = self.best_of(similarity, [abouts[v] for v in chosen], per_video)
+        # -inf marks missing moments: a short video may have fewer than per_video
+        hits = [self.hit(names[v], Moment(*row)) for v, rows in zip(chosen, moments.tolist())
+                for row in rows if row[2] > -math.inf]
         return sorted(hits, key=lambda hit: -hit.z)[:top_k]
 
     def best_of(self, similarity: Tensor, abouts: list[dict], top_k: int) -> Tensor:
         """The best moments of each video, [V, top_k, 3]: start and end in seconds, score. Videos
         of similar length are searched together."""
         result = torch.zeros(len(abouts), top_k, 3, dtype=torch.double)
+        # sorted by length to keep the padding small
         order = sorted(range(len(abouts)), key=lambda v: abouts[v]["rows"])
-        limits_sec = self.content["limits_sec"]
+        shortest_sec, longest_sec = self.content["limits_sec"]
         for i in range(0, len(order), 256):
             part = [abouts[v] for v in order[i:i + 256]]
-            counts = torch.tensor([about["rows"] for about in part])
-            rows = pad_sequence([similarity[a["first"]:a["first"] + a["rows"]] for a in part], True)
-            each_sec = torch.tensor([a["duration_sec"] / a["rows"] for a in part])
-            shortest = max(1, round(limits_sec[0] / float(each_sec.median())))
-            longest = torch.minimum((limits_sec[1] / each_sec).long(), counts // 2).clamp(min=1)
-            shortest = min(shortest, int(longest.min()))
-            found = search_intervals(rows, shortest, longest, top_k, counts)
-            found[..., :2] *= each_sec[:, None, None]
-            result[order[i:i + 256]] = found
+            counts = torch.tensor([about["rows"] for about in part])            # [256]
+            rows = [similarity[a["first"]:a["first"] + a["rows"]] for a in part]
+            padded = pad_sequence(rows, batch_first=True)       # [256, F]
+            each_sec = torch.tensor([a["duration_sec"] / a["rows"] for a in part])      # [256]
+            shortest = max(1, round(shortest_sec / float(each_sec.median())))
+            longest = torch.minimum((longest_sec / each_sec).long(), counts // 2).clamp(min=1)
+            shortest = min(shortest, int(longest.min()))        # one for all
+            best = search_intervals(padded, shortest, longest, top_k, counts)
+            best[..., :2] *= each_sec[:, None, None]            # frames -> seconds
+            result[order[i:i + 256]] = best
         return result
 
     def search(self, iou_text: Tensor, contrastive_text: Tensor, top_k: int = 10,
@@ -232,20 +244,23 @@ class Index:
         if not self.rows():
             raise Mistake(f"{self.folder} contains no video; add some with: python -m extras.index")
         iou, spans, contrastive = self.map_files()
-        names, firsts = zip(*sorted(((name, about["first"]) for name, about
-                                     in self.content["videos"].items()), key=lambda row: row[1]))
+        videos = self.content["videos"]
+        names = sorted(videos, key=lambda name: videos[name]["first"])  # in the order of their rows
+        firsts = [videos[name]["first"] for name in names]
         bounds = self.bounds(iou_text, contrastive_text, block, among)  # [R]
-        count = 128
+        count = 128                             # moments rescored in float32
         while True:
             count = min(count, len(bounds))
-            highest, rows = bounds.topk(count)
-            unseen = highest[-1]                        # no other moment can score more than this
-            rows = rows[highest > -math.inf].sort().values
-            scores = mmn.fuse(torch.sigmoid(mmn.SCORE_SCALE * iou[rows].float() @ iou_text),
-                              contrastive[rows].float() @ contrastive_text)
+            highest, rows = bounds.topk(count)                          # [count] each
+            unseen = highest[-1]                # no other moment can score more than this
+            rows = rows[highest > -math.inf].sort().values              # in the order of the file
+            overlap = torch.sigmoid(mmn.SCORE_SCALE * iou[rows].float() @ iou_text)
+            scores = mmn.fuse(overlap, contrastive[rows].float() @ contrastive_text)
             owners = [names[bisect.bisect_right(firsts, row) - 1] for row in rows.tolist()]
             best = greedy_nms(spans[rows], scores, top_k, owners, per_video)
-            if count == len(bounds) or len(best) == top_k and scores[best[-1]] >= unseen:
+            # the worst answer still beats every moment that was not rescored
+            complete = len(best) == top_k and scores[best[-1]] >= unseen
+            if complete or count == len(bounds):
                 return [self.hit(owners[k], Moment(*spans[rows[k]].tolist(), scores[k].item()))
                         for k in best]
             count *= 2
@@ -255,31 +270,37 @@ class Index:
         """Upper bounds of the scores of all rows, [R]; -inf for rows of no video, or of others than
         `among`."""
         iou, _, contrastive = self.map_files()
-        a, b = iou_text.half(), contrastive_text.half()
-        allowed, stretches = torch.zeros(len(iou), dtype=torch.bool), []
+        a = iou_text.half()                                     # [J]
+        b = contrastive_text.half()                             # [J]
+        allowed = torch.zeros(len(iou), dtype=torch.bool)       # [R], True = may be an answer
+        stretches = []                                          # slices of rows to read
         for name, about in self.content["videos"].items():
             if among is None or name in among:
-                stretches.append((about["first"], about["first"] + about["rows"]))
-                allowed[slice(*stretches[-1])] = True
+                stretch = slice(about["first"], about["first"] + about["rows"])
+                stretches.append(stretch)
+                allowed[stretch] = True
         if among is None:                       # all rows in large blocks, removed videos too
-            stretches = [(i, min(i + block, len(iou))) for i in range(0, len(iou), block)]
+            stretches = [slice(i, i + block) for i in range(0, len(iou), block)]
         bounds = torch.full((len(iou),), -math.inf)
-        for rows in (slice(*stretch) for stretch in stretches):
-            overlap = torch.sigmoid(mmn.SCORE_SCALE * (torch.mv(iou[rows], a).float() + ROUNDING))
+        # subtle: the score increases with both cosines, so bounds on these bound the score
+        for rows in stretches:
+            cosine = torch.mv(iou[rows], a).float() + ROUNDING
+            overlap = torch.sigmoid(mmn.SCORE_SCALE * cosine)
             bounds[rows] = mmn.fuse(overlap, torch.mv(contrastive[rows], b).float() + ROUNDING)
         return bounds.masked_fill_(~allowed, -math.inf)
 
 
 def videos_in(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
-    """The videos of a folder. Mistake if there are none; files of other endings are listed."""
+    """The videos of a folder. Mistake if there are none; a note lists the suffixes of others."""
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise Mistake(f"there is no folder {folder}")
     videos = video.video_files(folder)
     others = sorted({path.suffix.lower() or path.name for path in folder.rglob("*")
                      if path.is_file() and path.suffix.lower() not in video.VIDEOS})
+    # an unmounted disk looks like an empty folder, and would empty the index
     if not videos:
-        raise Mistake(f"{folder} contains no video; name a folder that does, and check that its "
+        raise Mistake(f"{folder} contains no video; pass a folder that does, and check that its "
                       f"disk is mounted (to empty an index, remove its folder)")
     if others:
         note(printable(f"files that end in {', '.join(others[:20])} are skipped"))
@@ -289,11 +310,11 @@ def videos_in(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
 def summary(index: Index) -> str:
     """For instance "6 videos, 1.5 minutes of video, 816 candidate moments"."""
     videos = index.content["videos"].values()
+    rows = sum(about["rows"] for about in videos)
     minutes = sum(about["duration_sec"] for about in videos) / 60
     length = f"{minutes:.1f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
     what = "frames" if index.kind == "clip" else "candidate moments"
-    return (f"{len(videos)} videos, {length} of video, {sum(about['rows'] for about in videos):,} "
-            f"{what}")
+    return f"{len(videos)} videos, {length} of video, {rows:,} {what}"
 
 
 def made_with(retriever: Retriever | ZeroShot, checkpoint: str | None) -> dict:
@@ -316,27 +337,15 @@ def main() -> None:
     add_options(arguments)
     given = arguments.parse_args()
     with reported():
-        *checkpoint, folder = given.inputs
-        if len(checkpoint) > 1:
-            raise Mistake("name a checkpoint or none, and one folder of videos")
+        if len(given.inputs) > 2:
+            raise Mistake("pass at most one checkpoint, and one folder of videos")
+        folder = given.inputs[-1]
+        checkpoint = given.inputs[0] if len(given.inputs) == 2 else None
         videos_in(folder)                       # before a download starts
-        given.checkpoint = checkpoint[0] if checkpoint else None
-        retriever = retriever_of(given)
-        index = Index(given.out, made_with(retriever, given.checkpoint))
+        retriever = retriever_of(given, checkpoint, cache=None)
+        index = Index(given.out, made_with(retriever, checkpoint))
         index.update(retriever, folder)
         print(f"{given.out}: {summary(index)}")
-
-
-def retriever_of(given) -> Retriever | ZeroShot:
-    """The retriever that the options name. Mistake if its moments depend on the sentence."""
-    if not given.checkpoint:
-        return ZeroShot(given.clip or "ViT-B/32", given.device, given.rate, given.shortest,
-                        given.longest, given.prompt, cache=None, gelu=given.gelu)
-    retriever = Retriever(given.checkpoint, given.device, given.clip, cache=None)
-    if retriever.run.config["retriever"] != "mmn":
-        raise Mistake(f"an index needs MMN, whose moments do not depend on the sentence, but "
-                      f"{given.checkpoint} has another retriever; train with --retriever mmn")
-    return retriever
 
 
 if __name__ == "__main__":

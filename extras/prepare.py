@@ -1,14 +1,13 @@
 """The annotations and features of a dataset: the command of data.py.
 
-    python data.py charades                                     # annotations: downloaded, counted
-    python data.py charades --videos DIR                        # and features of the videos
+    python data.py charades                                     # download and count annotations
+    python data.py charades --videos DIR                        # also extract features
     python data.py mine --annotations my.jsonl --videos DIR     # your own videos and sentences
     python data.py check                                        # are the features complete?
 
-Published annotations must have the published counts. Features are made once; the command can be
-interrupted and continues where it stopped.
+Published annotations must have the published counts. Features are extracted once; an interrupted
+command continues where it stopped.
 """
-import support  # first, for a Ctrl-C while torch is imported
 import argparse
 import contextlib
 import math
@@ -28,6 +27,7 @@ from support import files, options, parallel
 from support.errors import Missing, Mistake, reported
 from support.text import aligned, printable
 
+# names of the folders in the published repositories
 FOLDERS = {"charades": ("Charades-STA", "Charades_STA"), "charades-cg": ("Charades-CG",),
            "activitynet": ("ActivityNet",), "activitynet-cg": ("ActivityNet_CG", "ActivityNet-CG")}
 COUNTS = {                          # videos and sentences of each split, after cleaning
@@ -50,68 +50,85 @@ def install(dataset: str, root: str | os.PathLike, folder: str | os.PathLike | N
     They are copied from `folder` (from a subfolder named like the dataset or, if `direct`, from
     `folder` itself), under any of their published names; without `folder`, missing ones are
     downloaded. Mistake unless the counts are the published ones."""
-    target = pathlib.Path(root) / dataset
     if folder is None:
-        sources = {file: rest for file, *rest in map(str.split, SOURCES.read_text().splitlines())}
-        for split, names in data.FILES[dataset].items():
-            if not data.annotation_file(dataset, split, root).exists():
-                for name in (names[0], *(data.CSV if dataset == "charades" else ())):
-                    files.fetch(*sources[f"{dataset}/{name}"], target / name)
+        download(dataset, root)
         return
     source = pathlib.Path(folder)
-    if not source.is_dir():
+    if not source.is_dir():                             # your own annotations are one file
         raise Mistake(f"{folder} is not a folder; the annotations of {dataset} are several files, "
                       f"and --annotations names their folder")
-    places = [source / name for name in (dataset, *FOLDERS[dataset])]
-    place = next((place for place in places if place.is_dir()), source if direct else None)
+    place = source if direct else None                  # the sibling needs a folder of its own
+    for name in reversed((dataset,) + FOLDERS[dataset]):                # so that the first one wins
+        if (source / name).is_dir():
+            place = source / name
     if place is None:
         raise Missing(f"{folder} contains no folder {dataset}")
-    existing = {split: next((place / name for name in names if (place / name).exists()), None)
-                for split, names in data.FILES[dataset].items()}
-    if not any(existing.values()):
-        names = [name for names in data.FILES[dataset].values() for name in names]
-        raise Missing(f"{folder} contains no annotations of {dataset}: none of {', '.join(names)}")
-    for split, path in existing.items():
-        if path:
-            check_counts(dataset, split, data.clean(data.read_file(path))[0], path)
-    for path in [*filter(None, existing.values()), *(place / name for name in data.CSV)]:
-        if path.exists():
-            files.save(target / path.name, path.read_bytes())
+    paths, wanted = [], []
+    for split, names in data.FILES[dataset].items():
+        wanted += names
+        existing = [place / name for name in names if (place / name).exists()]
+        if existing:                                    # several forms of one split: the first
+            samples, _ = data.clean(data.read_file(existing[0]))
+            check_counts(dataset, split, samples, existing[0])
+            paths.append(existing[0])
+    if not paths:
+        raise Missing(f"{folder} contains no annotations of {dataset}: none of {', '.join(wanted)}")
+    paths += [place / name for name in data.CSV if (place / name).exists()]     # durations
+    for path in paths:                                  # only after all counts have been checked
+        files.save(pathlib.Path(root) / dataset / path.name, path.read_bytes())
+
+
+def download(dataset: str, root: str | os.PathLike) -> None:
+    """Fetches the annotation files that are missing below the root, and verifies their SHA-256."""
+    sources = {}
+    for line in files.read_text(SOURCES).splitlines():
+        file, address, digest = line.split()
+        sources[file] = address, digest
+    for split, names in data.FILES[dataset].items():
+        if data.annotation_file(dataset, split, root).exists():
+            continue
+        wanted = [names[0]]                             # the form that SOURCES lists
+        if dataset == "charades":                       # its text files have no durations
+            wanted += data.CSV
+        for name in wanted:
+            address, digest = sources[f"{dataset}/{name}"]
+            files.fetch(address, digest, pathlib.Path(root) / dataset / name)
 
 
 def check_counts(dataset: str, split: str, samples: list[Sample], path: pathlib.Path) -> None:
     """Mistake unless a split has as many videos and sentences as were published."""
-    counts = len({sample.video for sample in samples}), len(samples)
-    if counts != COUNTS[dataset][split]:
+    counts = (len({sample.video for sample in samples}), len(samples))
+    expected = COUNTS[dataset][split]                   # videos, sentences
+    if counts != expected:
         raise Mistake(f"{path} is not {dataset}'s {split} as published: it has {counts[1]} "
-                      f"sentences of {counts[0]} videos after cleaning, expected "
-                      f"{COUNTS[dataset][split][1]} of {COUNTS[dataset][split][0]}; replace it by "
-                      f"the published file")
+                      f"sentences of {counts[0]} videos after cleaning, expected {expected[1]} of "
+                      f"{expected[0]}; replace it by the published file")
 
 
 def describe(dataset: str, root: str | os.PathLike) -> str:
     """The counts of Sec. 4.1.1 as a table, a line for each split. Mistake if one is not the
     published one. A video of two splits counts twice, as in the paper."""
-    rows = {}
+    rows = {}                                           # split -> sums over its videos
     for split in data.splits(dataset, root):
         path = data.annotation_file(dataset, split, root)
-        if not path.exists():
+        if not path.exists():                           # --annotations may lack a split
             continue
         samples, cleaned = data.clean(data.read_file(path))
-        if dataset in COUNTS:
+        if dataset in COUNTS:                           # a published dataset
             check_counts(dataset, split, samples, path)
         durations_sec = {sample.video: sample.duration_sec for sample in samples}
+        moments_sec = sum(sample.end_sec - sample.start_sec for sample in samples)
         rows[split] = np.array([len(durations_sec), len(samples), sum(durations_sec.values()),
-                                sum(s.end_sec - s.start_sec for s in samples), *cleaned])
-    if len(rows) > 1:
-        rows["all"] = sum(rows.values())
+                                moments_sec, cleaned.clamped, cleaned.dropped])
     if not rows:
         return ""
+    if len(rows) > 1:
+        rows["all"] = sum(rows.values())
     lines = []
-    for split, (videos, queries, seconds, moments_sec, *cleaned) in rows.items():
+    for split, (videos, queries, seconds, moments_sec, clamped, dropped) in rows.items():
         lines.append([dataset, split, f"{videos:.0f}", f"{queries:.0f}", f"{seconds / videos:.2f}",
                       f"{moments_sec / queries:.2f}", f"{queries / videos:.2f}",
-                      *(f"{count:.0f}" for count in cleaned)])
+                      f"{clamped:.0f}", f"{dropped:.0f}"])
     return aligned(["dataset", "split", "videos", "queries", "video sec", "moment sec",
                     "moments per video", "clamped", "dropped"], lines, 2)
 
@@ -119,25 +136,29 @@ def describe(dataset: str, root: str | os.PathLike) -> str:
 def plain_name(name: str, videos: dict[str, pathlib.Path]) -> str:
     """The name of a video as features are stored under it: "a" for "a.mp4" if that is a file."""
     stem = pathlib.Path(name).stem
-    return stem if name not in videos and stem in videos and videos[stem].name == name else name
+    if name not in videos and stem in videos and videos[stem].name == name:
+        return stem
+    return name
 
 
 def adopt(dataset: str, split: str, path: str, videos: dict[str, pathlib.Path], root: str,
           features: bool = False) -> None:
     """Your own annotation file becomes <root>/<dataset>/<split>.jsonl: videos lose their file
-    endings, missing durations are probed, moments cleaned, and the counts printed. A video that
+    suffixes, missing durations are probed, moments cleaned, and the counts printed. A video that
     cannot be read is assumed to end with its last moment."""
-    rows, durations_sec = data.read_file(path), {}
+    rows = data.read_file(path)
     rows = [row._replace(video=plain_name(row.video, videos)) for row in rows]
-    unknown = {row.video for row in rows if math.isnan(row.duration_sec)}
+    unknown = {row.video for row in rows if math.isnan(row.duration_sec)}   # not in the file
     if unknown and not videos:
+        # with --features, --videos cannot be given
         videos_help = "" if features else ", or name their folder with --videos"
         raise Mistake(f"{path} does not give the durations of {len(unknown)} videos; add "
                       f"\"duration\" to its lines{videos_help}")
+    durations_sec = {}
     for name in unknown:
         try:
             durations_sec[name] = video.probe_duration(videos[name])
-        except (KeyError, video.VideoError):                    # `video.extract` reports it
+        except (KeyError, video.VideoError):            # reported again by `video.extract`
             durations_sec[name] = max(row.end_sec for row in rows if row.video == name)
     rows = [row._replace(duration_sec=durations_sec.get(row.video, row.duration_sec))
             for row in rows]
@@ -161,23 +182,26 @@ def prepare(dataset: str, given: argparse.Namespace,
         except Missing as error:
             if name == dataset and given.annotations:
                 raise
-            if name == dataset:
+            if name == dataset:                         # a failed download
                 raise Mistake(f"{error}; or name a folder that has the annotations with "
                               f"--annotations") from error
+            # the sibling is optional: the chosen dataset works without it
             print(f"note: {name} is skipped: {error}", file=sys.stderr)
-    if not family and given.annotations:
-        adopt(dataset, given.split, given.annotations, videos, given.root, bool(given.features))
+    if not family:                                      # a dataset of your own
+        family = [dataset]
+        if given.annotations:
+            adopt(dataset, given.split, given.annotations, videos, given.root, bool(given.features))
     samples = {}
-    for name in family or [dataset]:
+    for name in family:
         for split in data.splits(name, given.root):
             if data.annotation_file(name, split, given.root).exists():
                 samples[f"{name} {split}"] = data.read_annotations(name, split, given.root)
-    if not samples:
+    if not samples:                                     # perhaps a misspelled name
         path = data.annotation_file(dataset, "train", given.root)
         meant = files.did_you_mean(dataset, given.root, data.FILES)
         raise Mistake(f"{dataset} has no annotations: there is no {path}; {meant}name your own "
                       f"with --annotations FILE")
-    for name in family or [dataset]:
+    for name in family:
         print(describe(name, given.root))
     return samples
 
@@ -186,65 +210,82 @@ def prepare(dataset: str, given: argparse.Namespace,
 
 def make_features(dataset: str, samples: dict[str, list[Sample]], given: argparse.Namespace,
                   videos: dict[str, pathlib.Path], features: dict) -> None:
-    """Features of all videos of `samples` (split -> rows), from video files or made elsewhere.
-    Under torchrun, process r of n takes every n-th video."""
-    rank, processes = parallel.number_from("RANK", 0), parallel.number_from("WORLD_SIZE", 1)
-    T = given.frames or (256 if dataset == "activitynet" else 32)
-    rows = [sample for part in samples.values() for sample in part]
-    names = sorted({sample.video for sample in rows})
+    """Features of all videos of `samples` (split -> rows), from video files or precomputed. Under
+    torchrun, process r of n takes every n-th video."""
+    rank = parallel.number_from("RANK", 0)
+    processes = parallel.number_from("WORLD_SIZE", 1)
+    T = given.frames or (256 if dataset == "activitynet" else 32)       # as in MMN
+    rows = []
+    for part in samples.values():
+        rows += part
+    names = sorted({row.video for row in rows})         # the same order in every process
     if given.features and (given.backbone or given.clip in clip.PUBLISHED):
+        # no weights are needed: the network is published, or not a CLIP
         made = video.made_elsewhere(given.backbone or given.clip, given.features, features, names,
                                     T)
     else:
         device = parallel.pick_device(given.device)
-        path = data.clip_file(given.clip, given.root)
-        if given.clip.startswith("shapes") and path == given.clip:
-            raise Mistake(f"the small CLIP of {given.clip} does not exist; make it with: python "
-                          f"shapes.py")
-        model = clip.load(path, device)
-        precision = given.precision or ("fp16" if device.type == "cuda" else "float32")
+        model = clip.load(weights(given), device)
+        precision = "fp16" if device.type == "cuda" else "float32"
         # DEVIATION: Eq. 3-4 see at most 32 of ActivityNet's 256 frames, which saves 112 GB of disk
-        patches, how = min(T, given.patch_frames), precision
-        if given.features:
+        patches, how = min(T, 32), precision
+        if given.features:                              # of this CLIP, computed by other code
             patches, how = 0, "made elsewhere"
-        made = video.made_by(model, given.clip, clip.sha256(path), T, patches, how)
+        made = video.made_by(model, given.clip, clip.sha256(weights(given)), T, patches, how)
+    # each process writes a manifest of its own, and a store reads all of them
     store = data.FeatureStore(data.store_folder(dataset, made["clip"], given.root), made,
                               f"-{rank}" if rank else "")
-    names = names[rank::processes]
+    names = names[rank::processes]                      # this process's share
     if given.features:
-        durations_sec = {sample.video: sample.duration_sec for sample in rows}
+        # from the annotations, as there are no videos to probe
+        durations_sec = {row.video: row.duration_sec for row in rows}
         failed = video.adopt_features(store, features, names, durations_sec)
     else:
-        training = {sample.video for split, part in samples.items() for sample in part
-                    if split.endswith("train")}
-        workers = max(1, (os.cpu_count() or 2) - 1) if given.workers is None else given.workers
-        failed = video.extract(store, model, videos, names, training, workers,
-                               given.batch or (256 if device.type == "cuda" else 32),
+        training = set()                                # only these need patches (Eq. 3)
+        for split, part in samples.items():
+            if split.endswith("train"):
+                training.update(row.video for row in part)
+        cores = (os.cpu_count() or 2) // parallel.number_from("LOCAL_WORLD_SIZE", 1)
+        workers = max(1, cores - 1)                     # one core is left for the encoder
+        batch = 256 if device.type == "cuda" else 32    # frames, of one video or several
+        failed = video.extract(store, model, videos, names, training, workers, batch,
                                video.PRECISIONS[precision])
     for name, reason in sorted(failed.items()):
-        print(printable(f"failed: {name}: {reason}"))
+        print(printable(f"failed: {name}: {reason}"))   # names may hold control characters
     print(f"{len(names) - len(failed)} of {len(names)} videos have features in {store.folder}")
     if failed:
-        lost = sum(sample.video in failed for sample in rows)
+        lost = sum(row.video in failed for row in rows)
         print(f"the {len(failed)} that failed (failed.txt) have {lost} sentences")
     if names and len(failed) == len(names):
         raise Mistake(f"none of {len(names)} videos could be read, see above")
 
 
+def weights(given: argparse.Namespace) -> str:
+    """What `clip.load` loads for --clip: a file, or a published name."""
+    path = data.clip_file(given.clip, given.root)
+    if given.clip.startswith("shapes") and path == given.clip:
+        raise Mistake(f"the small CLIP of {given.clip} does not exist; make it with: python "
+                      f"shapes.py")
+    return path
+
+
 # -------------------------------------------------------------------------------------------- check
 
 def check(which: str | None, root: str) -> bool:
-    """Prints the problems of the features of a dataset (default: of all). Are there none?"""
-    family = which.removesuffix("-cg") if which in data.FILES else which
-    stores = sorted(path for path in pathlib.Path(root).glob(f"{family or '*'}/features/*")
+    """Prints the problems of the features of a dataset (default: all). True if there are none."""
+    family = which or "*"
+    if which in data.FILES:                             # "-cg" splits share the original's store
+        family = which.removesuffix("-cg")
+    stores = sorted(path for path in pathlib.Path(root).glob(f"{family}/features/*")
                     if list(path.glob("manifest*.json")))
     if not stores:
         meant = files.did_you_mean(which, root, data.FILES) if which else ""
-        raise Mistake(f"there are no features in {root}/{family or '*'}/features; {meant}make them "
-                      f"with: python data.py DATASET --videos DIR")
-    well = True
+        raise Mistake(f"there are no features in {root}/{family}/features; {meant}make them with: "
+                      f"python data.py DATASET --videos DIR")
+    complete = True
     for folder in stores:
-        store, dataset = data.FeatureStore(folder), folder.parts[-3]
+        store = data.FeatureStore(folder)
+        dataset = folder.parts[-3]                      # <root>/<dataset>/features/<clip>
         problems = list(file_problems(store))
         for name in (dataset, dataset + "-cg"):
             for split in data.splits(name, root):
@@ -254,52 +295,62 @@ def check(which: str | None, root: str) -> bool:
         made = ", ".join(f"{key} {store.manifest.get(key)}"
                          for key in ("clip", "frames", "precision"))
         print(f"{folder}: {len(store.manifest['videos'])} videos, {made}, {len(problems)} problems")
-        print("".join(f"  {printable(problem)}\n" for problem in problems), end="")
-        well = well and not problems
-    return well
+        for problem in problems:
+            print(f"  {printable(problem)}")
+        complete = complete and not problems
+    return complete
 
 
 def file_problems(store: data.FeatureStore) -> Iterator[str]:
-    """A sentence for every file of a store that is not as the manifest says."""
-    made, known = store.manifest, set()
+    """A sentence for every file of a store that does not agree with the manifest."""
+    made = store.manifest
+    listed = set()
     for name, about in tqdm(made["videos"].items(), desc="check", unit="video", disable=None):
-        duration_sec, each_sec = about["duration_sec"], about["seconds_per_feature"]
+        duration_sec = about["duration_sec"]
+        each_sec = about["seconds_per_feature"]
+        frames_sec = each_sec * made["frames"]          # T features cover the video
         if not (0 < duration_sec < math.inf
-                and math.isclose(each_sec * made["frames"], duration_sec, rel_tol=1e-6)):
+                and math.isclose(frames_sec, duration_sec, rel_tol=1e-6)):
             yield f"{name} is {duration_sec} s long, but its features are {each_sec} s each"
         for kind in ("frames", "patches"):
-            known.add(path := store.path(name, kind))
-            if kind == "patches" and not path.exists():
+            path = store.path(name, kind)
+            listed.add(path)
+            if kind == "patches" and not path.exists():         # `gaps` knows who needs them
                 continue
             try:
-                x = store.read(name, kind)
+                x = store.read(name, kind)              # compares the shape with the manifest
                 if x.dtype != np.float16:
                     yield f"{path.name} is {x.dtype}, not float16"
                 elif not np.isfinite(x).all():
                     yield f"{path.name} is not finite"
             except data.VideoError as error:
                 yield str(error)
-    for path in sorted(set(store.folder.glob("*.npy")) - known):
-        yield f"{path.name} is in no manifest: it was interrupted; run data.py again"
+    # subtle: features are written before the manifest, so an interruption leaves unlisted files
+    for path in sorted(set(store.folder.glob("*.npy")) - listed):
+        yield (f"{path.name} is not listed in any manifest (interrupted extraction?); rerun "
+               f"data.py")
 
 
 def gaps(store: data.FeatureStore, dataset: str, split: str, root: str) -> Iterator[str]:
     """A sentence for everything that the annotations of a split need and a store lacks."""
-    stated_sec = {row.video: row.duration_sec
-                  for row in data.read_annotations(dataset, split, root)}
+    rows = data.read_annotations(dataset, split, root)
+    stated_sec = {row.video: row.duration_sec for row in rows}
     videos = store.manifest["videos"]
     missing = [name for name in stated_sec if name not in videos]
     if missing:
         yield (f"{dataset} {split}: {len(missing)} of {len(stated_sec)} videos have no features "
                f"(see failed.txt)")
-    bare = [name for name in stated_sec if name in videos
-            and not store.path(name, "patches").exists()]
+    bare = [name for name in stated_sec
+            if name in videos and not store.path(name, "patches").exists()]
+    # precomputed features have none, and only training reads them
     if split == "train" and store.manifest["patch_frames"] and bare:
         yield (f"{dataset} {split}: {len(bare)} videos have no patches, for instance {bare[0]}; "
-               f"run data.py again")
+               f"rerun data.py")
     for name, stated in stated_sec.items():
-        actual = videos[name]["duration_sec"] if name in videos else stated
-        if abs(actual - stated) > 0.05 * stated:
+        if name not in videos:                          # counted above
+            continue
+        actual = videos[name]["duration_sec"]
+        if abs(actual - stated) > 0.05 * stated:        # another cut: its moments are misplaced
             yield f"{name}: its file is {actual:.2f} s long, but its annotations say {stated:.2f} s"
 
 
@@ -310,34 +361,27 @@ def main() -> None:
         "the annotations and features of a dataset", prog="data.py",
         epilog="torchrun --nproc-per-node 8 data.py ... divides the videos among 8 processes")
     add = arguments.add_argument
-    add("dataset", help="charades, activitynet, a name for your own, or check: are the features of "
+    add("dataset", help="charades, activitynet, a name for your own, or check: are all features of "
                         "all datasets (or of the one named next) complete?")
     add("which", nargs="?", help="after check: a dataset (default: all)")
-    add("--annotations", help="published: the folder that has them (default: download once); your "
-                              "own: a json or jsonl file, see docs/data.md")
+    add("--annotations", help="published ones: their folder (default: download once); your own: a "
+                              "json or jsonl file, see docs/data.md")
     add("--split", default="train", choices=data.OWN_SPLITS,
-        help="the split that your own --annotations are")
+        help="the split to which your own --annotations belong")
     source = arguments.add_mutually_exclusive_group()
     source.add_argument("--videos", help="folder of video files, named as in the annotations; "
-                                         "without it no features are made")
-    source.add_argument("--features", help="features made elsewhere, [L, D] per video: a folder "
-                                           "of .npy, .npz (features) or .pt, or an hdf5 file")
+                                         "without it no features are extracted")
+    source.add_argument("--features", help="precomputed features, [L, D] per video: a folder of "
+                                           ".npy, .npz (features) or .pt, or an hdf5 file")
     network = arguments.add_mutually_exclusive_group()
     network.add_argument("--clip", default="ViT-B/32",
                          help="published name, weight file, or 'shapes'")
-    network.add_argument("--backbone", metavar="NAME", help="the --features are of a network that "
-                         "is not a CLIP, any width; train.py finds them by this name: --clip NAME")
+    network.add_argument("--backbone", metavar="NAME", help="a name for the network that made the "
+                         "--features, if it is not a CLIP; train.py finds them by --clip NAME")
     add("--frames", type=int, help="features per video (default 32; activitynet 256)")
-    add("--patch-frames", type=int, default=32,
-        help="of these, keep the patch features of so many (training videos; 50 KB each)")
     add("--root", default="data", help="folder of datasets")
     add("--device", **options.DEVICE)
-    add("--precision", choices=video.PRECISIONS,
-        help="of the image tower (default fp16 on cuda, else float32)")
-    add("--workers", type=int,
-        help="decoding processes (default: the number of cores minus one; 0: none)")
-    add("--batch", type=int, help="frames per batch (default 256 on cuda, else 32)")
-    given = arguments.parse_intermixed_args()
+    given = arguments.parse_intermixed_args()           # allows "check --root DIR mine"
     with reported():
         if given.dataset == "check":
             sys.exit(0 if check(given.which, given.root) else 2)
@@ -345,7 +389,7 @@ def main() -> None:
 
 
 def is_plain(name: str) -> bool:
-    """Can this be the name of a folder of your own, beside those of shapes.py?"""
+    """Can this name a folder of your own? Names that begin with shapes belong to shapes.py."""
     return (name != "" and all(c.isalnum() or c in "-_." for c in name)
             and not name.startswith((".", "shapes")))
 
@@ -354,26 +398,29 @@ def run(given: argparse.Namespace) -> None:
     dataset = given.dataset
     if given.which:
         raise Mistake(f"unexpected argument {given.which!r}; only check takes a second name")
-    if any(number is not None and number < 1
-           for number in (given.frames, given.batch, given.patch_frames)):
-        raise Mistake("--frames, --patch-frames and --batch must be at least 1")
-    if given.workers is not None and given.workers < 0:
-        raise Mistake("--workers must be at least 0")
+    if given.frames is not None and given.frames < 1:
+        raise Mistake("--frames must be at least 1")
     if not is_plain(dataset):
         raise Mistake(f"{dataset!r} cannot be the name of your dataset; use letters, digits, - and "
                       f"_, and do not begin with shapes")
     if given.backbone is not None:
+        # its folder must not be that of a CLIP's features
         clips = [data.store_folder("", name, "").name for name in clip.PUBLISHED]
         if not is_plain(given.backbone) or given.backbone in clips:
             raise Mistake(f"{given.backbone!r} cannot be the name of a --backbone; use letters, "
                           f"digits, - and _, and not the name of a CLIP")
         if not given.features:
             raise Mistake("--backbone names the network that made --features; add --features")
-    # before anything is downloaded, loaded or written
-    videos = video.find_files(given.videos, video.VIDEOS) if given.videos else {}
-    features = video.find_features(given.features) if given.features else {}
-    if given.videos and not videos:
-        raise Mistake(f"{given.videos} contains no video; name the folder that has them")
+    # the folders are read before anything is downloaded, loaded or written
+    videos = {}
+    features = {}
+    if given.videos:
+        videos = video.find_files(given.videos, video.VIDEOS)
+        if not videos:
+            raise Mistake(f"{given.videos} contains no video; name the folder that has them")
+    if given.features:
+        features = video.find_features(given.features)
+    # under torchrun, one process prints the counts
     with contextlib.redirect_stdout(None if parallel.number_from("RANK", 0) else sys.stdout):
         samples = prepare(dataset, given, videos)
     if videos or given.features:

@@ -102,7 +102,7 @@ def z_scores(run: evaluate.Run, split: str, device: torch.device) -> tuple[Tenso
     config = run.config
     store = data.open_store(config["dataset"], config["clip"], config["root"])
     rows = data.read_annotations(config["dataset"], split, config["root"])
-    events = data.read_events(config["dataset"], config["root"])
+    events = shapes.read_events(config["dataset"], config["root"])
     generic = retrieve.generic_sentences(config["dataset"])
     sentences = [*(row.sentence for row in rows), *generic]
     text = F.normalize(torch.cat([run.text.encode_text(part.to(device)) for part in

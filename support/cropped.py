@@ -1,4 +1,4 @@
-"""The proposal convolution of MMN and 2D-TAN, with the result of `mmn.Convolution` in less time.
+"""The proposal convolution of MMN, with the result of `mmn.Convolution` in less time.
 
 The published formula pads the map once, for all L layers of kernel k, so that it shrinks back to
 N x N (after the first of eight layers with kernel 5 the map of Charades-STA is 44 x 44):
@@ -9,9 +9,9 @@ N x N (after the first of eight layers with kernel 5 the map of Charades-STA is 
 
 A cell that no candidate moment has reached yet is 0 before a layer, and the layer's bias after its
 convolution. So only the middle of each map is computed here: it grows by k - 1 cells a layer until
-it has the published size. BatchNorm counts the missing cells in closed form, and over the maps of
-all processes of torchrun. Outputs, gradients and running statistics are those of the published
-formula (tests/test_mmn.py).
+it has the published size. BatchNorm accounts for the missing cells in closed form, and for the maps
+of all processes of torchrun. Outputs, gradients and running statistics equal those of the published
+formula up to rounding (tests/test_mmn.py).
 """
 import torch
 import torch.nn.functional as F
@@ -21,28 +21,35 @@ from support import parallel
 
 
 class Convolution(nn.Module):
-    """Arguments as of mmn.Convolution, whose place it takes.
+    """Arguments as of mmn.Convolution, which it replaces.
 
     candidates  [N, N] bool, True = a candidate moment; kernel k; layers L"""
 
     def __init__(self, candidates: Tensor, kernel: int, layers: int):
         super().__init__()
-        N, grow = len(candidates), kernel - 1
-        self.sides = [N + grow * (layers - 1 - i) for i in range(layers)]       # as published
-        middle = [N, *(min(side, N + grow * (i + 1)) for i, side in enumerate(self.sides))]
-        self.padding = [(middle[i + 1] - middle[i] + grow) // 2 for i in range(layers)]
-        valid, window = candidates[None, None].float(), torch.ones(1, 1, kernel, kernel)
+        N = len(candidates)
+        grow = kernel - 1
+        valid = candidates[None, None].float()                          # [1, 1, N, N]
+        window = torch.ones(1, 1, kernel, kernel, device=valid.device)
+        self.sides = []                         # of the published maps
+        self.padding = []
+        before = N                              # side of the middle before and after a layer
         for i in range(layers):
-            count = F.conv2d(valid, window.to(valid.device), padding=self.padding[i])
+            side = N + grow * (layers - 1 - i)
+            # the middle grows while the published map shrinks, until they are the same
+            after = min(side, N + grow * (i + 1))
+            self.sides.append(side)
+            self.padding.append((after - before + grow) // 2)
+            before = after
+            count = F.conv2d(valid, window, padding=self.padding[i])    # [1, 1, n, n]
             valid = (count > 0).float()
             self.register_buffer(f"weight{i}", valid / count.clamp(min=1), persistent=False)
 
-    def forward(self, x: Tensor, convs: nn.ModuleList, norms: nn.ModuleList | None) -> Tensor:
-        """[B, D, N, N] -> [B, C, N, N]; norms None: no BatchNorm."""
+    def forward(self, x: Tensor, convs: nn.ModuleList, norms: nn.ModuleList) -> Tensor:
+        """[B, D, N, N] -> [B, C, N, N]."""
         for i, conv in enumerate(convs):
             x = F.conv2d(x, conv.weight, conv.bias, padding=self.padding[i])    # [B, C, n, n]
-            if norms is not None:
-                x = batch_norm(norms[i], x, conv.bias, self.sides[i])
+            x = batch_norm(norms[i], x, conv.bias, self.sides[i])
             x = F.relu(x) * self.get_buffer(f"weight{i}")
         return x
 
@@ -51,21 +58,23 @@ def batch_norm(norm: nn.BatchNorm2d, x: Tensor, around: Tensor, side: int) -> Te
     """BatchNorm of maps of `side` x `side` cells, of which x [B, C, n, n] is the middle and every
     other cell holds `around` [C]."""
     B, _, n, _ = x.shape
-    outside = side ** 2 - n ** 2
+    outside = side ** 2 - n ** 2                # cells that are not computed, per map and channel
+    # evaluation uses the running statistics, which count all cells already
     if not norm.training or outside == 0 and parallel.size() == 1:
         return norm(x)
+    # subtle: processes may have different numbers of videos, so sums are added up, not means
     count = parallel.total(torch.tensor(float(B * side ** 2), device=x.device))
-    y = x.to(norm.weight.dtype)
-    mean = parallel.total(y.sum((0, 2, 3)) + B * outside * around) / count      # [C]
-    y = y - mean[:, None, None]
-    var = parallel.total(y.square().sum((0, 2, 3))
+    mean = parallel.total(x.sum((0, 2, 3)) + B * outside * around) / count      # [C]
+    x = x - mean[:, None, None]
+    var = parallel.total(x.square().sum((0, 2, 3))
                          + B * outside * (around - mean).square()) / count      # [C]
     with torch.no_grad():
         norm.num_batches_tracked += 1
         norm.running_mean.lerp_(mean, norm.momentum)
+        # as in torch, the running variance is the unbiased one
         norm.running_var.lerp_(var * count / (count - 1), norm.momentum)
     scale = norm.weight * (var + norm.eps).rsqrt()
-    return (y * scale[:, None, None] + norm.bias[:, None, None]).to(x.dtype)
+    return x * scale[:, None, None] + norm.bias[:, None, None]
 
 
 def speed_up(retriever: nn.Module) -> nn.Module:

@@ -1,13 +1,11 @@
 """How a command ends. What the user can fix is a `Mistake`: one sentence, exit status 2. Anything
-else is a bug and shows Python's traceback, exit status 1. 130 and 143: stopped by Ctrl-C, SIGTERM.
-
-This file does not import torch, so a Ctrl-C while torch is still being imported is one line, too.
+else is a bug and shows Python's traceback, exit status 1. Ctrl-C has exit status 130.
 """
 import contextlib
 import os
-import pathlib
-import signal
 import sys
+
+import torch
 
 from support.text import printable
 
@@ -21,14 +19,6 @@ class Missing(Mistake):
     package that is not installed."""
 
 
-class Stopped(SystemExit):
-    """Stopped by a signal, whose number determines the exit status."""
-
-    def __init__(self, sentence: str, number: int = signal.SIGTERM):
-        super().__init__(sentence)
-        self.status = 128 + number
-
-
 @contextlib.contextmanager
 def reported():
     """Wraps the whole of a command: turns exceptions into one sentence and an exit status."""
@@ -36,31 +26,18 @@ def reported():
         if hasattr(stream, "reconfigure"):      # escape what the terminal's encoding cannot show
             stream.reconfigure(errors="backslashreplace")
     try:
-        before = signal.signal(signal.SIGTERM, _raise_stopped)
-        if signal.getsignal(signal.SIGINT) is leave_quietly:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-    except ValueError:                          # only the main thread can handle signals
-        before = None
-    try:
         yield
+        sys.stdout.flush()                      # a closed pipe shows here, not at Python's exit
     except KeyboardInterrupt:
-        _leave("stopped; everything that was finished has been kept", 130)
-    except Stopped as error:
-        _leave(str(error.code), error.status)
+        _leave("interrupted; completed work has been saved", 130)
     except BrokenPipeError:                     # the reader of our output, e.g. `head`, has left
+        # subtle: Python flushes stdout once more at its exit, which must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(141)                           # as a shell reports SIGPIPE
     except (Mistake, OSError) as error:         # OSError: a full disk, a missing permission
         _leave(f"error: {error}", 2)
-    except (MemoryError, RuntimeError) as error:
-        # by name, because torch.OutOfMemoryError cannot be named without importing torch
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
-            raise
-        _leave("error: out of memory; lower --batch or --workers, or use a smaller number format "
-               "(--bf16 true in train.py, --precision in data.py)", 2)
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+    except (torch.OutOfMemoryError, MemoryError):
+        _leave("error: out of memory; lower --batch of train.py, or use --device cpu", 2)
 
 
 @contextlib.contextmanager
@@ -71,32 +48,18 @@ def naming(path: str | os.PathLike):
     except Mistake as error:
         if str(path) in str(error):
             raise
-        raise type(error)(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {error}") from error        # a Missing stays one
 
 
 def reason(error: BaseException) -> str:
     """The type of an exception and the first line of its message."""
-    return f"{type(error).__name__} {(str(error).strip().splitlines() or [''])[0]}".strip()
-
-
-def _raise_stopped(number: int, frame) -> None:
-    raise Stopped("stopped by SIGTERM; everything that was finished has been kept")
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return f"{type(error).__name__} {lines[0].strip()}"
 
 
 def _leave(sentence: str, status: int) -> None:
+    # the sentence may quote a file name or a line of somebody else's file
     print(printable(sentence, keep="\n"), file=sys.stderr)
     sys.exit(status)
-
-
-def leave_quietly(number: int, frame) -> None:
-    """A Ctrl-C while a command imports torch, which may swallow or wrap a KeyboardInterrupt."""
-    os.write(2, b"stopped\n")
-    os._exit(130)
-
-
-# Commands import `support` before torch for this; `reported` brings Python's own handler back. A
-# program of yours that imports these files keeps its handler.
-_program = pathlib.Path(getattr(sys.modules["__main__"], "__file__", None) or "")
-_home = pathlib.Path(__file__).parent.parent
-if _program.resolve().parent in (_home, _home / "extras", _home / "clip2video"):
-    signal.signal(signal.SIGINT, leave_quietly)

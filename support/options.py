@@ -7,33 +7,33 @@ import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterable
 
 from support.errors import Mistake
+
+LARGEST = 2 ** 31 - 1           # of an integer option
+DEVICE = dict(default="auto", help="auto, cpu, cuda, cuda:N or mps")
 
 
 class Formatter(argparse.HelpFormatter):
     """Appends the default to the help of every option that has one."""
 
     def _get_help_string(self, action):
-        hidden = ("None", "False", "", argparse.SUPPRESS)
+        hidden = ("None", "False", "", argparse.SUPPRESS)      # they tell the reader nothing
         if action.option_strings and str(action.default) not in hidden:
             return action.help + " (default %(default)s)"
         return action.help
 
 
-def parser(text: str, **more) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(description=text, formatter_class=Formatter, **more)
-
-
-LARGEST = 2 ** 31 - 1           # of an integer option; torch cannot seed from arbitrary ones
-DEVICE = dict(default="auto", help="auto, cpu, cuda, cuda:N or mps")
+def parser(text: str, prog: str | None = None, usage: str | None = None,
+           epilog: str | None = None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog, usage, text, epilog, formatter_class=Formatter)
 
 
 def option(default, text: str, choices: tuple[str, ...] = (), least: int | None = None,
            only: str = ""):
     """A field of a Config. `only` names the settings that read it: "method vdi, vdi-staged"."""
-    text = f"{text} [{only} only]" if only else text
+    if only:
+        text += f" [{only} only]"
     return dataclasses.field(default=default, metadata={
         "help": text, "choices": choices, "least": least, "only": only})
 
@@ -44,46 +44,39 @@ def name_of(field: dataclasses.Field) -> str:
 
 def settings(config) -> str:
     """Every field of a Config that is not empty, wrapped to 100 columns."""
-    shown = (f"{name}={value}" for name, value in dataclasses.asdict(config).items() if value != "")
+    shown = [f"{name}={value}" for name, value in dataclasses.asdict(config).items() if value != ""]
+    # a path stays in one piece, to be copied
     return textwrap.fill("  ".join(shown), 100, break_long_words=False, break_on_hyphens=False)
 
 
-def training_command(checkpoint: pathlib.Path, retrievers=()) -> str:
-    """The train.py command whose run is the folder of a checkpoint, as far as its name tells:
-    <dataset>-<method> or <dataset>-<method>-<retriever>, in runs/ unless it is --out."""
-    folder, arguments = checkpoint.parent, ["python", "train.py"]
-    if checkpoint.name != "ckpt.pt" or not folder.name:
-        return shlex.join(arguments)
-    name = re.fullmatch(rf"(.+?)-(mmn|vdi|vdi-staged)(?:-({'|'.join(retrievers)}))?", folder.name)
-    if name:
-        arguments += ["--dataset", name[1], "--method", name[2]]
-        arguments += ["--retriever", name[3]] if name[3] else []
-    if not name or folder.parent != pathlib.Path("runs"):
-        arguments += ["--out", str(folder)]
-    return shlex.join(arguments)
+def training_command(checkpoint: pathlib.Path) -> str:
+    """The train.py command that makes a checkpoint, as far as its name tells: its folder is
+    runs/<dataset>-<method>, or else --out."""
+    folder = checkpoint.parent
+    arguments = ["python", "train.py"]
+    if checkpoint.name == "ckpt.pt" and folder.name:
+        # subtle: not greedy, so that of "mine-vdi-staged" the method is vdi-staged
+        name = re.fullmatch("(.+?)-(mmn|vdi|vdi-staged)", folder.name)
+        if name:
+            arguments += ["--dataset", name[1], "--method", name[2]]
+        if not name or folder.parent != pathlib.Path("runs"):
+            arguments += ["--out", str(folder)]
+    return shlex.join(arguments)                # in quotes where a folder's name has spaces
 
 
 def check_options(config) -> None:
     """Mistake for a field with a value that its option does not allow."""
     for field in dataclasses.fields(config):
-        value, choices = getattr(config, field.name), field.metadata.get("choices")
+        value = getattr(config, field.name)
+        choices = field.metadata["choices"]
+        least = field.metadata["least"]
         if choices and value not in choices:
             raise Mistake(f"{name_of(field)} must be one of {', '.join(choices)}, not {value!r}")
-        if field.metadata.get("least") is not None and value < field.metadata["least"]:
-            raise Mistake(f"{name_of(field)} must be at least {field.metadata['least']}")
+        if least is not None and value < least:                 # 0 is a limit, too
+            raise Mistake(f"{name_of(field)} must be at least {least}")
+        # an arbitrary integer would be an OverflowError somewhere in torch
         if isinstance(value, int) and abs(value) > LARGEST:
             raise Mistake(f"{name_of(field)} must be between {-LARGEST} and {LARGEST}")
-
-
-def unread(config, given: dict) -> list[str]:
-    """A note for every given option that the chosen method or retriever does not read."""
-    notes = []
-    for field in dataclasses.fields(config):
-        setting, _, values = field.metadata.get("only", "").partition(" ")
-        if field.name in given and setting and getattr(config, setting) not in values.split(", "):
-            notes.append(f"note: {name_of(field)} only affects --{setting} {values}; this run uses "
-                         f"{getattr(config, setting)}")
-    return notes
 
 
 def add_options(parser: argparse.ArgumentParser, config: type, presets: dict[str, dict],
@@ -93,36 +86,49 @@ def add_options(parser: argparse.ArgumentParser, config: type, presets: dict[str
     groups    first field of a group -> the group's title"""
     group = parser
     for field in dataclasses.fields(config):
-        if field.name in (groups or {}):
+        if groups and field.name in groups:
             group = parser.add_argument_group(groups[field.name])
-        if field.name in without:
+        if field.name in without:                       # the command adds it by itself
             continue
-        values = [repr(field.default)] + [f"{name} {preset[field.name]!r}" for name, preset
-                                          in presets.items() if field.name in preset]
-        kind, metavar = field.type, None
+        defaults = [repr(field.default)]
+        for name, preset in presets.items():
+            if field.name in preset:
+                defaults.append(f"{name} {preset[field.name]!r}")
+        # subtle: a string instead, if the Config's file imported annotations from __future__
+        kind = field.type
+        metavar = None                                  # argparse's own: the name in capitals
         if kind is bool:
-            kind, metavar = yes_or_no, "{true,false}"
+            kind = yes_or_no                            # subtle: bool("false") is True
+            metavar = "{true,false}"
         elif kind == tuple[int, ...]:
-            kind, metavar = integers, "N,N,..."
-        elif field.metadata["choices"]:                 # checked by `check_options`
+            kind = integers
+            metavar = "N,N,..."
+        elif field.metadata["choices"]:                 # `check_options` checks the value
             metavar = "{" + ",".join(field.metadata["choices"]) + "}"
+        # SUPPRESS, because whether an option was given decides between it and a preset
         group.add_argument(name_of(field), type=kind, metavar=metavar, default=argparse.SUPPRESS,
-                           help=f"{field.metadata['help']} (default {'; '.join(values)})")
+                           help=f"{field.metadata['help']} (default {'; '.join(defaults)})")
 
 
 def parse(parser: argparse.ArgumentParser, config: type, configure, presets: dict[str, dict],
-          argv: list[str] | None, flags: dict[str, str], **more) -> tuple:
+          argv: list[str] | None, flags: dict[str, str], groups: dict[str, str]) -> tuple:
     """The Config that `configure` makes of the given options, and the value of each flag (name ->
-    help). Notes options that have no effect."""
-    add_options(parser, config, presets, **more)
+    help). Prints a note for every given option that the chosen method does not read."""
+    add_options(parser, config, presets, groups=groups)
     switches = parser.add_argument_group("switches")
     for name, text in flags.items():
         switches.add_argument(f"--{name}", action="store_true", help=text)
     given = vars(parser.parse_args(argv))
-    values = {name: given.pop(name) for name in flags}
+    values = {name: given.pop(name) for name in flags}  # what is left are fields of the Config
     result = configure(**given)
-    for note in unread(result, given):
-        print(note, file=sys.stderr)
+    for field in dataclasses.fields(config):
+        only = field.metadata["only"]                   # "method vdi, vdi-staged", or empty
+        if only and field.name in given:
+            setting, readers = only.split(" ", 1)
+            value = getattr(result, setting)
+            if value not in readers.split(", "):
+                print(f"note: {name_of(field)} only affects --{setting} {readers}; this run uses "
+                      f"{value}", file=sys.stderr)
     return result, values
 
 

@@ -1,4 +1,4 @@
-"""Devices, and many processes that train as one.
+"""Devices, and several processes that train as one.
 
     torchrun --nproc-per-node 8 train.py --dataset charades --device cuda
 
@@ -11,7 +11,6 @@ Without torchrun all of this does nothing.
 import contextlib
 import datetime
 import os
-import sys
 
 import numpy as np
 import torch
@@ -22,9 +21,9 @@ from support.errors import Mistake
 
 
 def number_from(variable: str, default: int) -> int:
-    """RANK or WORLD_SIZE, as torchrun sets it. Mistake if it cannot be one."""
+    """RANK or WORLD_SIZE, as torchrun sets it. Mistake for an invalid value."""
     text = os.environ.get(variable, str(default))
-    if not text.isdecimal() or int(text) < default:
+    if not text.isdecimal() or int(text) < default:         # "-1" and "two" are not decimal
         raise Mistake(f"the environment variable {variable} must be a number as torchrun sets it, "
                       f"not {text!r}; unset it")
     return int(text)
@@ -33,16 +32,15 @@ def number_from(variable: str, default: int) -> int:
 def pick_device(name: str) -> torch.device:
     """auto, cpu, cuda, cuda:N or mps. Mistake if it is not available: there is no silent fallback.
     Under torchrun, each process gets a GPU of its own. Sets the precision of float32 on a GPU."""
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    available = [*gpus, "cpu"]
+    available = [f"cuda:{i}" for i in range(torch.cuda.device_count())]     # best ones first
+    if available and name in ("auto", "cuda"):              # the one that torchrun assigns
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if torch.backends.mps.is_available():
-        available.insert(len(gpus), "mps")
-    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        available.append("mps")
+    available.append("cpu")
     if name == "auto":
-        name = own if gpus else available[0]
-    elif name == "cuda":
-        name = own if gpus else "cuda"
-    if name not in available:
+        name = available[0]
+    if name not in available:                   # "cuda" too, on a machine without a GPU
         raise Mistake(f"device {name!r} is not available; available: {', '.join(available)}")
     device = torch.device(name)
     if device.type == "cuda":
@@ -55,65 +53,60 @@ def pick_device(name: str) -> torch.device:
 
 def rank() -> int:
     """The number of this process. Only number 0 writes and prints."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    if size() > 1:
+        return dist.get_rank()
+    return 0
 
 
 def size() -> int:
     """The number of processes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if dist.is_available() and dist.is_initialized():       # not every build of torch has it
+        return dist.get_world_size()
+    return 1
 
 
 @contextlib.contextmanager
 def processes(device: torch.device, deterministic: bool = False):
     """Joins the processes that torchrun started; all but the first are silent inside the block."""
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # cuBLAS requires it
         torch.use_deterministic_algorithms(True)
     if number_from("WORLD_SIZE", 1) == 1:
         yield
         return
+    backend = "gloo"                            # between CPUs
+    if device.type == "cuda":
+        backend = "nccl"                        # between GPUs
     # one process may validate, or build the shapes world, while the others wait
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                            timeout=datetime.timedelta(hours=2))
+    dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     try:
-        with open(os.devnull, "w") as silence, contextlib.redirect_stdout(
-                silence if rank() else sys.stdout):
+        if rank() == 0:
             yield
+        else:
+            with open(os.devnull, "w", encoding="utf-8") as silence, \
+                    contextlib.redirect_stdout(silence):
+                yield
     finally:
         dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def connected():
-    """Around every exchange between processes: it fails when another process has ended."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise Mistake("another process of torchrun has stopped; its message says why") from error
 
 
 def wait() -> None:
     """Returns when all processes have arrived here."""
     if size() > 1:
-        with connected():
-            dist.barrier()
+        dist.barrier()
 
 
 def share(rows) -> list:
     """This process's part of a list or tensor, possibly empty. Parts are contiguous, so that
     `gather` keeps the order."""
-    bounds = np.linspace(0, len(rows), size() + 1).astype(int)
+    bounds = np.linspace(0, len(rows), size() + 1).astype(int)      # sizes differ by one at most
     return rows[bounds[rank()]:bounds[rank() + 1]]
 
 
 def everyone(value) -> list:
     """The values of all processes, in order: anything that can be pickled."""
-    if size() == 1:
-        return [value]
-    values = [None] * size()
-    with connected():
+    values = [value] * size()
+    if size() > 1:
         dist.all_gather_object(values, value)
     return values
 
@@ -123,50 +116,49 @@ def gather(x: Tensor) -> Tensor:
     rows only."""
     if size() == 1:
         return x
+    # number of rows of each process
     counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(size())]
-    with connected():
-        dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
-    most = int(max(counts))
-    sent = x.detach().new_zeros(most, *x.shape[1:])
+    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+    # all_gather needs tensors of one size, so each is padded to the longest
+    sent = x.new_zeros((int(max(counts)),) + x.shape[1:])           # [most, ...]
     sent[:len(x)] = x.detach()
-    # as bytes, because not every backend can send every type
-    sent = sent.contiguous().view(most, -1).view(torch.uint8)
-    parts = [torch.empty_like(sent) for _ in counts]
-    with connected():
-        dist.all_gather(parts, sent)
-    parts = [part.view(x.dtype).view(most, *x.shape[1:])[:int(n)] for part, n in zip(parts, counts)]
-    parts[rank()] = x
+    received = [torch.empty_like(sent) for _ in counts]
+    dist.all_gather(received, sent)
+    parts = [part[:int(count)] for part, count in zip(received, counts)]
+    parts[rank()] = x                           # what was received has no gradient
     return torch.cat(parts)
-
-
-def _all_reduce(x: Tensor) -> Tensor:
-    with connected():
-        dist.all_reduce(x)
-    return x
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        return _all_reduce(x.clone())
+        x = x.clone()                           # all_reduce overwrites its argument
+        dist.all_reduce(x)
+        return x
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        return _all_reduce(gradient.clone())    # every process's loss depends on this sum
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)               # every process's loss depends on this sum
+        return gradient
 
 
 def total(x: Tensor) -> Tensor:
     """The sum of x over all processes, with gradients into all of them."""
-    return x if size() == 1 else _Sum.apply(x)
+    if size() == 1:
+        return x
+    return _Sum.apply(x)
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Adds up the gradients of all processes, in one transfer."""
+    """Adds up the gradients of all processes."""
     if size() == 1:
         return
     parameters = [p for p in model.parameters() if p.requires_grad]
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
-                      for p in parameters])
-    _all_reduce(flat)
+    for p in parameters:
+        if p.grad is None:                      # a process without a video may not use all weights
+            p.grad = torch.zeros_like(p)
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat)                       # one transfer is faster than one per parameter
     for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad = gradient.view_as(p)

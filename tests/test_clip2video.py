@@ -200,14 +200,14 @@ def test_words_are_what_is_between_start_and_padding(text):
 def test_loss_by_hand_and_its_symmetry():
     """A certain diagonal costs nothing. [[1, 0], [0, 0]]: rows log(1 + e^-1) and log 2, columns the
     same, so (0.3133 + 0.6931) / 2 = 0.5032."""
-    assert clip.contrastive_loss(100 * torch.eye(4)).item() == pytest.approx(0, abs=1e-6)
+    assert shapes.contrastive_loss(100 * torch.eye(4)).item() == pytest.approx(0, abs=1e-6)
     S = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    assert clip.contrastive_loss(S).item() == pytest.approx(0.5032, abs=1e-4)
+    assert shapes.contrastive_loss(S).item() == pytest.approx(0.5032, abs=1e-4)
     S = torch.randn(5, 5)
-    assert torch.isclose(clip.contrastive_loss(S), clip.contrastive_loss(S.T))
+    assert torch.isclose(shapes.contrastive_loss(S), shapes.contrastive_loss(S.T))
     a, b = torch.randn(3, 3), torch.randn(3, 3)
-    assert torch.isclose(network.loss([a, b], 0.25), 0.25 * clip.contrastive_loss(a)
-                         + 0.75 * clip.contrastive_loss(b))
+    assert torch.isclose(network.loss([a, b], 0.25), 0.25 * shapes.contrastive_loss(a)
+                         + 0.75 * shapes.contrastive_loss(b))
 
 
 def test_gradients_reach_every_new_weight(text):

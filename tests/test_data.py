@@ -112,7 +112,7 @@ def test_annotations_are_installed_from_any_published_form(published, tmp_path):
                                                  "sentences": []})
             entry["timestamps"].append([s.start_sec, s.end_sec])
             entry["sentences"].append(s.sentence)
-        (source / f"charades_{split}.json").write_text(json.dumps(content))
+        (source / f"charades_{split}.json").write_text(json.dumps(content), encoding="utf-8")
     prepare.install("charades", tmp_path / "root", tmp_path / "elsewhere")
     for split in ("train", "val", "test"):
         assert (sorted(data.read_annotations("charades", split, tmp_path / "root"))
@@ -120,7 +120,7 @@ def test_annotations_are_installed_from_any_published_form(published, tmp_path):
     with pytest.raises(Mistake, match="no annotations of activitynet: none of train"):
         prepare.install("activitynet", tmp_path / "root", tmp_path / "elsewhere")
     content.pop("AMT7R")
-    (source / "charades_test.json").write_text(json.dumps(content))
+    (source / "charades_test.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(Mistake, match="3719 sentences of 1333 vid.* expected 3720 of 1334"):
         prepare.install("charades", tmp_path / "other", tmp_path / "elsewhere")
     assert not (tmp_path / "other").exists()
@@ -128,7 +128,7 @@ def test_annotations_are_installed_from_any_published_form(published, tmp_path):
 
 def test_missing_annotations_are_downloaded_and_verified(published, tmp_path, monkeypatch):
     """From a local server that sends the published files, then from one that does not exist."""
-    requested, sources = [], prepare.SOURCES.read_text()
+    requested, sources = [], prepare.SOURCES.read_text(encoding="utf-8")
     remote = "https://raw.githubusercontent.com"
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -148,7 +148,8 @@ def test_missing_annotations_are_downloaded_and_verified(published, tmp_path, mo
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         local = tmp_path / "sources.txt"
-        local.write_text(sources.replace(remote, f"http://127.0.0.1:{server.server_port}"))
+        local.write_text(sources.replace(remote, f"http://127.0.0.1:{server.server_port}"),
+                         encoding="utf-8")
         monkeypatch.setattr(prepare, "SOURCES", local)
         for dataset in data.FILES:
             prepare.install(dataset, tmp_path, None)
@@ -306,7 +307,7 @@ def test_a_video_of_one_frame(tmp_path):
 
 
 def test_a_file_that_is_not_a_video_is_reported(tmp_path):
-    (tmp_path / "a.mp4").write_text("not a video")
+    (tmp_path / "a.mp4").write_text("not a video", encoding="utf-8")
     with pytest.raises(data.VideoError, match="cannot be opened as a video"):
         video.probe_duration(tmp_path / "a.mp4")
 
@@ -354,7 +355,8 @@ def test_extraction_resumes_and_adds_missing_patches(tmp_path, world):
     paths = video.find_files(tmp_path / "v", video.VIDEOS)
     failed = video.extract(store, model, paths, ["a", "b", "c"], set())
     assert failed == {"c": "no video file is named c"}
-    assert (store.folder / "failed.txt").read_text() == "c\tno video file is named c\n"
+    listed = (store.folder / "failed.txt").read_text(encoding="utf-8")
+    assert listed == "c\tno video file is named c\n"
     assert not store.path("a", "patches").exists()
     before = store.path("b", "frames").stat().st_mtime_ns
     video.extract(data.FeatureStore(tmp_path / "f"), model, paths, ["a", "b"], {"a"})
@@ -396,7 +398,8 @@ def test_names_with_the_ending_of_the_file(tmp_path, capsys):
         (tmp_path / "v" / "x.mp4").rename(tmp_path / "v" / name)
     names = ("a.mp4", "a", "b.mp4", "c.mp4", "d.v2.MTS")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(
-        {"vid": name, "query": "q", "relevant_windows": [[0, 1]]}) + "\n" for name in names))
+        {"vid": name, "query": "q", "relevant_windows": [[0, 1]]}) + "\n" for name in names),
+        encoding="utf-8")
     prepare.adopt("mine", "train", tmp_path / "a.jsonl",
                   video.find_files(tmp_path / "v", video.VIDEOS), tmp_path)
     samples = data.read_annotations("mine", "train", tmp_path)
@@ -443,9 +446,9 @@ def no_weights(monkeypatch):
 def test_folders_are_checked_before_a_clip_is_downloaded(tmp_path, capsys, no_weights):
     (tmp_path / "empty").mkdir()
     (tmp_path / "v").mkdir()
-    (tmp_path / "v" / "a.mp4").write_text("a video")
+    (tmp_path / "v" / "a.mp4").write_text("a video", encoding="utf-8")
     (tmp_path / "a.jsonl").write_text('{"vid": "a", "query": "q", "duration": 9, '
-                                      '"relevant_windows": [[0, 1]]}\n')
+                                      '"relevant_windows": [[0, 1]]}\n', encoding="utf-8")
     for arguments, told in (
             (("--annotations", tmp_path / "a.jsonl", "--videos", tmp_path / "no"), "no folder"),
             (("--annotations", tmp_path / "a.jsonl", "--videos", tmp_path / "empty"),
@@ -465,7 +468,7 @@ def test_folders_are_checked_before_a_clip_is_downloaded(tmp_path, capsys, no_we
 def test_features_of_a_published_clip_need_no_weights(tmp_path, capsys, no_weights):
     """Its SHA-256 and width are known. Features of another width are refused."""
     (tmp_path / "a.jsonl").write_text('{"vid": "a", "query": "q", "duration": 9, '
-                                      '"relevant_windows": [[0, 1]]}\n')
+                                      '"relevant_windows": [[0, 1]]}\n', encoding="utf-8")
     (tmp_path / "f").mkdir()
     arguments = ("mine", "--annotations", tmp_path / "a.jsonl", "--features", tmp_path / "f",
                  "--root", tmp_path / "data")
@@ -515,11 +518,11 @@ def test_mistakes_on_the_command_line_leave_nothing_behind(published, world, tmp
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "shapes").symlink_to(world / "shapes")
     (tmp_path / "v").mkdir()
-    (tmp_path / "v" / "a.mp4").write_text("not a video")
+    (tmp_path / "v" / "a.mp4").write_text("not a video", encoding="utf-8")
     (tmp_path / "a.jsonl").write_text('{"vid": "a", "query": "q\u2028r", "duration": 9, '
-                                      '"relevant_windows": [[0, 1]]}\n')
+                                      '"relevant_windows": [[0, 1]]}\n', encoding="utf-8")
     mine = ("mine", "--annotations", tmp_path / "a.jsonl", "--videos", tmp_path / "v", "--clip",
-            "shapes", "--workers", "0")
+            "shapes")
     assert "at least 1" in run(*mine, "--frames", "-1")
     assert not (tmp_path / "data" / "mine").exists()
     assert "none of 1 videos could be read" in run(*mine)
@@ -580,6 +583,7 @@ def test_a_video_that_crashes_its_decoder_is_found(tmp_path, world):
     assert "a" in store and "c" in store
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has neither SIGKILL nor process groups")
 def test_killed_and_continued_or_shared_by_processes_the_store_is_the_same(tmp_path, world):
     """`python data.py` in one go; killed by SIGKILL at work and run again, several times; and as
     two processes of a cluster: the same features, byte by byte."""
@@ -587,7 +591,7 @@ def test_killed_and_continued_or_shared_by_processes_the_store_is_the_same(tmp_p
     greys(tmp_path / "v", names, 150)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(
         {"vid": name, "query": "a door opens", "relevant_windows": [[0, 1]]}) + "\n"
-        for name in names))
+        for name in names), encoding="utf-8")
 
     def start(root, **environment):
         (tmp_path / root).mkdir(exist_ok=True)
@@ -596,8 +600,8 @@ def test_killed_and_continued_or_shared_by_processes_the_store_is_the_same(tmp_p
         return subprocess.Popen(
             [sys.executable, pathlib.Path(data.__file__), "mine", "--annotations",
              tmp_path / "a.jsonl", "--videos", tmp_path / "v", "--clip", "shapes", "--root",
-             tmp_path / root, "--workers", "0", "--device", "cpu"],
-            env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+             tmp_path / root, "--device", "cpu"], env=os.environ | environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
     assert start("once").wait() == 0
     whole = contents(tmp_path / "once/mine/features/shapes")
@@ -608,7 +612,7 @@ def test_killed_and_continued_or_shared_by_processes_the_store_is_the_same(tmp_p
         process = start("killed")
         while process.poll() is None and len(list(folder.glob("v*.frames.npy"))) < target:
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)          # with its decoding processes
         kills += process.wait() == -signal.SIGKILL
     assert kills >= 2 and len(list(folder.glob("v*.frames.npy"))) < len(names)
     assert start("killed").wait() == 0
@@ -623,9 +627,9 @@ def test_killed_and_continued_or_shared_by_processes_the_store_is_the_same(tmp_p
     assert len(data.FeatureStore(shared).manifest["videos"]) == len(names)
 
 
-# ------------------------------------------------------------------------- features made elsewhere
+# ---------------------------------------------------------------------------- precomputed features
 
-def test_features_made_elsewhere(tmp_path):
+def test_precomputed_features(tmp_path):
     """Ten rows for four features: those at the centres of four equal parts, 1, 3, 6 and 8."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
@@ -639,7 +643,7 @@ def test_features_made_elsewhere(tmp_path):
     np.save(folder / "nan.npy", x * np.nan)
     np.save(folder / "objects.npy", np.array([{}, []], dtype=object))
     np.savez(folder / "other.npz", something=x)
-    (folder / "text.npy").write_text("not an array")
+    (folder / "text.npy").write_text("not an array", encoding="utf-8")
     store = data.FeatureStore(tmp_path / "f", MADE | {"width": 2, "patch_frames": 0})
     paths = video.find_files(folder, video.FEATURES)
     failed = video.adopt_features(store, paths, [*paths, "none"], dict.fromkeys(paths, 20.0))
@@ -680,7 +684,8 @@ def test_check_lists_every_problem(tmp_path, capsys):
                     "c.frames.npy is missing", "d.frames.npy is damaged",
                     "e is 9.0 s long, but its",
                     "e: its file is 9.00 s long, but its annotations say 8.00 s",
-                    "f.frames.npy is in no manifest", "train: 1 of 7 videos have no features",
+                    "f.frames.npy is not listed in any manifest",
+                    "train: 1 of 7 videos have no features",
                     "train: 1 videos have no patches, for instance g"):
         assert problem in out, (problem, out)
     assert "g" not in [line.split()[0].split(".")[0].strip(":") for line in out.splitlines()[1:]]
@@ -693,9 +698,10 @@ def test_a_manifest_without_frames_or_width_is_damaged(tmp_path):
     store.write("a", torch.randn(4, 64).half(), None, 8.0)
     store.save_manifest()
     path = store.folder / "manifest.json"
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     for key in ("frames", "width", "videos"):
-        path.write_text(json.dumps({name: content[name] for name in content if name != key}))
+        path.write_text(json.dumps({name: content[name] for name in content if name != key}),
+                        encoding="utf-8")
         message = f"manifest.json is damaged .KeyError '{key}'.; remove it"
         with pytest.raises(Mistake, match=message):
             prepare.check("mine", tmp_path)
@@ -834,28 +840,34 @@ def test_preprocessing_agrees_with_pillow_on_real_frames(published):
 
 
 def test_real_videos_by_the_command(published, world, tmp_path):
-    """Four are extracted, in one process and with decoding processes and larger batches, with the
-    same result; the damaged one is listed in failed.txt."""
+    """Four are extracted, by the command with its decoding processes, and by the function in one
+    process with larger batches, with the same result; the damaged one is listed in failed.txt."""
     names = ("charades", "arm_wrestling", "flipping_a_pancake", "test", "corrupted")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(
-        {"vid": name, "query": "a person", "relevant_windows": [[0, 5]]}) + "\n" for name in names))
-    stores = []
-    for root, workers, batch in (("x", "0", "32"), ("y", "2", "128")):
-        (tmp_path / root).mkdir()
-        (tmp_path / root / "shapes").symlink_to(world / "shapes")
-        result = subprocess.run(
-            [sys.executable, pathlib.Path(data.__file__), "mine", "--annotations",
-             tmp_path / "a.jsonl", "--videos", published / "videos", "--clip", "shapes", "--root",
-             tmp_path / root, "--workers", workers, "--batch", batch, "--device", "cpu"],
-            capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        assert "the 1 that failed (failed.txt) have 1 sentences" in result.stdout
-        stores.append(tmp_path / root / "mine/features/shapes")
-        assert re.match("corrupted\t.*corrupted.mp4", (stores[-1] / "failed.txt").read_text())
-    features = [{name: np.load(store / name) for name in contents(store) if name.endswith(".npy")}
-                for store in stores]
-    assert len(features[0]) == 8 and features[0].keys() == features[1].keys()
-    for name, x in features[0].items():
+        {"vid": name, "query": "a person", "relevant_windows": [[0, 5]]}) + "\n" for name in names),
+        encoding="utf-8")
+    (tmp_path / "shapes").symlink_to(world / "shapes")
+    result = subprocess.run(
+        [sys.executable, HERE / "data.py", "mine", "--annotations", tmp_path / "a.jsonl",
+         "--videos", published / "videos", "--clip", "shapes", "--root", tmp_path,
+         "--device", "cpu"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "the 1 that failed (failed.txt) have 1 sentences" in result.stdout
+    store = data.open_store("mine", "shapes", tmp_path)
+    assert store.manifest["patch_frames"] == 32 and store.manifest["precision"] == "float32"
+    assert re.match("corrupted\t.*corrupted.mp4",
+                    (store.folder / "failed.txt").read_text(encoding="utf-8"))
+
+    made = {key: value for key, value in store.manifest.items() if key != "videos"}
+    other = data.FeatureStore(tmp_path / "other", made)
+    failed = video.extract(other, clip.load(world / "shapes" / "clip.pt"),
+                           video.find_files(published / "videos", video.VIDEOS), list(names),
+                           set(names), workers=0, batch=128)
+    assert list(failed) == ["corrupted"]
+    arrays = {path.name for path in store.folder.glob("*.npy")}
+    assert len(arrays) == 8 and arrays == {path.name for path in other.folder.glob("*.npy")}
+    for name in arrays:
+        x = np.load(store.folder / name)
         assert x.shape == ((32, 64) if "frames" in name else (32, 64, 4, 4))
         # subtle: batches of another size may round the last bit of float16 differently
-        assert np.allclose(x, features[1][name], rtol=2e-3, atol=2e-3)
+        assert np.allclose(x, np.load(other.folder / name), rtol=2e-3, atol=2e-3)

@@ -4,7 +4,6 @@ import torch
 
 import data
 import evaluate
-import shapes
 from support import parallel, text
 
 
@@ -53,17 +52,6 @@ def test_prior_and_random_moment_by_hand():
     assert evaluate.best_prior(iou) == 1
     assert evaluate.cell_recall(iou)["R@1,IoU=0.5"] == pytest.approx(400 / 6)
     assert evaluate.cell_recall(iou[:, 1])["mIoU"] == pytest.approx(55)
-
-
-def test_event_accuracy_by_hand():
-    """Events 0-4 A up, 4-8 A down, 10-14 B up. Asked for A up. Answers: right; A down; in the gap
-    nearest to B up."""
-    events = {"v": [shapes.Event(0, 4, "A", "up"), shapes.Event(4, 8, "A", "down"),
-                    shapes.Event(10, 14, "B", "up")]}
-    samples = [data.Sample("v", "A up", 0.0, 4.0, 20.0)] * 3
-    result = shapes.event_accuracy(torch.tensor([[[0., 3.]], [[4.5, 9.]], [[15., 16.]]]), samples,
-                                     events)
-    assert result == pytest.approx({"noun accuracy": 200 / 3, "verb accuracy": 200 / 3})
 
 
 def test_a_device_that_is_not_there_is_an_error():

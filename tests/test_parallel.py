@@ -71,7 +71,7 @@ def test_a_run_of_two_processes_is_resumed_by_one(world, tmp_path):
              status=1)
     printed = torchrun(1, "train.py", *options, "--out", tmp_path / "parts", "--resume")
     assert "resuming after epoch 2" in printed and not (tmp_path / "parts" / "2").exists()
-    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").open(encoding="utf-8")]
             for name in ("whole", "parts")]
     assert [[row["epoch"] for row in log] for log in logs] == [[1, 2, 3], [1, 2, 3]]
     for one, two in zip(*logs):

@@ -55,7 +55,8 @@ def test_many_sentences_at_once_and_one_by_one():
 def labelled() -> dict[str, list[tuple[str, set]]]:
     """noun_chunks.txt: name of the sample -> (sentence, its chunks as offsets)."""
     samples = {}
-    for line in (pathlib.Path(__file__).parent / "noun_chunks.txt").read_text().splitlines():
+    path = pathlib.Path(__file__).parent / "noun_chunks.txt"
+    for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("#"):
             name = line.strip("# ").split(":")[0]
             continue
@@ -145,7 +146,7 @@ def test_a_pipeline_with_a_parse_goes_through_spacys_noun_chunks():
 
 def test_a_trained_pipeline_is_loaded_by_its_path(tmp_path):
     """A dependency parser and a tagger, trained here on four sentences, saved, and named by path as
-    --parser would name en_core_web_sm."""
+    en_core_web_sm might be."""
     det, noun, verb, adp = "DET", "NOUN", "VERB", "ADP"
     rows = [("a person opens the door", [1, 2, 2, 4, 2], ["det", "nsubj", "ROOT", "det", "dobj"],
              [det, noun, verb, det, noun]),

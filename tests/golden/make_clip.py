@@ -117,7 +117,7 @@ def main() -> None:
         spelled = spelled.replace("<|endoftext|>", "<end_of_text>")
         result["tokens"].append([text, tokenizer.encode(spelled)])
     path = pathlib.Path(__file__).parent / "clip.json"
-    path.write_text(json.dumps(result, separators=(",", ":")) + "\n")
+    path.write_text(json.dumps(result, separators=(",", ":")) + "\n", encoding="utf-8")
     print(f"{path}: {path.stat().st_size} bytes")
 
 

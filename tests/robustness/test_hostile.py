@@ -30,7 +30,7 @@ def peak_gib() -> float:
     status = pathlib.Path("/proc/self/status")
     if not status.exists():
         pytest.skip("needs /proc to see its memory")
-    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2 ** 20
+    return int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) / 2 ** 20
 
 
 def leave(module: str, *arguments) -> int:
@@ -126,6 +126,8 @@ def hostile(tmp_path: pathlib.Path) -> dict[str, bytes]:
                 with file.open("archive/data/0", "w", force_zip64=True) as part:
                     for _ in range(256):
                         part.write(bytes(1 << 24))
+            for part in file.infolist():
+                part.external_attr = 0          # as torch.save leaves it
         return out.getvalue()
 
     torch.save({"a": torch.arange(1000.)}, tmp_path / "good.pt")
@@ -151,16 +153,16 @@ def test_hostile_files(world, tmp_path, monkeypatch, capsys, fault):
     monkeypatch.chdir(tmp_path)
     os.symlink(ROOT / "assets", tmp_path / "assets")
     contents, tried = hostile(tmp_path), 0
-    (pathlib.Path("/proc/self/clear_refs")).write_text("5")     # the peak is counted from here
+    pathlib.Path("/proc/self/clear_refs").write_bytes(b"5")     # the peak is counted from here
     before = peak_gib()
-    (tmp_path / "Charades_v1_train.csv").write_text("id,length\n")
-    (tmp_path / "Charades_v1_test.csv").write_text("id,length\n")
-    (tmp_path / "answers.jsonl").write_text(
-        '{"qid": 0, "query": "a", "vid": "v", "pred_relevant_windows": [[0, 1, 1]]}\n')
+    (tmp_path / "Charades_v1_train.csv").write_bytes(b"id,length\n")
+    (tmp_path / "Charades_v1_test.csv").write_bytes(b"id,length\n")
+    (tmp_path / "answers.jsonl").write_bytes(
+        b'{"qid": 0, "query": "a", "vid": "v", "pred_relevant_windows": [[0, 1, 1]]}\n')
     (tmp_path / "videos").mkdir()
     (tmp_path / "video.mp4").touch()        # retrieve.py looks for it before it reads a checkpoint
     rows = '{"vid": "v", "query": "a door", "relevant_windows": [[0, 1]], "duration": 9}\n'
-    (tmp_path / "good.jsonl").write_text(rows)
+    (tmp_path / "good.jsonl").write_text(rows, encoding="utf-8")
     features = tmp_path / "features"
     features.mkdir()
 
@@ -220,7 +222,7 @@ def test_names_that_leave_the_folder(world, tmp_path, monkeypatch, capsys, name,
     """A video's name in an annotation file cannot lead to another folder."""
     monkeypatch.chdir(tmp_path)
     row = {"vid": name, "query": "a door", "relevant_windows": [[0, 1]], "duration": 9}
-    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     (tmp_path / "features").mkdir()
     store = data.FeatureStore.__new__(data.FeatureStore)
     store.folder = tmp_path
@@ -241,7 +243,7 @@ def test_damaged_files_of_a_dataset(world, tmp_path, capsys, name, fault):
     """The sentence names the file."""
     shutil.copytree(world / "shapes", tmp_path / "data" / "shapes")
     path = next((tmp_path / "data" / "shapes").rglob(name))
-    path.write_text(path.read_text()[:-2])
+    path.write_bytes(path.read_bytes()[:-2])
     assert leave("train", "--root", tmp_path / "data", "--method", "mmn", "--epochs", 1, "--hidden",
                  16, "--joint", 16, "--device", "cpu", "--out", tmp_path / "run") == 2
     shown = capsys.readouterr().err
