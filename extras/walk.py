@@ -31,7 +31,7 @@ def characters(maps: Tensor) -> str:
 def walk_inject() -> None:
     """Two videos of the shapes world through the shipped CLIP and Eq. 1-5, before training."""
     model = shapes.shipped()
-    plans = [shapes.plan_of(shapes.World(), "train", i) for i in range(2)]
+    plans = [shapes.plan_of(0, "train", i) for i in range(2)]
     samples = shapes.samples_of("", "train", plans[0]) + shapes.samples_of("", "train", plans[1])
     sentences = [sample.sentence for sample in samples]
     video_of = torch.arange(2).repeat_interleave(len(samples) // 2)     # [S], as many of each video
