@@ -1,7 +1,5 @@
 """The command line of clip2video/__init__.py."""
-import support  # first, for a Ctrl-C while torch is imported
 import json
-import os
 
 import clip2video
 from clip2video import data, evaluate, search, train
@@ -34,23 +32,18 @@ def parse_arguments(argv: list[str] | None = None):
     add("--videos", required=True, help="folder of its video files")
     add("--clip", default=Config.clip, help="a published CLIP, a file, or 'shapes'")
     add("--train-images", action="store_true", help="store pixels, for train --train-images true")
-    add("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1),
-        help="decoding processes (0: none)")
     add = start("evaluate", "compute the metrics of a checkpoint")
     add("checkpoint", help="ckpt.pt of a run")
     add("--split", default="test", help="which videos (vatex also has test1k5)")
     add("--allow-missing", action="store_true", help="leave out videos without features")
     add("--json", action="store_true", help="print json")
-    add = start("ablation", "measure the effect of each block, on the shapes world", "data")
-    add("--seeds", type=int, default=3, help="number of worlds")
     add = start("index", "index a folder of videos, or update its index")
     add("checkpoint", help="ckpt.pt of a run")
     add("folder", help="folder of videos")
     add("--out", required=True, help="folder of the index (may be that of python -m extras.index)")
-    add = start("search", "rank the videos of an index, or of a folder, by a sentence")
-    add("index", help="folder of the index; with --checkpoint, of videos")
+    add = start("search", "rank the videos of an index by a sentence")
+    add("index", help="folder of the index")
     add("sentences", nargs="+", help="what to look for")
-    add("--checkpoint", help="ckpt.pt of a run: index the folder of videos first")
     add("--top", type=int, default=10, help="answers per sentence")
     return parser.parse_args(argv)
 
@@ -64,26 +57,17 @@ def run(given) -> None:
         print(options.settings(config))
         print(evaluate.table(train.train(config, given.resume)))
     elif given.command == "prepare":
-        if given.workers < 0:
-            raise Mistake("--workers must be at least 0")
         config = configure(dataset=given.dataset, clip=given.clip, root=given.root,
                            device=given.device, train_images=given.train_images)
-        data.prepare(config, given.annotations, given.videos, given.workers)
+        data.prepare(config, given.annotations, given.videos)
     elif given.command == "evaluate":
         results = evaluate.evaluate_checkpoint(given.checkpoint, given.root, device, given.split,
                                                given.allow_missing)
         print(json.dumps(results) if given.json else evaluate.table(results))
-    elif given.command == "ablation":
-        if given.seeds < 1:
-            raise Mistake("--seeds must be at least 1")
-        print(train.ablation_table(train.ablation(given.seeds, given.root, given.device)))
     elif given.command == "index":
         search.update_index(given.checkpoint, given.folder, given.out, device, given.root)
     else:
-        folder = given.index
-        if given.checkpoint:
-            folder = search.cached_index(given.checkpoint, folder, device, given.root)
-        ranker = search.Ranker(folder, device, given.root)
+        ranker = search.Ranker(given.index, device, given.root)
         for sentence, videos in zip(given.sentences, ranker.best(given.sentences, given.top)):
             print(f"\"{printable(sentence)}\"")
             for k, (name, score) in enumerate(videos, 1):

@@ -1,17 +1,14 @@
 """The settings, the network, its similarities and its loss. Shapes: see clip2video/__init__.py."""
 import copy
 import dataclasses
-import functools
 import math
 import pathlib
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import clip
-import shapes
 from support.errors import Mistake
 from support.options import check_options, option
 
@@ -147,12 +144,14 @@ class CLIP2Video(nn.Module):
         if width != D:
             raise Mistake(f"use another CLIP: this one's text tower (width {width}) is not as wide "
                           f"as its joint space ({D})")
-        self.text, self.temporal, self.align, self.visual = text, temporal, align, visual
+        self.text = text
+        self.temporal = temporal
+        self.align = align
+        self.visual = visual
         if isinstance(visual, clip.ModifiedResNet):     # recomputing would count its batches twice
             raise Mistake("--train-images needs a CLIP whose image tower is a ViT, not a ResNet")
-        for block in visual.transformer.resblocks if visual else ():
-            # keeps the input of each block only, and computes the rest again in the backward pass
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if visual:                      # the frames of a batch would not fit into memory otherwise
+            visual.transformer.recompute = True
         self.logit_scale = nn.Parameter(torch.tensor(scale))
         if temporal == "tdb":
             self.difference = TemporalDifference(text)
@@ -232,10 +231,18 @@ def logits(texts: tuple, videos: tuple, scale: Tensor) -> list[Tensor]:
     return [scale.exp() * t @ v.T for t, v in zip(texts, videos) if t is not None]
 
 
+def symmetric_loss(similarity: Tensor) -> Tensor:
+    """L_sym, CLIP's loss: each text picks its video, each video its text. [B, B] -> nats."""
+    target = torch.arange(len(similarity), device=similarity.device)
+    texts = F.cross_entropy(similarity, target)
+    videos = F.cross_entropy(similarity.T, target)
+    return (texts + videos) / 2
+
+
 def loss(similarities: list[Tensor], weight: float = 0.5) -> Tensor:
     """L = w L_sym(S_g) + (1-w) L_sym(S_a) of [B, B] whose diagonals hold the pairs, nats; L_sym is
     CLIP's loss. L_sym(S_g) alone without TAB."""
-    losses = [shapes.contrastive_loss(similarity) for similarity in similarities]
+    losses = [symmetric_loss(similarity) for similarity in similarities]
     if len(losses) == 1:
         return losses[0]
     return weight * losses[0] + (1 - weight) * losses[1]

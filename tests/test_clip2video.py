@@ -372,7 +372,21 @@ def same_weights(a: pathlib.Path, b: pathlib.Path) -> bool:
     one, two = (torch.load(path / "last.pt", weights_only=True)["model"] for path in (a, b))
     assert one.keys() == two.keys()
     return (all(torch.equal(one[key], two[key]) for key in one)
-            and (a / "results.json").read_text() == (b / "results.json").read_text())
+            and (a / "results.json").read_text(encoding="utf-8") == (b / "results.json").read_text(encoding="utf-8"))
+
+
+def stopper(folder: pathlib.Path) -> pathlib.Path:
+    """A program: `python -m clip2video` that ends with status 9 once an epoch is saved."""
+    script = folder / "stop.py"
+    script.write_text("import runpy, sys\n"
+                      "from support import files\n"
+                      "save = files.save_tensors\n"
+                      "def stop(path, content):\n"
+                      "    save(path, content)\n"
+                      "    if path.name == 'last.pt': sys.exit(9)\n"
+                      "files.save_tensors = stop\n"
+                      "runpy.run_module('clip2video', run_name='__main__')\n", encoding="utf-8")
+    return script
 
 
 def test_train_evaluate_and_resume(trained, tmp_path):
@@ -381,57 +395,14 @@ def test_train_evaluate_and_resume(trained, tmp_path):
     shown = run("evaluate", root / "run" / "ckpt.pt")
     assert shown.strip() in text
     assert json.loads(run("evaluate", root / "run" / "ckpt.pt", "--json")) \
-        == json.loads((root / "run" / "results.json").read_text())
+        == json.loads((root / "run" / "results.json").read_text(encoding="utf-8"))
     assert "already holds a run" in run("train", "--root", root, "--out", root / "run", status=2)
-    script = tmp_path / "stop.py"
-    script.write_text("import runpy, sys\n"
-                      "from support import files\n"
-                      "save = files.save_tensors\n"
-                      "def stop(path, content):\n"
-                      "    save(path, content)\n"
-                      "    if path.name == 'last.pt': sys.exit(9)\n"
-                      "files.save_tensors = stop\n"
-                      "runpy.run_module('clip2video', run_name='__main__')\n")
     arguments = ("train", "--root", root, "--epochs", 2, "--device", "cpu", "--out",
                  tmp_path / "run")
-    command(script, *arguments, status=9)
+    command(stopper(tmp_path), *arguments, status=9)
     assert "resuming after epoch 1" in run(*arguments, "--resume")
     assert same_weights(root / "run", tmp_path / "run")
     assert "another seed" in run(*arguments, "--seed", 5, "--resume", status=2)
-
-
-def stops_after(steps, tmp_path):
-    """A program: `python -m clip2video` that gets a Ctrl-C in a training step."""
-    script = tmp_path / "stop.py"
-    script.write_text("import os, runpy, signal\n"
-                      "from support import progress\n"
-                      "add, steps = progress.Run.add, []\n"
-                      "def stop(run, values):\n"
-                      "    add(run, values)\n"
-                      "    steps.append(values)\n"
-                      f"    if len(steps) == {steps}: os.kill(os.getpid(), signal.SIGINT)\n"
-                      "progress.Run.add = stop\n"
-                      "runpy.run_module('clip2video', run_name='__main__')\n")
-    return script
-
-
-def test_stopped_in_the_middle_of_an_epoch(trained, tmp_path):
-    """Ctrl-C in the second of three steps of epoch 2 finishes that step; the resumed run ends with
-    the same bits as one that was not stopped, and its log has the same rows."""
-    root, _ = trained
-    arguments = ("train", "--root", root, "--epochs", 3, "--batch", 8, "--device", "cpu", "--out")
-    assert "24 captions, 3 steps per epoch" in run(*arguments, tmp_path / "whole")
-    script = stops_after(5, tmp_path)
-    assert "stopped after 2 steps of epoch 2" in command(script, *arguments, tmp_path / "parts",
-                                                         status=130)
-    assert "resuming after epoch 1 and 2 steps" in run(*arguments, tmp_path / "parts", "--resume")
-    assert same_weights(tmp_path / "whole", tmp_path / "parts")
-    logs = []
-    for name in ("whole", "parts"):
-        rows = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
-        logs.append([{key: value for key, value in row.items() if key not in ("minutes", "data %")}
-                     for row in rows])
-    assert logs[0] == logs[1] and len(logs[0]) == 3
 
 
 def test_search_a_folder_of_videos(trained, tmp_path):
@@ -468,9 +439,6 @@ def test_search_a_folder_of_videos(trained, tmp_path):
                tmp_path / "other.pt")
     assert "another checkpoint" in run("index", tmp_path / "other.pt", tmp_path / "videos", "--out",
                                        tmp_path / "index", status=2)
-    text = run("search", tmp_path / "videos", "a red circle", "--checkpoint",
-               root / "run" / "ckpt.pt", "--top", 1, env={"HOME": str(tmp_path)})
-    assert "failed: broken.mp4" in text and "  1  " in text and "  2  " not in text
     for arguments in ((), ("--top", 0)):
         assert run("search", tmp_path / "index", "" if not arguments else "a",
                    *arguments, status=2)
@@ -484,7 +452,7 @@ def test_search_a_folder_of_videos(trained, tmp_path):
 def test_features_of_another_clip_or_sampling_are_refused(trained, tmp_path):
     root, _ = trained
     file = root / "shapes-videos" / "features" / "clip2video" / "manifest.json"
-    before = file.read_text()
+    before = file.read_text(encoding="utf-8")
     file.write_text(json.dumps(json.loads(before) | {"sha256": "0" * 64}))
     assert "come from another CLIP" in run("evaluate", root / "run" / "ckpt.pt", status=2)
     file.write_text(before)
@@ -505,7 +473,7 @@ def test_an_epoch_sees_every_caption_once(trained, tmp_path):
     shutil.copytree(root / "shapes-videos", tmp_path / "shapes-videos")
     (tmp_path / "shapes").symlink_to(root / "shapes")
     path = tmp_path / "shapes-videos" / "train.captions.json"
-    captions = json.loads(path.read_text())
+    captions = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({name: [*texts, "again"] for name, texts in captions.items()}))
     text = run("train", "--root", tmp_path, "--epochs", 1, "--batch", 8, "--out",
                tmp_path / "run", "--device", "cpu")
@@ -648,8 +616,8 @@ def test_gradients_of_the_image_tower(pixels):
     gradients = []
     for recompute in (True, False):
         model, optimiser = train.start(config, torch.device("cpu"))
-        for block in () if recompute else model.visual.transformer.resblocks:
-            del block.forward
+        assert model.visual.transformer.recompute
+        model.visual.transformer.recompute = recompute
         names, mask = ["train-000-0", "train-001-0"], torch.ones(2, 16, dtype=torch.bool)
         frames, mask[1, 9:] = data.read_pixels(config, names), False
         x = model.encode_pixels(frames[mask.flatten()], mask)
@@ -671,16 +639,15 @@ def test_gradients_of_the_image_tower(pixels):
 
 
 def test_train_the_image_tower_resume_and_search(pixels, world, tmp_path):
-    """Stopped within an epoch and resumed: the same bits. The checkpoint holds a tower that moved,
+    """Stopped after an epoch and resumed: the same bits. The checkpoint holds a tower that moved,
     and it alone encodes: index gives a video the vector that the checkpoint does, without the
     CLIP's file."""
     root, _ = pixels
     arguments = ("train", "--root", root, "--epochs", 2, "--batch", 8, "--device", "cpu",
                  "--train-images", "true", "--out")
     text = run(*arguments, tmp_path / "whole")
-    script = stops_after(3, tmp_path)
-    command(script, *arguments, tmp_path / "parts", status=130)
-    assert "resuming after epoch 1 and 1 steps" in run(*arguments, tmp_path / "parts", "--resume")
+    command(stopper(tmp_path), *arguments, tmp_path / "parts", status=9)
+    assert "resuming after epoch 1" in run(*arguments, tmp_path / "parts", "--resume")
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
     checkpoint = tmp_path / "whole" / "ckpt.pt"

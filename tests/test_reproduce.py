@@ -78,7 +78,7 @@ def test_mistakes_end_in_a_sentence(arguments, sentence, capsys, monkeypatch):
 def test_a_field_that_is_added_later_changes_no_name(options, monkeypatch):
     config = reproduce.config_of(reproduce.MAIN[4], "shapes", 2, options)
     name = reproduce.name_of(config)
-    more = dataclasses.make_dataclass("More", [("another", int, dataclasses.field(default=3))],
+    more = dataclasses.make_dataclass("More", [("another", int, train.option(3, "x"))],
                                       bases=(train.Config,), frozen=True)
     monkeypatch.setattr(train, "Config", more)
     assert reproduce.name_of(more(**dataclasses.asdict(config))) == name
