@@ -45,14 +45,17 @@ def test_every_step_is_timed(monkeypatch, capsys):
     assert lines[1].endswith("1.00 x mmn")
 
 
-def test_seconds_are_means(monkeypatch):
-    """A clock that advances by one second whenever it is read: started at 1, read at 2 (work), 3
-    (work), 4 (enough), 5: four seconds for two runs."""
-    ticks = iter(range(1, 100))
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(ticks))
-    runs = []
-    assert bench.seconds_of(lambda: runs.append(0), CPU, at_least=3.0) == 2.0
-    assert len(runs) == 3                       # a warm-up run, and two
+def test_seconds_are_of_the_fastest_run(monkeypatch):
+    """By a clock that only `work` advances: 9 s to warm up, then 2, 1 and 4 s, which end the 5 s."""
+    now = [0.0]
+    durations = iter([9.0, 2.0, 1.0, 4.0, 0.5])
+
+    def work() -> None:
+        now[0] += next(durations)
+
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    assert bench.seconds_of(work, CPU, at_least=5.0) == 1.0
+    assert next(durations) == 0.5               # nothing ran after the end
 
 
 def test_extraction_is_compared_with_its_slower_half(tmp_path):
@@ -62,7 +65,7 @@ def test_extraction_is_compared_with_its_slower_half(tmp_path):
 
 
 def test_mistakes_are_one_sentence(tmp_path):
-    for arguments, text in ((("speed",), "no benchmark 'speed'"),
+    for arguments, text in ((("speed",), "choose from towers, steps, search, video"),
                             (("video", "--videos", tmp_path), "no readable video")):
         assert text in command("-m", "extras.bench", *arguments, status=2)
     assert "skipped" in command("-m", "extras.bench", "video")
