@@ -175,18 +175,18 @@ def rehearse(rehearsed, tmp_path, monkeypatch):
 
 
 @pytest.mark.rehearsal
-@pytest.mark.parametrize("dataset, only", [
-    ("charades", None), ("activitynet", ("table1", "table2", "s-table6"))])
-def test_every_row_of_every_table_runs_to_the_end(dataset, only, published, tmp_path, monkeypatch,
+@pytest.mark.parametrize("dataset, count, only", [
+    ("charades", 4, None), ("activitynet", 2, ["table2"])])
+def test_every_row_of_every_table_runs_to_the_end(dataset, count, only, published, tmp_path, monkeypatch,
                                                   capsys):
-    """On two videos of each split, one epoch each: no row fails after others were trained for
-    hours, and every table has a line for each of its rows. ActivityNet-Captions: the tables that
-    are about it."""
+    """On a few videos of each split, one epoch each: no row fails after others were trained for
+    hours, and every table has a line for each of its rows. Of ActivityNet-Captions, whose map of
+    64 clips is slow, only the table of the original split."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rehearsal, "DATASETS", {dataset: rehearsal.DATASETS[dataset]})
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
     root = tmp_path / "data"
-    rehearsal.build(root, str(published), 2)
+    rehearsal.build(root, str(published), count)
     rehearsal.separate(root)
     rehearsal.svo(tmp_path / "svo")
     tables = [what for what in (*reproduce.TABLES, *reproduce.OTHERS)

@@ -128,17 +128,13 @@ def test_the_evaluation_uses_the_same_scores(world):
     assert max(lengths) == 8 and len(lengths) == sum(16 - i for i in range(8))
 
 
-def test_evaluate_zero_shot(world, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--zero-shot", "--dataset", "shapes", "--clip",
-                                      "shapes", "--root", str(world), "--device", "cpu", "--json"])
-    evaluate.main()
-    content = json.loads(capsys.readouterr().out)
-    assert content["method"] == "zero-shot" and content["splits"]["test"]["queries"] == 24
-    for arguments in (["--zero-shot"], ["x.pt", "--zero-shot", "--dataset", "shapes"]):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
-        with pytest.raises(SystemExit) as error:
-            evaluate.main()
-        assert error.value.code == 2 and "name a checkpoint" in capsys.readouterr().err
+def test_clip_alone_is_evaluated(world, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["zero_shot", "--root", str(world), "--device", "cpu"])
+    zero_shot.main()
+    text = capsys.readouterr().out
+    run = zero_shot.run_of("shapes", "shapes", str(world), torch.device("cpu"))
+    assert text.endswith(evaluate.table(evaluate.evaluate(run)) + "\n")
+    assert "trained on" not in text and "test" in text and "best prior" in text
 
 
 # ------------------------------------------------------------------------------------- a video file
