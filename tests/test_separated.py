@@ -14,7 +14,7 @@ import mmn
 import retrieve
 import train
 import video
-from extras import prepare, tan
+from extras import prepare
 from support.distilbert import DistilBert
 from support import progress
 from support.errors import Mistake
@@ -226,22 +226,21 @@ def test_the_tower_from_its_saved_weights(bert, tmp_path):
 
 # --------------------------------------------------------------------------------- the linear layer
 
-@pytest.mark.parametrize("kind", [mmn.MMN, tan.TAN])
-def test_the_linear_layer_of_the_frames(kind):
+def test_the_linear_layer_of_the_frames():
     sizes = dict(width=6, num_clips=4, pool_kernel=2, pool_stride=2, pool_counts=(3,), kernel=3,
                  layers=1, hidden=5, joint=3)
     torch.manual_seed(0)
-    plain = kind(**sizes)
+    plain = mmn.MMN(**sizes)
     drawn = torch.rand(1)
     torch.manual_seed(0)
-    same = kind(**sizes, features=0)
+    same = mmn.MMN(**sizes, features=0)
     assert torch.equal(torch.rand(1), drawn)
     assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(),
                                                  same.state_dict().values(), strict=True))
     assert not any("frame_fc" in key for key in plain.state_dict())
     frames = torch.randn(2, 8, 9)
     assert plain.project(frames) is frames
-    model = kind(**sizes, features=9)
+    model = mmn.MMN(**sizes, features=9)
     weight, bias = model.frame_fc.weight.detach(), model.frame_fc.bias.detach()
     for b in range(2):
         for t in range(8):
@@ -292,11 +291,10 @@ def test_mmn_trains_is_evaluated_and_resumes(root, bert, tmp_path, monkeypatch):
         retrieve.Retriever(tmp_path / "whole" / "ckpt.pt", "cpu")
 
 
-@pytest.mark.parametrize("retriever", ["mmn", "2d-tan"])
-def test_vdi_attends_to_the_projected_frames(root, bert, tmp_path, retriever):
+def test_vdi_attends_to_the_projected_frames(root, bert, tmp_path):
     train.train(config(root, tmp_path / "r", text_clip=str(bert), method="vdi", lambda_sd=0.0,
-                       retriever=retriever, epochs=1))
-    log = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+                       epochs=1))
+    log = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert log[0]["L_vc"] > 0 and "L_sd" not in log[0]
     model = torch.load(tmp_path / "r" / "last.pt", weights_only=True)["model"]
     assert not any(key.startswith("dynamic.") for key in model)
@@ -332,8 +330,8 @@ def test_a_clips_frames_with_distilbert(world, bert, tmp_path):
     store = data.open_store("shapes", "shapes", world)
     model, _ = train.start(settings, store.manifest, torch.device("cpu"))
     videos, _ = data.training_videos(settings, store, model.text.tokenize)
-    losses, _ = train.terms(model, next(iter(videos["train"].batches(4))), settings)
-    assert list(losses) == ["L_iou", "L_cl", "L_vc", "L_sd"]
+    losses = train.terms(model, next(iter(videos["train"].batches(4))), settings)
+    assert {"L_iou", "L_cl", "L_vc", "L_sd"} < losses.keys()
     assert all(value.isfinite() for value in losses.values())
     losses["L_sd"].backward()
     assert model.retriever.frame_fc.weight.grad.abs().max() > 0
