@@ -3,6 +3,7 @@ bootstrap, the documents, and each probe against an independent computation."""
 import argparse
 import ast
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -17,9 +18,10 @@ from PIL import Image
 import clip
 import data
 import evaluate
+import parse
+import rehearsal
 import shapes
 import train
-import rehearsal
 from extras import probe, reproduce
 from support.errors import Mistake
 
@@ -174,17 +176,28 @@ def rehearse(rehearsed, tmp_path, monkeypatch):
     return run
 
 
+@pytest.fixture
+def one_thread():
+    """Threads that wait for each other make networks this small several times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.rehearsal
 @pytest.mark.parametrize("dataset, count, only", [
     ("charades", 4, None), ("activitynet", 2, ["table2"])])
-def test_every_row_of_every_table_runs_to_the_end(dataset, count, only, published, tmp_path,
-                                                  monkeypatch, capsys):
+def test_every_row_of_every_table_runs_to_the_end(dataset, count, only, published, one_thread,
+                                                  tmp_path, monkeypatch, capsys):
     """On a few videos of each split, one epoch each: no row fails after others were trained for
     hours, and every table has a line for each of its rows. Of ActivityNet-Captions, whose map of
     64 clips is slow, only the table of the original split."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rehearsal, "DATASETS", {dataset: rehearsal.DATASETS[dataset]})
     monkeypatch.setitem(train.PRESETS, dataset, train.PRESETS[dataset] | rehearsal.SMALL)
+    # each run loads spaCy seven times, which takes longer than everything else in it
+    monkeypatch.setattr(parse, "load", functools.cache(parse.load))
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
     root = tmp_path / "data"
     rehearsal.build(root, str(published), count)
