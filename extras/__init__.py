@@ -4,11 +4,9 @@
     prepare     annotations and features of a dataset (the command of data.py)
     index       an index over a folder of videos; search: by sentences; serve: in a browser
     show        what retrieve.py found: text, json, plot, page, clips
-    zero_shot   CLIP alone, without training: a row of the evaluation, and its choices
-    tan         2D-TAN, a second retriever
-    probe       what CLIP's features and Eq. 3-5 contain
-    reproduce   every table and figure (figures), ours beside the paper's; tables.json: their rows
-    readings    other literal readings of Eq. 1-5; rehearsal: every table without the videos
-    real        real features of Charades videos
+    zero_shot   CLIP alone, without training: its evaluation
+    reproduce   every table and figure of the paper, ours beside the paper's
+    probe       what CLIP's features contain; figures: what reproduce draws
+    qvhighlights  scores of predictions in QVHighlights' form (in evaluate.py's command)
     bench       speed, in ratios, on the CPU or a GPU
 """

@@ -12,8 +12,8 @@ from support import files
 
 def save(figure, path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not figure.get_layout_engine():
-        figure.tight_layout()
+    figure.tight_layout()
+    # no version of matplotlib in the file: it would change with every release
     files.save_figure(figure, path, metadata={"Software": None})
 
 
@@ -23,11 +23,12 @@ def queries(path, rates: dict[str, dict[str, list[list[float]]]]) -> None:
                                            squeeze=False)
     for cell, (split, methods) in zip(axes[0], rates.items()):
         for k, (name, values) in enumerate(methods.items()):
+            # five bars of width 0.16, the third of them at the tick
             cell.bar(np.arange(3) + 0.16 * k - 0.32, [np.mean(v) for v in values], 0.16,
                      yerr=[np.std(v) for v in values], label=name.replace("`", "").strip("*"))
         cell.set_xticks(range(3), ["Q", "Q^s", "Q^d"])
         cell.set(title=split, ylabel="R@1, IoU=0.5")
-    axes[0][-1].legend(fontsize=8)
+    axes[0][-1].legend(fontsize=8)                      # the methods are the same in all cells
     save(figure, path)
 
 
@@ -35,6 +36,7 @@ def weights(path, histograms: dict[str, np.ndarray]) -> None:
     """Supplement, Fig. 1. histograms: part of speech -> counts of 30 bins from 0 to 3."""
     figure, axes = files.pyplot().subplots(figsize=(7, 3))
     for kind, counts in histograms.items():
+        # shares, because there are twice as many other words as nouns
         axes.stairs(100 * counts / counts.sum(), np.linspace(0, 3, 31), label=kind, linewidth=2)
     axes.set(xlabel="weight in the last layer (1: an even share)", ylabel="% of the words")
     axes.legend()
@@ -52,7 +54,7 @@ def collapse(path, names: list[str], logs: dict[str, list[list[dict]]]) -> None:
         means = [np.mean([row[name] for row in epoch]) for epoch in zip(*seeds)]
         axes.plot(range(1, len(means) + 1), means, label=label)
         axes.legend(fontsize=8)
-    left.set(xlabel="epoch", yscale="log",
+    left.set(xlabel="epoch", yscale="log",              # over four orders of magnitude
              title="vdi: variance over a batch, share of the squared norm")
     right.set(xlabel="epoch (vdi-staged: after stage 1)", title="mean cosine between verbs, x^qd")
     save(figure, path)
@@ -83,7 +85,7 @@ COLOURS = {"data": "#ffffff", "kept": "#dce9f7", "inject": "#fbd9ae", "loss": "#
 def method(path, world: str, root: str) -> None:
     """Fig. 2: the method, with the first training video of a shapes world."""
     plan = shapes.plan_of(shapes.seed_of(world), "train", 0)
-    sample = shapes.samples_of("train-0000", "train", plan)[2]
+    sample = shapes.samples_of("train-0000", "train", plan)[2]          # any of its sentences
     query = parse.Parser(known={sample.sentence: [(0, sample.sentence.rindex(" "))]}).split(
         sample.sentence)
     chosen = [event["start"] + 2 for event in plan["events"]]           # a frame of each event
@@ -97,7 +99,7 @@ def method(path, world: str, root: str) -> None:
     overlap[torch.ones(16, 16).tril(-1) > 0] = torch.nan        # no moment ends before it begins
 
     figure, axes = files.pyplot().subplots(figsize=(15, 7.5))
-    figure.subplots_adjust(0, 0, 1, 1)
+    figure.subplots_adjust(0, 0, 1, 1)                  # the canvas fills the figure
     axes.axvspan(35, 74, 0.17, 0.97, color="#fdf1e3", zorder=0)
     axes.text(73, 54.5, "in training only: inject.py", ha="right", color="#a05a00")
     for picture, place in ((np.hstack(pixels), (1, 17, 24, 17)), (overlap, (79, 89, 29, 18)),

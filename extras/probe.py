@@ -28,11 +28,12 @@ KINDS = ("subject", "verb", "object")
 def shape_triplets(kind: str, count: int, seed: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """(sentence, right image, wrong image), images uint8 [32, 32, 3]. The wrong image has another
     object (subject), the same object in another motion (verb), or on another ground (object)."""
-    rng = np.random.default_rng([seed, KINDS.index(kind), 7])
+    rng = np.random.default_rng([seed, KINDS.index(kind), 7])           # not that of any video
 
     def image(colour: str, shape: str, verb: int, scene: str) -> np.ndarray:
         way = shapes.course(verb, rng)
         progress = rng.uniform(0.2, 0.8)                # somewhere in the middle of the motion
+        # between where the motion starts and where it ends
         x, y, r = (a + (b - a) * progress for a, b in zip(way["from"], way["to"]))
         frame = shapes.ground(scene, 1, rng)
         shapes.draw(frame, colour, shape, x, y, r)
@@ -46,7 +47,7 @@ def shape_triplets(kind: str, count: int, seed: int) -> list[tuple[str, np.ndarr
         colour, other_colour = two_of(list(shapes.COLOURS))
         shape, other_shape = two_of(shapes.SHAPES)
         scene, other_scene = two_of(list(shapes.SCENES))
-        verb, other_verb = two_of(len(shapes.VERBS))
+        verb, other_verb = two_of(len(shapes.VERBS))                    # of synonyms, one
         right = image(colour, shape, verb, scene)
         if kind == "subject":
             wrong = image(other_colour, other_shape, verb, scene)
@@ -65,7 +66,7 @@ def svo_triplets(folder: str) -> dict[str, list[tuple[str, str, str]]]:
     table = pathlib.Path(folder, "svo_probes.csv")
     if not table.is_file():
         raise Mistake(f"{folder} does not contain svo_probes.csv; name the folder that has it")
-    paths = {path.stem: str(path) for path in pathlib.Path(folder).iterdir()}
+    paths = {path.stem: str(path) for path in pathlib.Path(folder).iterdir()}   # by image id
     result = {kind: [] for kind in KINDS}
     with open(table, newline="", encoding="utf-8") as file:
         rows = csv.DictReader(file)
@@ -120,7 +121,7 @@ def triplet_scores(model: clip.CLIP, triplets: list, batch: int = 256) -> dict[s
 @torch.no_grad()
 def end_token_attention(text: clip.TextTower, tokens: Tensor) -> Tensor:
     """The end token's attention in the last layer, mean over heads: ids [S, L] -> [S, L], sum 1."""
-    end = tokens.argmax(1)
+    end = tokens.argmax(1)                              # the end token has the largest id
     L = int(end.max()) + 1
     x = text.token_embedding(tokens[:, :L]) + text.positional_embedding[:L]
     for block in text.transformer.resblocks[:-1]:
@@ -170,7 +171,7 @@ def word_weights(text: clip.TextTower, sentences: list[str], words_of) -> dict[s
                 size = len(clip.encode(word))
                 shares.append((kind, row[place:place + size].sum().item()))
                 place += size
-            total = sum(share for _, share in shares)
+            total = sum(share for _, share in shares)   # without start and end token
             for kind, share in shares:
                 weights[kind].append(share / total * len(shares))
     return weights
