@@ -4,11 +4,10 @@
     prepare     annotations and features of a dataset (the command of data.py)
     index       an index over a folder of videos; search: by sentences; serve: in a browser
     show        what retrieve.py found: text, json, plot, page, clips
-    zero_shot   CLIP alone, without training: a row of the evaluation, and its choices
+    zero_shot   CLIP alone, without training: a row of the evaluation
     tan         2D-TAN, a second retriever
     probe       what CLIP's features and Eq. 3-5 contain
     reproduce   every table and figure (figures), ours beside the paper's; tables.json: their rows
     readings    other literal readings of Eq. 1-5; rehearsal: every table without the videos
-    real        real features of Charades videos
     bench       speed, in ratios; gpu_day: what to run first on a GPU
 """

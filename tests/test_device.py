@@ -279,23 +279,20 @@ def videos(tmp_path_factory):
 
 
 def test_evaluation_and_clip_alone(world, checkpoint, device):
-    """evaluate.py of a checkpoint and of CLIP alone, and extras/zero_shot.py found."""
-    def all_three(kind) -> list:
+    """evaluate.py of a checkpoint and of CLIP alone."""
+    def both(kind) -> list:
         return [evaluate.evaluate(evaluate.load(checkpoint, kind), device=kind),
                 evaluate.evaluate(zero_shot.run_of("shapes", "shapes", str(world), kind),
-                                  ["val"], device=kind),
-                list(zero_shot.z_scores(zero_shot.run_of("shapes", "shapes", str(world), kind),
-                                        "val", kind))]
+                                  ["val"], device=kind)]
 
-    close(all_three(DEVICE), all_three(torch.device("cpu")), 1e-3)
+    close(both(DEVICE), both(torch.device("cpu")), 1e-3)
     for owner, name, text, *instead in (
             (evaluate, "evaluate", "run.retriever.cells.cpu()", "run.retriever.cells"),
             (evaluate, "predict", "candidates=retriever.candidates).cpu()",
              "candidates=retriever.candidates)"),
             (retrieve, "zero_shot_scores", ".to(frames.device)", ""),
-            (zero_shot, "z_scores", ".float().to(device)", ".float()"),
             (zero_shot, "run_of", "clip.read_state(path)).to(device)", "clip.read_state(path))")):
-        is_caught(lambda: all_three(DEVICE), owner, name, text, *instead)
+        is_caught(lambda: both(DEVICE), owner, name, text, *instead)
 
 
 def test_extraction(world, videos, tmp_path, device):

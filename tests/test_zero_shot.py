@@ -128,17 +128,18 @@ def test_the_evaluation_uses_the_same_scores(world):
     assert max(lengths) == 8 and len(lengths) == sum(16 - i for i in range(8))
 
 
-def test_evaluate_zero_shot(world, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--zero-shot", "--dataset", "shapes", "--clip",
-                                      "shapes", "--root", str(world), "--device", "cpu", "--json"])
-    evaluate.main()
-    content = json.loads(capsys.readouterr().out)
-    assert content["method"] == "zero-shot" and content["splits"]["test"]["queries"] == 24
-    for arguments in (["--zero-shot"], ["x.pt", "--zero-shot", "--dataset", "shapes"]):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
-        with pytest.raises(SystemExit) as error:
-            evaluate.main()
-        assert error.value.code == 2 and "name a checkpoint" in capsys.readouterr().err
+def test_the_row_of_the_evaluation(world, capsys, monkeypatch):
+    """The command prints what evaluate.py computes of this run."""
+    monkeypatch.setattr(sys, "argv", ["extras/zero_shot.py", "--dataset", "shapes", "--clip",
+                                      "shapes", "--root", str(world), "--device", "cpu"])
+    zero_shot.main()
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == ("dataset shapes, method zero-shot, seed 0, query full, epoch 0, "
+                     "parser by construction")
+    run = zero_shot.run_of("shapes", "shapes", str(world), torch.device("cpu"))
+    results = evaluate.evaluate(run)
+    assert lines == evaluate.table(results).splitlines()
+    assert results["test"]["queries"] == 24 and "train" not in results
 
 
 # ------------------------------------------------------------------------------------- a video file
