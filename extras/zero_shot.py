@@ -33,7 +33,7 @@ class Contrast(mmn.MomentMap):
         """frames [B, T, D] and text [S, D] unit vectors, video_of [S] -> [S, N, N], 0 outside the
         candidates."""
         maps = []
-        for x, video in zip(text, video_of):    # one by one: [S, T, D] of a batch may not fit
+        for x, video in zip(text, video_of):    # `zero_shot_scores` takes one video
             score_map = retrieve.zero_shot_scores(frames[video], x[None], self.num_clips)
             maps.append(score_map[0])                                   # [N, N]
         # -inf marks moments without a score; 0, as in MMN, keeps the whole map finite
