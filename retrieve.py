@@ -48,7 +48,7 @@ from support.text import printable
 NMS = 0.5 + 1e-6        # drop moments whose IoU with a better one is higher (as in R@5)
 LONGER = 1.5            # a video of up to this multiple of the trained length is one window
 CACHE = "~/.cache/visual-dynamic-injection"
-FOUND = 1.0             # z from which a sentence counts as found: python -m extras.zero_shot found
+FOUND = 1.0             # z from which a sentence counts as found, see docs/zero-shot.md
 
 
 class Moment(NamedTuple):
