@@ -412,7 +412,7 @@ def test_clip2video(world, tmp_path, device, monkeypatch):
                                        kind, str(tmp_path))
         ranker = clip2video.search.Ranker(folder / "index", kind, str(tmp_path))
         return [metrics["videos"],
-                json.loads((folder / "log.jsonl").read_text(encoding="utf-8"))["loss"],
+                json.loads((folder / "log.jsonl").read_text(encoding="utf-8"))["L"],
                 [score for best in ranker.best(SENTENCES, 2) for _, score in best]]
 
     for images in (False, True):
