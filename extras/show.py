@@ -3,6 +3,7 @@
 Shapes: F frames of a video, S sentences, N clips, W windows, P moments of a window.
 """
 import base64
+import fractions
 import mimetypes
 import os
 import pathlib
@@ -218,6 +219,15 @@ def write_page(out: str, encoded, retriever, answers: list) -> None:
 
 def cut(path: str | os.PathLike, start_sec: float, end_sec: float, out: pathlib.Path) -> None:
     """Writes [start, end) of a video, with its sound, as H.264 in mp4."""
+    found = video.inspect(path)
+    begins_sec = found.packets_sec[:, 0]
+    if not ((start_sec <= begins_sec) & (begins_sec < end_sec)).any():
+        # one picture stands for the whole moment: seeking to its start would find none
+        picture = next(video.pictures(found, start_sec, 1.0, 1))
+        picture = picture[:, :found.height // 2 * 2, :found.width // 2 * 2]
+        seconds = max(1, round(end_sec - start_sec))
+        video.write_video(out, picture.repeat(seconds, 1, 1, 1), fractions.Fraction(1))
+        return
     even = "scale='trunc(iw/2)*2':'trunc(ih/2)*2'"      # H.264 needs even sides
     run = ffmpeg.Ffmpeg(["-v", "error", "-ss", f"{start_sec:.3f}"] + ffmpeg.reading(path) + [
         "-t", f"{end_sec - start_sec:.3f}", "-vf", even, "-c:v", "libx264", "-pix_fmt", "yuv420p",

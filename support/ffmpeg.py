@@ -20,6 +20,8 @@ FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,
            "hevc,m4v,ivf,mjpeg,mxf,nut,dv,yuv4mpegpipe,image2,png_pipe,jpeg_pipe,bmp_pipe,"
            "webp_pipe,mp3,wav,aac,flac")
 
+UNKNOWN = -1 << 63              # a packet without a time
+
 
 class Ffmpeg:
     """One run of the program: `read` its standard output; `lines` collects what it reports."""
@@ -96,6 +98,8 @@ def packet_times(text: str) -> dict[str, np.ndarray]:
             times[stream] = []
         elif not line.startswith("#") and len(fields) >= 6:
             start = int(fields[2])
+            if start == UNKNOWN:                        # AVI has decoding times only
+                start = int(fields[1])
             end = start + int(fields[3])
             tick = tick_sec[fields[0]]
             times[fields[0]].append((start * tick, end * tick, int(fields[4])))

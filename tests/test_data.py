@@ -509,7 +509,7 @@ def test_precomputed_features(tmp_path):
     np.savez(folder / "other.npz", something=x)
     (folder / "text.npy").write_text("not an array", encoding="utf-8")
     store = data.FeatureStore(tmp_path / "f", MADE | {"width": 2, "patch_frames": 0})
-    paths = video.find_files(folder, video.FEATURES)
+    paths = video.find_files(folder, features.FEATURES)
     failed = features.adopt_features(store, paths, [*paths, "none"], dict.fromkeys(paths, 20.0))
     assert sorted(store.manifest["videos"]) == ["a", "b", "c"]
     for name in "abc":
