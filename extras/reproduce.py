@@ -5,7 +5,7 @@
     python -m extras.reproduce docs                     # writes the tables into docs/ and README.md
 
 A row is a name, the fields of train.Config that make it, and the paper's figures; a row without
-fields is another method's, as the paper reports it. It runs once per seed (shapes: world and
+fields is another method, as the paper reports it. It is run once per seed (shapes: world and
 training have the same seed), and its result is stored in results/<dataset>/<name>.json:
 configuration, metrics, log, and what each query hits. A stored row is not run again, except with
 --fresh. Choices are made on validation splits; tables show test splits.
@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import clip
 import clip2video.model
@@ -54,26 +55,19 @@ BERT = "distilbert-base-uncased"                                # and its text t
 
 
 class Row(NamedTuple):
-    """A line of a table: its name, the fields of Config that make it (None: it is not run, only
-    reported), and the paper's figures. Without figures of its own, the shapes world shows those of
+    """A line of a table: its name, the fields of Config that make it (None: it is only reported),
+    and the paper's figures by dataset. Without figures of its own, the shapes world shows those of
     Charades-STA, for orientation."""
     name: str
-    fields: dict | None
+    fields: dict | None = None
     charades: list[float] = []
     activitynet: list[float] = []
     shapes: list[float] = []
 
-    def paper(self, dataset: str) -> list[float]:
-        if dataset == "activitynet":
-            return self.activitynet
-        if dataset == "shapes" and self.shapes:
-            return self.shapes
-        return self.charades
-
 
 class Table(NamedTuple):
-    """columns: "split metric IoU"; differences: pairs of rows; original: of the original split;
-    baselines: with rows for what needs no training."""
+    """columns: "split metric"; differences: pairs of rows; original: of the original split, not of
+    the compositional ones; baselines: with rows for what needs no training."""
     columns: list[str]
     rows: list[Row]
     differences: list[tuple[int, int]] = []
@@ -81,204 +75,161 @@ class Table(NamedTuple):
     baselines: bool = False
 
 
-# the methods; "text_lr" is the text tower's share of the learning rate
+# ------------------------------------------------------------------------------------------- tables
+
+# the methods; text_lr is the text tower's share of the learning rate
 MMN = dict(method="mmn", text_lr=0.1)                           # as in the paper
-TUNED = dict(method="mmn", text_lr=1.0)                         # chosen on validation
-VDI = dict(method="vdi", text_lr=0.1)
-STAGED = dict(method="vdi-staged")
+TUNED = dict(method="mmn", text_lr=1.0)                         # chosen on validation, on shapes
+VDI = dict(method="vdi", text_lr=0.1)                           # as in the paper
+STAGED = dict(method="vdi-staged")                              # 0.3, chosen on validation
+RANDOM = dict(STAGED, stage_target="random")                    # its control
 
-TABLES = {
-    # README: the main rows
-    "main": Table(
-        columns=["test R@1 0.5", "novel-word R@1 0.5", "novel-composition R@1 0.5"],
-        baselines=True,
-        rows=[
-            Row("MMN, the paper's text rate", MMN),
-            Row("MMN, tuned on validation", TUNED),
-            Row("`vdi`: VDI as printed", VDI),
-            Row("control: random codes, no video", STAGED | dict(stage_target="random")),
-            Row("**`vdi-staged`**", STAGED),
-        ]),
-    # Table 1: new scenes, words and combinations
-    "table1": Table(
-        columns=["novel-word R@1 0.5", "novel-word R@1 0.7", "novel-word mIoU",
-                 "novel-composition R@1 0.5", "novel-composition R@1 0.7",
-                 "novel-composition mIoU"],
-        differences=[(4, 1), (4, 0), (4, 3), (2, 0)], baselines=True,
-        rows=[
-            Row("MMN, the paper's text rate", MMN,
-                charades=[43.85, 24.17, 39.5], activitynet=[31.05, 15.48, 33.16]),
-            Row("MMN, tuned on validation", TUNED),
-            Row("`vdi`: VDI as printed", VDI,
-                charades=[46.47, 28.63, 41.6], activitynet=[32.35, 16.02, 34.32]),
-            Row("control: random codes, no video", STAGED | dict(stage_target="random")),
-            Row("**`vdi-staged`**", STAGED),
-            Row("WSSL", None, charades=[2.79, 0.73, 7.92], activitynet=[3.09, 1.13, 7.1]),
-            Row("TMN", None, charades=[9.43, 4.96, 11.23], activitynet=[9.93, 5.12, 11.38]),
-            Row("TSP-PRL", None, charades=[14.83, 2.61, 14.03], activitynet=[18.05, 3.15, 14.34]),
-            Row("2D-TAN", None, charades=[29.36, 13.12, 28.47], activitynet=[23.86, 10.37, 28.88]),
-            Row("LGI", None, charades=[26.48, 12.47, 27.62], activitynet=[23.1, 9.03, 26.95]),
-            Row("VSLNet", None, charades=[25.6, 10.07, 30.21], activitynet=[21.68, 9.94, 29.58]),
-            Row("VISA", None, charades=[42.35, 20.88, 40.18], activitynet=[30.14, 15.9, 35.13]),
-        ]),
-    # Table 2: the original split
-    "table2": Table(
-        columns=["test R@1 0.5", "test R@1 0.7", "test R@5 0.5", "test R@5 0.7"],
-        original=True, baselines=True,
-        rows=[
-            Row("MMN, the paper's text rate", MMN,
-                charades=[50.48, 29.65, 85.27, 60.67], activitynet=[46.89, 27.26, 78.32, 63.47]),
-            Row("MMN, tuned on validation", TUNED),
-            Row("`vdi`: VDI as printed", VDI,
-                charades=[52.32, 31.37, 87.03, 62.3], activitynet=[48.09, 28.76, 79.69, 64.88]),
-            Row("control: random codes, no video", STAGED | dict(stage_target="random")),
-            Row("**`vdi-staged`**", STAGED),
-            Row("MMN, VGG or C3D and DistilBERT", MMN | dict(clip="separate"),
-                charades=[47.31, 27.28, 83.74, 58.41], activitynet=[48.59, 29.26, 79.5, 64.76]),
-            Row("VideoBert", None,
-                charades=[32.7, 19.5, 68.1, 46.2], activitynet=[37.2, 21.0, 66.7, 53.6]),
-            Row("MIL-NCE", None,
-                charades=[37.0, 21.2, 74.3, 50.4], activitynet=[41.8, 24.5, 73.5, 57.7]),
-            Row("LocVTP", None,
-                charades=[43.6, 26.3, 81.9, 55.3], activitynet=[48.2, 30.5, 80.1, 64.7]),
-            Row("MGSL", None,
-                charades=[63.98, 41.03, 93.21, 63.85], activitynet=[51.87, 31.42, 82.6, 66.71]),
-            Row("D-TSG", None,
-                charades=[65.05, 42.77, 94.42, 65.16], activitynet=[54.29, 33.64, 86.58, 69.36]),
-            Row("2D-TAN", None,
-                charades=[39.7, 23.31, 80.32, 51.26], activitynet=[44.51, 26.54, 77.13, 61.96]),
-            Row("VSL-Net", None, charades=[39.2, 20.8], activitynet=[43.22, 26.16]),
-            Row("CBLN", None,
-                charades=[43.67, 24.44, 88.39, 56.49], activitynet=[48.12, 27.6, 79.32, 63.41]),
-            Row("DCM", None, charades=[47.8, 28.0], activitynet=[44.9, 27.7]),
-            Row("DRN", None,
-                charades=[42.9, 23.68, 87.8, 54.87], activitynet=[45.45, 24.36, 77.97, 50.3]),
-        ]),
-    # Table 3: which part does what
-    "table3": Table(
-        columns=["novel-word R@1 0.5", "novel-word R@1 0.7", "novel-word mIoU", "test R@1 0.5"],
-        differences=[(9, 7), (9, 8)],
-        rows=[
-            Row("`vdi`: neither (MMN)", MMN, charades=[43.85, 24.17, 39.5]),
-            Row("`vdi`: L^vc, a learned probe", VDI | dict(lambda_sd=0.0, context_query="none"),
-                charades=[43.12, 25.32, 39.43]),
-            Row("`vdi`: L^vc, Q attends", VDI | dict(lambda_sd=0.0, context_query="full"),
-                charades=[45.02, 27.63, 40.4]),
-            Row("`vdi`: L^vc, Q^s attends", VDI | dict(lambda_sd=0.0),
-                charades=[45.47, 29.35, 40.61]),
-            Row("`vdi`: L^sd, LSTM", VDI | dict(lambda_vc=0.0, sequence="lstm"),
-                charades=[45.32, 25.76, 40.07]),
-            Row("`vdi`: L^sd, transformer", VDI | dict(lambda_vc=0.0),
-                charades=[44.6, 26.06, 40.09]),
-            Row("`vdi`: both", VDI, charades=[46.47, 28.63, 41.6]),
-            Row("`vdi-staged`: no query", STAGED | dict(context_query="none")),
-            Row("`vdi-staged`: Q attends", STAGED | dict(context_query="full")),
-            Row("`vdi-staged`: Q^s attends", STAGED),
-        ]),
-    # supplement, Table 2: the weights of both losses
-    "s-table2": Table(
-        columns=["novel-word R@1 0.5", "novel-word R@1 0.7", "novel-word mIoU", "test R@1 0.5"],
-        rows=[
-            Row("0, 0 (MMN)", MMN, charades=[43.85, 24.17, 39.5]),
-            Row("0.1, 0", VDI | dict(lambda_vc=0.1, lambda_sd=0.0), charades=[44.04, 28.35, 41.42]),
-            Row("0.5, 0", VDI | dict(lambda_vc=0.5, lambda_sd=0.0), charades=[45.47, 29.35, 40.61]),
-            Row("1, 0", VDI | dict(lambda_vc=1.0, lambda_sd=0.0), charades=[42.45, 24.17, 38.7]),
-            Row("0, 0.1", VDI | dict(lambda_vc=0.0, lambda_sd=0.1), charades=[44.7, 25.61, 39.7]),
-            Row("0, 0.01", VDI | dict(lambda_vc=0.0, lambda_sd=0.01),
-                charades=[44.6, 26.06, 40.09]),
-            Row("0, 0.001", VDI | dict(lambda_vc=0.0, lambda_sd=0.001),
-                charades=[43.6, 25.32, 39.19]),
-            Row("0.5, 0.1", VDI | dict(lambda_vc=0.5, lambda_sd=0.1),
-                charades=[45.18, 27.91, 41.05]),
-            Row("0.5, 0.01", VDI | dict(lambda_vc=0.5, lambda_sd=0.01),
-                charades=[46.47, 28.63, 41.6]),
-            Row("0.5, 0.001", VDI | dict(lambda_vc=0.5, lambda_sd=0.001),
-                charades=[45.47, 27.31, 41.28]),
-        ]),
-    # supplement, Table 3: the forms of both losses
-    "s-table3": Table(
-        columns=["novel-word R@1 0.5", "novel-word R@1 0.7", "novel-word mIoU", "test R@1 0.5"],
-        differences=[(0, 1), (0, 2)],
-        rows=[
-            Row("L^vc consistent, L^sd relational", VDI, charades=[46.47, 28.63, 41.6]),
-            Row("both consistent", VDI | dict(forms="con-con"), charades=[45.32, 28.35, 41.08]),
-            Row("both relational", VDI | dict(forms="rel-rel"), charades=[38.56, 23.31, 36.2]),
-        ]),
-    # supplement, Table 4: which words to inject into
-    "s-table4": Table(
-        columns=["novel-word R@1 0.5", "novel-word R@1 0.7", "novel-word mIoU", "test R@1 0.5"],
-        differences=[(1, 0), (3, 2)],
-        rows=[
-            Row("`vdi`: into Q", VDI | dict(inject_into="full"), charades=[44.89, 26.04, 39.52]),
-            Row("`vdi`: into Q^d", VDI, charades=[46.47, 28.63, 41.6]),
-            Row("`vdi-staged`: into Q", STAGED | dict(inject_into="full")),
-            Row("`vdi-staged`: into Q^d", STAGED),
-        ]),
-    # supplement, Table 5: joint and separate pre-training, and what attends
-    "s-table5": Table(
-        columns=["test R@1 0.5", "novel-word R@1 0.5", "novel-composition R@1 0.5",
-                 "novel-word noun accuracy"],
-        differences=[(5, 0), (9, 8)],
-        rows=[
-            Row("another CLIP's text tower: MMN", MMN | dict(text_clip="other"),
-                shapes=[41.59, 23.6, 37.9]),
-            Row("another CLIP's text tower: `vdi`, Q^s", VDI | dict(text_clip="other"),
-                shapes=[41.29, 24.46, 38.21]),
-            Row("another CLIP's text tower: `vdi-staged`, Q^s", STAGED | dict(text_clip="other")),
-            Row("no pre-training of the text: MMN", MMN | dict(text_clip="shuffled")),
-            Row("no pre-training of the text: `vdi-staged`", STAGED | dict(text_clip="shuffled")),
-            Row("joint: MMN", MMN, charades=[43.85, 24.17, 39.5]),
-            Row("joint: `vdi`, Q^h", VDI | dict(context_query="half"),
-                charades=[46.01, 27.05, 40.94]),
-            Row("joint: `vdi`, Q^s", VDI, charades=[46.47, 28.63, 41.6]),
-            Row("joint: `vdi-staged`, Q^h", STAGED | dict(context_query="half")),
-            Row("joint: `vdi-staged`, Q^s", STAGED),
-            Row("separate, VGG or C3D and DistilBERT: MMN", MMN | dict(clip="separate"),
-                charades=[41.59, 23.6, 37.9]),
-            Row("separate, VGG or C3D and DistilBERT: `vdi` without L^sd, Q^s",
-                VDI | dict(clip="separate", lambda_sd=0.0),
-                charades=[41.29, 24.46, 38.21]),
-        ]),
-    # supplement, Table 6: backbones
-    "s-table6": Table(
-        columns=["test R@1 0.5", "test R@1 0.7", "novel-word R@1 0.5", "novel-composition R@1 0.5"],
-        original=True,
-        rows=[
-            Row("ViT: MMN", MMN, charades=[50.48, 29.65]),
-            Row("ViT: `vdi`", VDI, charades=[52.32, 31.37]),
-            Row("ViT: `vdi-staged`", STAGED),
-            Row("ResNet: MMN", MMN | dict(clip="resnet"), charades=[52.88, 32.02]),
-            Row("ResNet: `vdi`", VDI | dict(clip="resnet"), charades=[53.98, 33.2]),
-            Row("ResNet: `vdi-staged`", STAGED | dict(clip="resnet")),
-            Row("VGG or C3D and DistilBERT, separate: MMN", MMN | dict(clip="separate"),
-                charades=[47.31, 27.28]),
-        ]),
-    # ours: the target of stage 1
-    "targets": Table(
-        columns=["test R@1 0.5", "novel-word R@1 0.5", "novel-composition R@1 0.5",
-                 "test verb accuracy", "novel-word verb accuracy"],
-        differences=[(1, 2), (1, 3)],
-        rows=[
-            Row("none (MMN, tuned)", TUNED),
-            Row("late minus early half of the moment", STAGED),
-            Row("mean of the whole video", STAGED | dict(stage_target="whole")),
-            Row("a random code for each query", STAGED | dict(stage_target="random")),
-        ]),
-    # ours: how words are masked
-    "choices": Table(
-        columns=["test R@1 0.5", "novel-word R@1 0.5", "novel-composition R@1 0.5"],
-        differences=[(2, 3)],
-        rows=[
-            Row("`vdi`: masked words dropped", VDI),
-            Row("`vdi`: masked words replaced by *something*", VDI | dict(mask="something")),
-            Row("`vdi-staged`: masked words replaced by *something*", STAGED),
-            Row("`vdi-staged`: masked words dropped", STAGED | dict(mask="")),
-        ]),
-}
-MAIN = TABLES["table1"].rows
+SPLITS = ["test R@1,IoU=0.5", "novel-word R@1,IoU=0.5", "novel-composition R@1,IoU=0.5"]
+ABLATION = ["novel-word R@1,IoU=0.5", "novel-word R@1,IoU=0.7", "novel-word mIoU",
+            "test R@1,IoU=0.5"]
+
+TABLES = {}
+# Table 1: new scenes, words and combinations
+TABLES["table1"] = Table(ABLATION[:3] + [
+    "novel-composition R@1,IoU=0.5", "novel-composition R@1,IoU=0.7", "novel-composition mIoU"], [
+    Row("MMN, the paper's text rate", MMN, [43.85, 24.17, 39.50], [31.05, 15.48, 33.16]),
+    Row("MMN, tuned on validation", TUNED),
+    Row("`vdi`: VDI as printed", VDI, [46.47, 28.63, 41.60], [32.35, 16.02, 34.32]),
+    Row("control: random codes, no video", RANDOM),
+    Row("**`vdi-staged`**", STAGED),
+    # other methods, as the paper reports them
+    Row("WSSL", None, [2.79, 0.73, 7.92], [3.09, 1.13, 7.10]),
+    Row("TMN", None, [9.43, 4.96, 11.23], [9.93, 5.12, 11.38]),
+    Row("TSP-PRL", None, [14.83, 2.61, 14.03], [18.05, 3.15, 14.34]),
+    Row("2D-TAN", None, [29.36, 13.12, 28.47], [23.86, 10.37, 28.88]),
+    Row("LGI", None, [26.48, 12.47, 27.62], [23.10, 9.03, 26.95]),
+    Row("VSLNet", None, [25.60, 10.07, 30.21], [21.68, 9.94, 29.58]),
+    Row("VISA", None, [42.35, 20.88, 40.18], [30.14, 15.90, 35.13]),
+], differences=[(4, 1), (4, 0), (4, 3), (2, 0)], baselines=True)
+MAIN = TABLES["table1"].rows[:5]                                # what is run of it
+
+# README: the same rows on all test splits, without the paper's figures
+TABLES["main"] = Table(SPLITS, [Row(row.name, row.fields) for row in MAIN], baselines=True)
+
+# Table 2: the original split
+TABLES["table2"] = Table([
+    "test R@1,IoU=0.5", "test R@1,IoU=0.7", "test R@5,IoU=0.5", "test R@5,IoU=0.7"], [
+    Row("MMN, the paper's text rate", MMN,
+        [50.48, 29.65, 85.27, 60.67], [46.89, 27.26, 78.32, 63.47]),
+    Row("MMN, tuned on validation", TUNED),
+    Row("`vdi`: VDI as printed", VDI, [52.32, 31.37, 87.03, 62.30], [48.09, 28.76, 79.69, 64.88]),
+    Row("control: random codes, no video", RANDOM),
+    Row("**`vdi-staged`**", STAGED),
+    Row("MMN, VGG or C3D and DistilBERT", dict(MMN, clip="separate"),
+        [47.31, 27.28, 83.74, 58.41], [48.59, 29.26, 79.50, 64.76]),
+    # other methods, as the paper reports them
+    Row("VideoBert", None, [32.70, 19.50, 68.10, 46.20], [37.20, 21.00, 66.70, 53.60]),
+    Row("MIL-NCE", None, [37.00, 21.20, 74.30, 50.40], [41.80, 24.50, 73.50, 57.70]),
+    Row("LocVTP", None, [43.60, 26.30, 81.90, 55.30], [48.20, 30.50, 80.10, 64.70]),
+    Row("MGSL", None, [63.98, 41.03, 93.21, 63.85], [51.87, 31.42, 82.60, 66.71]),
+    Row("D-TSG", None, [65.05, 42.77, 94.42, 65.16], [54.29, 33.64, 86.58, 69.36]),
+    Row("2D-TAN", None, [39.70, 23.31, 80.32, 51.26], [44.51, 26.54, 77.13, 61.96]),
+    Row("VSL-Net", None, [39.20, 20.80], [43.22, 26.16]),       # reports R@1 only, like DCM
+    Row("CBLN", None, [43.67, 24.44, 88.39, 56.49], [48.12, 27.60, 79.32, 63.41]),
+    Row("DCM", None, [47.80, 28.00], [44.90, 27.70]),
+    Row("DRN", None, [42.90, 23.68, 87.80, 54.87], [45.45, 24.36, 77.97, 50.30]),
+], original=True, baselines=True)
+
+# Table 3: which part does what
+TABLES["table3"] = Table(ABLATION, [
+    Row("`vdi`: neither (MMN)", MMN, [43.85, 24.17, 39.50]),
+    Row("`vdi`: L^vc, a learned probe", dict(VDI, lambda_sd=0.0, context_query="none"),
+        [43.12, 25.32, 39.43]),
+    Row("`vdi`: L^vc, Q attends", dict(VDI, lambda_sd=0.0, context_query="full"),
+        [45.02, 27.63, 40.40]),
+    Row("`vdi`: L^vc, Q^s attends", dict(VDI, lambda_sd=0.0), [45.47, 29.35, 40.61]),
+    Row("`vdi`: L^sd, LSTM", dict(VDI, lambda_vc=0.0, sequence="lstm"), [45.32, 25.76, 40.07]),
+    Row("`vdi`: L^sd, transformer", dict(VDI, lambda_vc=0.0), [44.60, 26.06, 40.09]),
+    Row("`vdi`: both", VDI, [46.47, 28.63, 41.60]),             # the paper's method
+    Row("`vdi-staged`: no query", dict(STAGED, context_query="none")),
+    Row("`vdi-staged`: Q attends", dict(STAGED, context_query="full")),
+    Row("`vdi-staged`: Q^s attends", STAGED),
+], differences=[(9, 7), (9, 8)])
+
+# supplement, Table 2: the weights of both losses, lambda_vc and lambda_sd
+TABLES["s-table2"] = Table(ABLATION, [
+    Row("0, 0 (MMN)", MMN, [43.85, 24.17, 39.50]),
+    Row("0.1, 0", dict(VDI, lambda_vc=0.1, lambda_sd=0.0), [44.04, 28.35, 41.42]),
+    Row("0.5, 0", dict(VDI, lambda_vc=0.5, lambda_sd=0.0), [45.47, 29.35, 40.61]),
+    Row("1, 0", dict(VDI, lambda_vc=1.0, lambda_sd=0.0), [42.45, 24.17, 38.70]),
+    Row("0, 0.1", dict(VDI, lambda_vc=0.0, lambda_sd=0.1), [44.70, 25.61, 39.70]),
+    Row("0, 0.01", dict(VDI, lambda_vc=0.0, lambda_sd=0.01), [44.60, 26.06, 40.09]),
+    Row("0, 0.001", dict(VDI, lambda_vc=0.0, lambda_sd=0.001), [43.60, 25.32, 39.19]),
+    Row("0.5, 0.1", dict(VDI, lambda_vc=0.5, lambda_sd=0.1), [45.18, 27.91, 41.05]),
+    Row("0.5, 0.01", dict(VDI, lambda_vc=0.5, lambda_sd=0.01), [46.47, 28.63, 41.60]),  # as chosen
+    Row("0.5, 0.001", dict(VDI, lambda_vc=0.5, lambda_sd=0.001), [45.47, 27.31, 41.28]),
+])
+
+# supplement, Table 3: the forms of both losses
+TABLES["s-table3"] = Table(ABLATION, [
+    Row("L^vc consistent, L^sd relational", VDI, [46.47, 28.63, 41.60]),        # Eq. 2 and Eq. 5
+    Row("both consistent", dict(VDI, forms="con-con"), [45.32, 28.35, 41.08]),
+    Row("both relational", dict(VDI, forms="rel-rel"), [38.56, 23.31, 36.20]),
+], differences=[(0, 1), (0, 2)])
+
+# supplement, Table 4: which words to inject into
+TABLES["s-table4"] = Table(ABLATION, [
+    Row("`vdi`: into Q", dict(VDI, inject_into="full"), [44.89, 26.04, 39.52]),
+    Row("`vdi`: into Q^d", VDI, [46.47, 28.63, 41.60]),
+    Row("`vdi-staged`: into Q", dict(STAGED, inject_into="full")),
+    Row("`vdi-staged`: into Q^d", STAGED),
+], differences=[(1, 0), (3, 2)])
+
+# supplement, Table 5: joint and separate pre-training, and what attends. On shapes another CLIP's
+# text tower stands for separate networks, which have the paper's figures on a real dataset
+TABLES["s-table5"] = Table(SPLITS + ["novel-word noun accuracy"], [
+    Row("another CLIP's text tower: MMN", dict(MMN, text_clip="other"),
+        shapes=[41.59, 23.60, 37.90]),
+    Row("another CLIP's text tower: `vdi`, Q^s", dict(VDI, text_clip="other"),
+        shapes=[41.29, 24.46, 38.21]),
+    Row("another CLIP's text tower: `vdi-staged`, Q^s", dict(STAGED, text_clip="other")),
+    Row("no pre-training of the text: MMN", dict(MMN, text_clip="shuffled")),
+    Row("no pre-training of the text: `vdi-staged`", dict(STAGED, text_clip="shuffled")),
+    Row("joint: MMN", MMN, [43.85, 24.17, 39.50]),
+    Row("joint: `vdi`, Q^h", dict(VDI, context_query="half"), [46.01, 27.05, 40.94]),
+    Row("joint: `vdi`, Q^s", VDI, [46.47, 28.63, 41.60]),
+    Row("joint: `vdi-staged`, Q^h", dict(STAGED, context_query="half")),
+    Row("joint: `vdi-staged`, Q^s", STAGED),
+    Row("separate, VGG or C3D and DistilBERT: MMN", dict(MMN, clip="separate"),
+        [41.59, 23.60, 37.90]),
+    Row("separate, VGG or C3D and DistilBERT: `vdi` without L^sd, Q^s",
+        dict(VDI, clip="separate", lambda_sd=0.0), [41.29, 24.46, 38.21]),
+], differences=[(5, 0), (9, 8)])
+
+# supplement, Table 6: backbones
+TABLES["s-table6"] = Table(["test R@1,IoU=0.5", "test R@1,IoU=0.7"] + SPLITS[1:], [
+    Row("ViT: MMN", MMN, [50.48, 29.65]),
+    Row("ViT: `vdi`", VDI, [52.32, 31.37]),
+    Row("ViT: `vdi-staged`", STAGED),
+    Row("ResNet: MMN", dict(MMN, clip="resnet"), [52.88, 32.02]),
+    Row("ResNet: `vdi`", dict(VDI, clip="resnet"), [53.98, 33.20]),
+    Row("ResNet: `vdi-staged`", dict(STAGED, clip="resnet")),
+    Row("VGG or C3D and DistilBERT, separate: MMN", dict(MMN, clip="separate"), [47.31, 27.28]),
+], original=True)
+
+# ours: the target of stage 1
+TABLES["targets"] = Table(SPLITS + ["test verb accuracy", "novel-word verb accuracy"], [
+    Row("none (MMN, tuned)", TUNED),
+    Row("late minus early half of the moment", STAGED),
+    Row("mean of the whole video", dict(STAGED, stage_target="whole")),
+    Row("a random code for each query", RANDOM),
+], differences=[(1, 2), (1, 3)])
+
+# ours: how words are masked
+TABLES["choices"] = Table(SPLITS, [
+    Row("`vdi`: masked words dropped", VDI),
+    Row("`vdi`: masked words replaced by *something*", dict(VDI, mask="something")),
+    Row("`vdi-staged`: masked words replaced by *something*", STAGED),
+    Row("`vdi-staged`: masked words dropped", dict(STAGED, mask="")),
+], differences=[(2, 3)])
 
 
-# ------------------------------------------------------------------------------------------ running
+# --------------------------------------------------------------------------- rows to configurations
 
 def world_of(dataset: str, seed: int) -> str:
     """The dataset of a seed: every seed has a shapes world of its own, with its own small CLIP."""
@@ -291,32 +242,43 @@ def dataset_of(what: str, given: argparse.Namespace) -> str:
     """The dataset of a table. On a real one, most tables are about its compositional splits, which
     have a training split of their own."""
     if given.dataset == "shapes" or what in TABLES and TABLES[what].original:
-        return given.dataset
+        return given.dataset                            # a shapes world has all splits at once
     return given.dataset + "-cg"
+
+
+def seeds_of(given: argparse.Namespace) -> range:
+    return range(given.seeds or 3)
 
 
 def config_of(row: Row, dataset: str, seed: int, given: argparse.Namespace) -> train.Config | None:
     """The configuration of a row; None if it cannot be run on this dataset."""
-    family = dataset.removesuffix("-cg")
-    if row.fields is None or row.fields.get("clip") == "separate" and family not in SEPARATE:
+    if row.fields is None:
         return None
-    fields = dict(row.fields, seed=seed, device=given.device, root=given.root)
-    fields["dataset"] = world_of(dataset, seed)
-    fields["select_on"] = select_on(dataset, given)
-    if fields.get("clip") == "resnet":                  # the published one, or the world's own
-        fields["clip"] = "RN50"
-        if dataset == "shapes":
-            fields["clip"] = f"{fields['dataset']}-resnet"
+    fields = dict(row.fields, dataset=world_of(dataset, seed), seed=seed, device=given.device,
+                  root=given.root, select_on=select_on(dataset, given))
+    family = dataset.removesuffix("-cg")
     if fields.get("clip") == "separate":
+        if family not in SEPARATE:                      # shapes has no features of another network
+            return None
         fields["clip"] = SEPARATE[family]
         fields["text_clip"] = BERT
-    if fields.get("text_clip") == "other":              # of another CLIP of the same width
+    elif fields.get("clip") == "resnet":
+        fields["clip"] = "RN50"
+        if dataset == "shapes":                         # see shapes.build_for
+            fields["clip"] = f"{fields['dataset']}-resnet"
+    elif fields.get("text_clip") == "other":            # of the same width, trained on other images
         fields["text_clip"] = "ViT-B/16"
         if dataset == "shapes":
             fields["text_clip"] = world_of("shapes", (seed + 1) % 3)
-    fields.update(getattr(given, "fields", {}))         # a test's smaller sizes
     config = train.configure(**fields)
+    # the folder of the run is named by all choices: two rows never share one
     return dataclasses.replace(config, out=f"runs/reproduce/{dataset}/{name_of(config)}")
+
+
+def configs_of(what: str, seed: int, given: argparse.Namespace) -> list[train.Config | None]:
+    """The configurations of the rows of a table."""
+    dataset = dataset_of(what, given)
+    return [config_of(row, dataset, seed, given) for row in TABLES[what].rows]
 
 
 def select_on(dataset: str, given: argparse.Namespace) -> str:
@@ -328,7 +290,9 @@ def select_on(dataset: str, given: argparse.Namespace) -> str:
     return "test"
 
 
-@functools.cache
+# ----------------------------------------------------------------------------------- stored results
+
+@functools.cache                                        # spaCy takes seconds to load
 def parser_name(dataset: str) -> str:
     """The parser of a dataset's sentences, with its version."""
     if dataset.startswith("shapes"):
@@ -339,13 +303,14 @@ def parser_name(dataset: str) -> str:
 def choices_of(config: train.Config) -> dict:
     """What determines a result, as json holds it."""
     fields = json.loads(json.dumps(dataclasses.asdict(config)))         # with lists for tuples
-    fields["parser"] = parser_name(config.dataset)
+    fields["parser"] = parser_name(config.dataset)      # another version may divide otherwise
     return {name: value for name, value in fields.items() if name not in NOT_A_CHOICE}
 
 
 def name_of(config: train.Config) -> str:
     """The method, the seed, and a hash of everything that differs from the defaults, so that a
     field that is added later changes no name."""
+    # subtle: of Config, not of the preset, so that a changed preset is another name
     defaults = json.loads(json.dumps(dataclasses.asdict(train.Config())))
     changed = {name: value for name, value in choices_of(config).items()
                if value != defaults.get(name)}
@@ -355,7 +320,7 @@ def name_of(config: train.Config) -> str:
 
 def file_of(config: train.Config) -> pathlib.Path:
     family = config.dataset
-    if family.startswith("shapes"):
+    if family.startswith("shapes"):                     # one folder for all worlds
         family = "shapes"
     return RESULTS / family / f"{name_of(config)}.json"
 
@@ -366,8 +331,11 @@ def stored_at(path: pathlib.Path, choices: dict) -> dict | None:
     if not path.exists():
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
-    same = all(choices.get(name) == value for name, value in content["config"].items())
-    return content if same else None
+    # the name has only a part of the hash, and `per_seed` has none
+    for name, value in content["config"].items():
+        if choices.get(name) != value:
+            return None
+    return content
 
 
 def stored(config: train.Config) -> dict | None:
@@ -377,42 +345,72 @@ def stored(config: train.Config) -> dict | None:
 def cached(path: pathlib.Path, choices: dict, make, fresh: bool = False) -> dict:
     """The stored result, or else that of `make()`, a dict, which is then stored with the choices,
     versions and minutes."""
+    content = None
     if not fresh:
         content = stored_at(path, choices)
-        if content is not None:
-            return content
-    started = time.time()
-    content = {"config": choices}
-    content.update(make())
-    content["minutes"] = round((time.time() - started) / 60, 2)
-    content["versions"] = progress.versions() | {"threads": torch.get_num_threads()}
-    # one line for the results, one for the log: differences between two commits stay readable
-    text = json.dumps(content, separators=(",", ":")).replace(',"log":', ',\n"log":')
-    files.save(path, text + "\n")
+    if content is None:
+        started = time.time()
+        content = {"config": choices}
+        content.update(make())
+        content["minutes"] = round((time.time() - started) / 60, 2)
+        content["versions"] = progress.versions() | {"threads": torch.get_num_threads()}
+        # a line for the results, one for the log: differences between two commits stay readable
+        text = json.dumps(content, separators=(",", ":")).replace(',"log":', ',\n"log":')
+        files.save(path, text + "\n")
     return content
 
 
+def per_seed(what: str, given: argparse.Namespace, make) -> list[dict]:
+    """`make(seed)` for each seed, stored in results/<dataset>/<what>-<seed>.json."""
+    results = []
+    for seed in seeds_of(given):
+        def make_one() -> dict:
+            return {"results": make(seed)}
+
+        path = RESULTS / given.dataset / f"{what}-{seed}.json"
+        choices = {"dataset": given.dataset, "seed": seed}
+        results.append(cached(path, choices, make_one, given.fresh)["results"])
+    return results
+
+
+def collect(what: str, given: argparse.Namespace) -> list[list[dict]]:
+    """The stored results of a table: row -> seed -> result; no seeds for a row that was not run."""
+    rows = [[] for _ in TABLES[what].rows]
+    for seed in seeds_of(given):
+        for row, config in zip(rows, configs_of(what, seed, given)):
+            if config is None:
+                continue
+            result = stored(config)
+            if result:
+                row.append(result)
+            elif given.dataset == "shapes":             # a real one may lack a row's features
+                raise Mistake(f"{what} is incomplete; run: python -m extras.reproduce {what}")
+    return rows
+
+
+# ------------------------------------------------------------------------------------------ running
+
 def run(config: train.Config, fresh: bool = False) -> dict:
     """Trains and evaluates one configuration, or reads its stored result."""
+    folder = config.folder
+
     def make() -> dict:
-        folder = config.folder
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)
         if not (folder / "results.json").exists():
-            train.train(config, resume=folder.exists())
+            train.train(config, resume=folder.exists())         # of an interrupted run
         metrics = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        log = []
+        log = []                                        # rounded: there are thousands of values
         for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
             log.append({name: float(f"{value:.4g}") for name, value in json.loads(line).items()})
         device = parallel.pick_device(config.device)
         checkpoint = evaluate.load(folder / "ckpt.pt", device)
-        if "val" not in metrics and config.select_on == "val":
+        if "val" not in metrics and config.select_on == "val":  # a real dataset's is held out
             metrics |= evaluate.evaluate(checkpoint, ["val"], device=device, allow_missing=True)
         splits = [split for split in FINAL if split in metrics]
-        return {"results": metrics, "coverage": coverage(config),
-                "hits": {query: hits(checkpoint, config, splits, query)
-                         for query in evaluate.QUERIES},
-                "log": log, "clip_sha256": checkpoint.checkpoint["clip_sha256"]}
+        reached = {query: hits(checkpoint, config, splits, query) for query in evaluate.QUERIES}
+        return {"results": metrics, "coverage": coverage(config), "hits": reached, "log": log,
+                "clip_sha256": checkpoint.checkpoint["clip_sha256"]}
 
     return cached(file_of(config), choices_of(config), make, fresh)
 
@@ -424,20 +422,20 @@ def hits(checkpoint: evaluate.Run, config: train.Config, splits: list[str],
     digits = {}
     for split, videos, predicted in evaluate.answers(checkpoint, splits, query, config.root, device,
                                                      allow_missing=True, top_k=1):
+        # predicted [S, 1, 3]: start, end, score
         iou = mmn.interval_iou(predicted[:, 0, :2], videos.moments_sec)         # [S]
         reached = sum((iou >= mu).int() for mu in HITS)                         # [S]
         digits[split] = "".join(str(number) for number in reached.tolist())
     return digits
 
 
-def run_quietly(config: train.Config, fresh: bool, threads: int) -> str:
+def run_quietly(config: train.Config, fresh: bool, threads: int) -> None:
     """`run` in a process of its own; its output goes to <name>.txt beside the run's folder."""
     torch.set_num_threads(threads)
     config.folder.parent.mkdir(parents=True, exist_ok=True)
     with open(config.folder.with_suffix(".txt"), "w", encoding="utf-8") as file, \
             contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         run(config, fresh)
-    return name_of(config)
 
 
 def coverage(config: train.Config) -> dict[str, list[int]]:
@@ -446,111 +444,73 @@ def coverage(config: train.Config) -> dict[str, list[int]]:
     counts = {}
     for split in data.splits(config.dataset, config.root):
         rows = data.read_annotations(config.dataset, split, config.root)
-        missing = [row.video for row in rows if row.video not in store]
+        missing = [row.video for row in rows if row.video not in store]         # one per sentence
         videos = {row.video for row in rows}
         counts[split] = [len(videos) - len(set(missing)), len(rows) - len(missing),
                          len(set(missing)), len(missing)]
     return counts
 
 
-def check(what: str, given: argparse.Namespace) -> None:
-    """Mistake, before anything is trained, for a table that could not be shown in the end."""
-    if given.dataset == "shapes":
-        return
-    can_be_shown = False
+def can_run(row: Row, config: train.Config, given: argparse.Namespace) -> bool:
+    """Does it have features? A note if there are none. Mistake, before anything is trained, if some
+    videos have none."""
+    if given.dataset == "shapes":                       # makes its own
+        return True
+    try:
+        result = stored(config) or {}
+        # what is stored was run on the features of then
+        counts = result.get("coverage") or coverage(config)
+    except Mistake as error:                            # its features have not been made
+        print(f"note: \"{row.name}\" is not run: {error}", file=sys.stderr)
+        return False
+    lost = []
+    for split, (_, _, videos, sentences) in counts.items():
+        if videos:
+            lost.append(f"{videos} videos ({sentences} sentences) of {split}")
+    if lost and not given.allow_missing:
+        raise Mistake(f"{' and '.join(lost)} have no features, so the results could not be "
+                      f"compared with the paper's; make them, or use --allow-missing")
+    return True
+
+
+def runnable(what: str, given: argparse.Namespace) -> list[train.Config]:
+    """The configurations of a table, seed by seed. Mistake for a table without a row."""
+    dataset = dataset_of(what, given)
+    rows = []
     for row, config in zip(TABLES[what].rows, configs_of(what, 0, given)):
-        if config is None:
-            continue
-        try:
-            counts = (stored(config) or {}).get("coverage") or coverage(config)
-        except Mistake as error:                        # its features have not been made
-            print(f"note: \"{row.name}\" is not run: {error}", file=sys.stderr)
-            continue
-        can_be_shown = True
-        lost = [f"{videos} videos ({sentences} sentences) of {split}"
-                for split, (_, _, videos, sentences) in counts.items() if videos]
-        if lost and not given.allow_missing:
-            raise Mistake(f"{' and '.join(lost)} have no features, so the results could not be "
-                          f"compared with the paper's; make them, or use --allow-missing")
-    if not can_be_shown:
+        if config and can_run(row, config, given):
+            rows.append(row)
+    if not rows:
         raise Mistake(f"no row of {what} can be run: see above")
-
-
-def can_run(config: train.Config) -> bool:
-    """Does it have features? The shapes world makes its own."""
-    store = data.store_folder(config.dataset, config.clip, config.root)
-    return config.dataset.startswith("shapes") or any(store.glob("manifest*.json"))
+    configs = []
+    for seed in seeds_of(given):
+        configs += [config_of(row, dataset, seed, given) for row in rows]
+    return configs
 
 
 def run_all(configs: list[train.Config], given: argparse.Namespace) -> None:
     """Runs what is not stored, --jobs at a time: two cores do best with two of one thread."""
+    # by name, because tables share rows
     missing = {name_of(config): config for config in configs
                if given.fresh or stored(config) is None}
-    for config in missing.values():
+    for config in missing.values():                     # before two processes build the same world
         shapes.build_for(config)
-    threads = max(1, torch.get_num_threads() // given.jobs)
-    started = time.time()
-
-    def report(number: int, name: str) -> None:
-        print(f"{number} of {len(missing)}: {name}, {(time.time() - started) / 60:.1f} min",
-              file=sys.stderr, flush=True)
-
-    if given.jobs == 1:
-        for number, config in enumerate(missing.values(), 1):
-            report(number, run_quietly(config, given.fresh, threads))
+    threads = max(1, torch.get_num_threads() // given.jobs)     # of each run
+    if given.jobs == 1 or not missing:
+        for config in tqdm(missing.values(), desc="runs", disable=None):
+            run_quietly(config, given.fresh, threads)
         return
     # spawned, because a forked process cannot use torch's threads safely
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(given.jobs, spawn) as pool:
         runs = [pool.submit(run_quietly, config, given.fresh, threads)
                 for config in missing.values()]
-        for number, future in enumerate(concurrent.futures.as_completed(runs), 1):
-            report(number, future.result())
-
-
-def per_seed(what: str, given: argparse.Namespace, make) -> list[dict]:
-    """The results of `make(seed)` for each seed, stored in results/<dataset>/<what>-<seed>.json."""
-    rows = []
-    for seed in seeds_of(given):
-        path = RESULTS / given.dataset / f"{what}-{seed}.json"
-        choices = {"dataset": given.dataset, "seed": seed}
-        make_one = functools.partial(make, seed)
-        content = cached(path, choices, lambda: {"results": make_one()}, given.fresh)
-        rows.append(content["results"])
-    return rows
+        finished = concurrent.futures.as_completed(runs)
+        for future in tqdm(finished, total=len(runs), desc="runs", disable=None):
+            future.result()                             # raises what the run raised
 
 
 # ---------------------------------------------------------------------------------- tables of runs
-
-def seeds_of(given: argparse.Namespace) -> range:
-    return range(given.seeds or 3)
-
-
-def configs_of(what: str, seed: int, given: argparse.Namespace) -> list[train.Config | None]:
-    """The configurations of the rows of a table."""
-    dataset = dataset_of(what, given)
-    return [config_of(row, dataset, seed, given) for row in TABLES[what].rows]
-
-
-def seeds_stored(what: str, given: argparse.Namespace) -> int:
-    """For how many seeds, from 0 on, every row of a table is stored."""
-    for seed in seeds_of(given):
-        for config in configs_of(what, seed, given):
-            if config and stored(config) is None:
-                return seed
-    return len(seeds_of(given))
-
-
-def collect(what: str, given: argparse.Namespace) -> list[list[dict]]:
-    """The stored results of a table: row -> seed -> result; no seeds for a row that was not run."""
-    rows = [[] for _ in TABLES[what].rows]
-    for seed in seeds_of(given):
-        for row, config in zip(rows, configs_of(what, seed, given)):
-            result = stored(config) if config else None
-            if result:
-                row.append(result)
-    return rows
-
 
 def columns_of(what: str, given: argparse.Namespace) -> list[tuple[str, str]]:
     """(split, metric) of the columns that a dataset has. "test" is what the compositional datasets
@@ -558,42 +518,38 @@ def columns_of(what: str, given: argparse.Namespace) -> list[tuple[str, str]]:
     dataset = dataset_of(what, given)
     columns = []
     for column in TABLES[what].columns:
-        split, metric = column.split(" ", 1)
-        metric = re.sub(r"(R@\d) ", r"\1,IoU=", metric)         # "R@1 0.5" -> "R@1,IoU=0.5"
+        split, metric = column.split(" ", 1)            # "test verb accuracy"
         if dataset.endswith("-cg") and split == "test":
             split = "trivial"
-        if dataset != "shapes":
-            if "accuracy" in metric or split != "val" and split not in data.FILES[dataset]:
-                continue
+        if dataset != "shapes" and ("accuracy" in metric or split not in data.FILES[dataset]):
+            continue
         columns.append((split, metric))
     return columns
 
 
 def hits_of(result: dict, split: str, query: str = "full") -> np.ndarray:
     """Has the first moment of each sentence IoU >= 0.5 with the true one? 1.0 or 0.0, [S]."""
-    return np.array([float(int(digit) >= 1) for digit in result["hits"][query][split]])
+    return np.array([float(digit != "0") for digit in result["hits"][query][split]])
 
 
 def paired(ours: list[dict], theirs: list[dict],
            split: str) -> tuple[float, float, float, list[float]]:
     """R@1, IoU=0.5 of one row minus that of another, in points: mean over seeds, its 95% interval
-    (low, high), and the difference of each seed."""
-    differences = [100 * (hits_of(a, split) - hits_of(b, split)) for a, b in zip(ours, theirs)]
-    means = [float(d.mean()) for d in differences]
-    low, high = interval(differences)
-    return float(np.mean(means)), low, high, means
+    (low, high), and the difference of each seed.
 
-
-def interval(differences: list[np.ndarray], draws: int = 2000) -> tuple[float, float]:
-    """95% interval of the mean over seeds, by a bootstrap over the sentences, drawn with
-    replacement within each seed. differences: of each sentence, an array per seed."""
-    rng = np.random.default_rng(0)
+    The interval is that of a bootstrap over the sentences, drawn with replacement within each seed;
+    it does not cover the choice of seeds."""
+    draws = 2000
+    rng = np.random.default_rng(0)                      # the same interval each time
+    means = []
     drawn = []                                          # a mean per draw, for each seed
-    for d in differences:
-        chosen = rng.integers(len(d), size=(draws, len(d)))
-        drawn.append(d[chosen].mean(1))
+    for a, b in zip(ours, theirs):
+        difference = 100 * (hits_of(a, split) - hits_of(b, split))      # [S]
+        means.append(float(difference.mean()))
+        chosen = rng.integers(len(difference), size=(draws, len(difference)))   # [draws, S]
+        drawn.append(difference[chosen].mean(1))        # [draws]
     low, high = np.percentile(np.mean(drawn, 0), (2.5, 97.5))
-    return low, high
+    return float(np.mean(means)), low, high, means
 
 
 def clip_alone_of(what: str, given: argparse.Namespace) -> list[dict]:
@@ -604,136 +560,136 @@ def clip_alone_of(what: str, given: argparse.Namespace) -> list[dict]:
 
     def make(seed: int) -> dict:
         world = world_of(dataset, seed)
-        shapes.build_for(train.configure(dataset=world, root=given.root))
         name = train.Config.clip
         if dataset == "shapes":
+            shapes.build(world, given.root)
             name = world                                # a world's own small CLIP
         alone = zero_shot.run_of(world, name, given.root, device)
         return {query: evaluate.evaluate(alone, query=query, device=device, allow_missing=True)
                 for query in evaluate.QUERIES}
 
-    name = "zero-shot-cg" if dataset.endswith("-cg") else "zero-shot"
+    name = "zero-shot"
+    if dataset.endswith("-cg"):
+        name = "zero-shot-cg"
     return per_seed(name, given, make)
 
 
-def baseline_rows(what: str, columns: list[tuple[str, str]], runs: list[dict],
-                  given: argparse.Namespace) -> list[list[str]]:
-    """The rows of a table that need no training. runs: a trained row's, with both baselines."""
-    trained = [run["results"] for run in runs]
-    alone = [content["full"] for content in clip_alone_of(what, given)]
-    rows = []
-    for name, seeds, kind in (("a random moment", trained, "random moment"),
-                              ("the best fixed moment", trained, "best prior"),
-                              ("CLIP alone, no training", alone, None)):
-        rows.append([name])
-        for split, metric in columns:
-            values = [metrics[split] for metrics in seeds]
-            if kind:
-                values = [each[kind] for each in values]
-            cell = ""                                   # baselines have no R@5
-            if all(metric in each for each in values):
-                cell = mean_and_deviation([each[metric] for each in values])
-            rows[-1].append(cell)
-    return rows
+def cells(columns: list[tuple[str, str]], results: list[dict], part: str = "") -> list[str]:
+    """Mean and deviation of each column over seeds, empty for what has no such metric. results:
+    split -> metrics, for each seed; part: of the metrics, a baseline's."""
+    texts = []
+    for split, metric in columns:
+        values = []
+        for result in results:
+            metrics = result[split]
+            if part:
+                metrics = metrics[part]
+            if metric in metrics:                       # baselines have no R@5
+                values.append(metrics[metric])
+        texts.append(mean_and_deviation(values) if values else "")
+    return texts
 
 
-PAPER = {"shapes": ("Charades-STA", "Charades-CG novel-word"),
+PAPER = {"shapes": ("Charades-STA", "Charades-CG novel-word"),  # original split, compositional
          "charades": ("Charades-STA", "Charades-CG novel-word"),
          "activitynet": ("ActivityNet-Captions", "ActivityNet-CG novel-word")}
+
+
+def paper_of(row: Row, dataset: str) -> list[float]:
+    if dataset == "activitynet":
+        return row.activitynet
+    if dataset == "shapes" and row.shapes:
+        return row.shapes
+    return row.charades
 
 
 def table_text(what: str, given: argparse.Namespace) -> str:
     """A table as Markdown: mean ± deviation over seeds, the paper's, paired differences."""
     table = TABLES[what]
-    runs = collect(what, given)
+    runs = collect(what, given)                         # row -> seed -> result
+    first = next(seeds for seeds in runs if seeds)      # any row that was run
     columns = columns_of(what, given)
-    papers = [row.paper(given.dataset) for row in table.rows]
-    first = next(seeds for seeds in runs if seeds)
     heads = [""] + [f"{split} {metric.replace(',IoU=', ' ')}" for split, metric in columns]
     lines = []
     if table.baselines:
-        lines = baseline_rows(what, columns, first, given)
-    for row, seeds, paper in zip(table.rows, runs, papers):
+        trained = [run["results"] for run in first]     # these hold both baselines, too
+        alone = [content["full"] for content in clip_alone_of(what, given)]
+        lines.append(["a random moment"] + cells(columns, trained, "random moment") + [""])
+        lines.append(["the best fixed moment"] + cells(columns, trained, "best prior") + [""])
+        lines.append(["CLIP alone, no training"] + cells(columns, alone) + [""])
+    for row, seeds in zip(table.rows, runs):
+        paper = paper_of(row, given.dataset)
         if not seeds and (given.dataset == "shapes" or not paper):
             continue                                    # on shapes nothing is only reported
-        lines.append([row_title(row, seeds, given.dataset)])
-        for split, metric in columns:
-            cell = ""
-            if seeds:
-                cell = mean_and_deviation([run["results"][split][metric] for run in seeds])
-            lines[-1].append(cell)
-        lines[-1].append(" / ".join(f"{value:.2f}" for value in paper))
-    if any(papers):
+        line = [title_of(row, seeds, given)] + cells(columns, [run["results"] for run in seeds])
+        lines.append(line + [" / ".join(f"{value:.2f}" for value in paper)])
+    if any(line[-1] for line in lines):                 # a column for the paper, if it has figures
         heads.append(f"paper, {PAPER[given.dataset][not table.original]}")
-    # a column for the paper in all lines, or in none
-    lines = [(line + [""])[:len(heads)] for line in lines]
-    text = [markdown(heads, lines), "", provenance(what, runs, columns, given)]
+    else:
+        lines = [line[:-1] for line in lines]
+    minutes = sum(sum(run["minutes"] for run in seeds) for seeds in runs)
+    text = [markdown(heads, lines), "", f"{len(first)} seeds; {sizes(first, columns)}; "
+            f"{minutes:.0f} minutes of runs.{protocol(what, given)}"]
     for a, b in table.differences:
         if runs[a] and runs[b]:
-            text.append(difference_text(table, runs, a, b, given))
+            ours = title_of(table.rows[a], runs[a], given)
+            theirs = title_of(table.rows[b], runs[b], given)
+            theirs = theirs.removeprefix(f"{ours.split(': ')[0]}: ")    # not the same twice
+            text.append(f"- {ours} minus {theirs}: {difference(runs[a], runs[b])}")
     return "\n".join(text)
 
 
-def row_title(row: Row, seeds: list[dict], dataset: str) -> str:
-    name = label(row.name, dataset)
+def title_of(row: Row, seeds: list[dict], given: argparse.Namespace) -> str:
+    """A row's name. What was tuned on the shapes world's validation split was not tuned on a real
+    dataset."""
+    name = row.name
+    if given.dataset != "shapes":
+        name = re.sub("tuned( on validation)?", "text rate 1", name)
     if seeds:
         return name
-    return f"{name} (reported{'; not run here' if row.fields else ''})"
+    if row.fields:
+        return f"{name} (reported; not run here)"
+    return f"{name} (reported)"
 
 
-def label(name: str, dataset: str) -> str:
-    """What was tuned on the shapes world's validation split was not tuned on a real dataset."""
-    if dataset == "shapes":
-        return name
-    return re.sub("tuned( on validation)?", "text rate 1", name)
-
-
-def provenance(what: str, runs: list[list[dict]], columns: list[tuple[str, str]],
-               given: argparse.Namespace) -> str:
-    """The sentences below a table: seeds, sizes, time, and what selected the epoch."""
-    first = next(seeds for seeds in runs if seeds)
-    minutes = sum(sum(run["minutes"] for run in seeds) for seeds in runs)
-    text = f"{len(first)} seeds; {sizes(first, columns)}; {minutes:.0f} minutes of runs."
-    if given.select_on_test:
-        text += (f" Trained on all training videos; the epoch is chosen on "
-                 f"{select_on(dataset_of(what, given), given)}, a test split.")
-    elif given.dataset != "shapes":
-        text += (" The epoch is chosen on validation videos. Text rates and stage 1 are those "
-                 "chosen on the shapes world, not tuned here.")
-    return text
-
-
-def difference_text(table: Table, runs: list[list[dict]], a: int, b: int,
-                    given: argparse.Namespace) -> str:
-    """Row a minus row b on every test split, with interval and each seed."""
+def difference(ours: list[dict], theirs: list[dict]) -> str:
+    """One row minus another on every test split, with the interval and each seed."""
     parts = []
     for split in FINAL:
-        if split not in runs[a][0]["results"]:
-            continue
-        mean, low, high, seeds = paired(runs[a], runs[b], split)
-        each = ", ".join(f"{seed:+.1f}" for seed in seeds)
-        parts.append(f"{split} {mean:+.1f} [{low:+.1f}, {high:+.1f}] ({each})")
-    ours = label(table.rows[a].name, given.dataset)
-    theirs = label(table.rows[b].name, given.dataset)
-    theirs = theirs.removeprefix(f"{ours.split(': ')[0]}: ")            # not the same twice
-    return f"- {ours} minus {theirs}: " + "; ".join(parts)
+        if split in ours[0]["results"]:
+            mean, low, high, seeds = paired(ours, theirs, split)
+            each = ", ".join(f"{seed:+.1f}" for seed in seeds)
+            parts.append(f"{split} {mean:+.1f} [{low:+.1f}, {high:+.1f}] ({each})")
+    return "; ".join(parts)
 
 
 def sizes(runs: list[dict], columns: list[tuple[str, str]]) -> str:
     """How many sentences each split has; on a real dataset also videos, and how many are missing.
     """
     parts = []
-    for split in dict.fromkeys(split for split, _ in columns):
+    for split in dict.fromkeys(split for split, _ in columns):          # each once, in order
         queries = np.mean([run["results"][split]["queries"] for run in runs])
-        parts.append(f"{split} {queries:.0f}")
+        part = f"{split} {queries:.0f}"
         counts = runs[0].get("coverage", {}).get(split)
         if counts and not runs[0]["config"]["dataset"].startswith("shapes"):
             videos, _, lost_videos, lost_sentences = counts
             lost = "all"
             if lost_videos:
                 lost = f"{lost_sentences} sentences of {lost_videos} videos missing"
-            parts[-1] += f" of {videos} videos ({lost})"
+            part += f" of {videos} videos ({lost})"
+        parts.append(part)
     return "sentences per seed: " + ", ".join(parts)
+
+
+def protocol(what: str, given: argparse.Namespace) -> str:
+    """What selected the epoch, where that is not as docs/results.md says."""
+    if given.select_on_test:
+        split = select_on(dataset_of(what, given), given)
+        return f" Trained on all training videos; the epoch is chosen on {split}, a test split."
+    if given.dataset != "shapes":
+        return (" The epoch is chosen on validation videos. Text rates and stage 1 are those "
+                "chosen on the shapes world, not tuned here.")
+    return ""
 
 
 # ------------------------------------------------------------------------------------ other results
@@ -764,12 +720,13 @@ def clip_alone(given: argparse.Namespace) -> str:
     for split in FINAL:
         if split not in seeds[0]:
             continue
-        rows.append([split])
-        for metric in metrics:
-            rows[-1].append(mean_and_deviation([content[split][metric] for content in seeds]))
+        row = [split] + cells([(split, metric) for metric in metrics], seeds)
         queries = np.mean([content[split]["queries"] for content in seeds])
         missing = seeds[0][split].get("queries missing", 0)             # on a real dataset
-        rows[-1].append(f"{queries:.0f}" + (f" ({missing} missing)" if missing else ""))
+        row.append(f"{queries:.0f}")
+        if missing:
+            row[-1] += f" ({missing} missing)"
+        rows.append(row)
     heads = [""] + [metric.replace(",IoU=", " ") for metric in metrics] + ["sentences per seed"]
     return markdown(heads, rows)
 
@@ -784,28 +741,29 @@ def s_table1(given: argparse.Namespace) -> str:
         model, _ = clip_of(seed, given)
         return {kind: probe.triplet_scores(model, part) for kind, part in triplets.items() if part}
 
-    seeds = per_seed("s-table1-svo" if given.svo else "s-table1", given, make)
+    name = "s-table1"
+    if given.svo:
+        name = "s-table1-svo"
+    seeds = per_seed(name, given, make)
+    # the paper's: overall, subject, verb, object
     paper = {"right": ["0.79", "0.82", "0.76", "0.86"], "wrong": ["0.21", "0.18", "0.24", "0.14"],
              "difference": ["0.59", "0.64", "0.52", "0.72"], "right ahead": [""] * 4}
     kinds = ["overall"] + list(probe.KINDS)
     rows = []
-    for name, theirs in paper.items():
-        rows.append([name.replace("ahead", "ahead, %")])
+    for score, theirs in paper.items():
+        row = [score.replace("ahead", "ahead, %")]
         for kind in kinds:
-            means = [overall(content, kind, name) for content in seeds]
-            means = [mean for mean in means if mean is not None]
-            rows[-1].append(f"{np.mean(means):.2f}" if means else "no images")
-        rows[-1] += theirs
-    heads = ["score"] + kinds + [f"paper, {kind}" for kind in kinds]
-    return markdown(heads, rows)
-
-
-def overall(content: dict[str, dict], kind: str, name: str) -> float | None:
-    """A score of one kind of triplet, or of all, weighted by their numbers; None without any."""
-    parts = [part for each, part in content.items() if kind in (each, "overall")]
-    if not parts:
-        return None
-    return np.average([part[name] for part in parts], weights=[part["triplets"] for part in parts])
+            means = []
+            for content in seeds:
+                parts = list(content.values())          # all kinds, weighted by their numbers
+                if kind != "overall":
+                    parts = [content[kind]] if kind in content else []  # SVO-Probes may lack it
+                if parts:
+                    means.append(np.average([part[score] for part in parts],
+                                            weights=[part["triplets"] for part in parts]))
+            row.append(f"{np.mean(means):.2f}" if means else "no images")
+        rows.append(row + theirs)
+    return markdown(["score"] + kinds + [f"paper, {kind}" for kind in kinds], rows)
 
 
 def s_fig1(given: argparse.Namespace) -> str:
@@ -813,14 +771,14 @@ def s_fig1(given: argparse.Namespace) -> str:
     def make(seed: int) -> dict:
         model, world = clip_of(seed, given)
         sentences = sorted({s.sentence for s in data.read_annotations(world, "train", given.root)})
-        words_of = probe.shapes_words
+        words_of = probe.shapes_words                   # by their places, which it knows
         if given.dataset != "shapes":
             words_of = probe.spacy_words(parse.load(None))
-        weights = probe.word_weights(model, sentences, words_of)
         content = {}
-        for kind, values in weights.items():
+        for kind, values in probe.word_weights(model, sentences, words_of).items():
             if values:
-                counts, _ = np.histogram(np.clip(values, 0, 3), 30, (0, 3))
+                # subtle: what is above 3 is counted in the last bin, not lost
+                counts, _ = np.histogram(np.clip(values, 0, 3), 30, (0, 3))     # [30]
                 content[kind] = {"mean": float(np.mean(values)), "words": len(values),
                                  "histogram": counts.tolist()}
         return content
@@ -839,9 +797,10 @@ def s_fig1(given: argparse.Namespace) -> str:
 def fig3(given: argparse.Namespace) -> str:
     """Fig. 3: retrieval by the whole sentence, by its static and by its dynamic half."""
     runs = collect("table1", given)
-    chosen = [k for k in (0, 1, 2, 4) if runs[k]]
-    splits = [split for split in FINAL[:3] if split in runs[chosen[0]][0]["results"]]
     alone = clip_alone_of("table1", given)
+    chosen = [k for k in (0, 1, 2, 4) if runs[k]]       # both MMN, `vdi`, `vdi-staged`
+    first = runs[chosen[0]]
+    splits = [split for split in FINAL[:3] if split in first[0]["results"]]
     rates = {}                          # split -> method -> for Q, Q^s, Q^d the R@1 of each seed
     for split in splits:
         rates[split] = {"CLIP alone": [[content[query][split]["R@1,IoU=0.5"] for content in alone]
@@ -852,16 +811,16 @@ def fig3(given: argparse.Namespace) -> str:
                 for query in evaluate.QUERIES]
     if given.figures:
         figures.queries(figure_path("fig3", given), rates)
-    rows = []
-    for method in rates[splits[0]]:
-        rows.append([method])
-        for split in splits:
-            rows[-1] += [mean_and_deviation(values) for values in rates[split][method]]
     heads = [""]
     for split in splits:
-        heads += [f"{split}, {name}" for name in ("Q", "Q^s", "Q^d")]
-    columns = [(split, "") for split in splits]
-    return f"{markdown(heads, rows)}\n\n{sizes(runs[chosen[0]], columns)}."
+        heads += [f"{split}, Q", f"{split}, Q^s", f"{split}, Q^d"]
+    rows = []
+    for method in rates[splits[0]]:
+        row = [method]
+        for split in splits:
+            row += [mean_and_deviation(values) for values in rates[split][method]]
+        rows.append(row)
+    return f"{markdown(heads, rows)}\n\n{sizes(first, [(split, '') for split in splits])}."
 
 
 def collapse(given: argparse.Namespace) -> str:
@@ -869,19 +828,20 @@ def collapse(given: argparse.Namespace) -> str:
     runs = collect("table1", given)
 
     def log_of(k: int, kind: str) -> list[list[dict]]:
-        """The rows of row k's logs that are of epochs, or of steps of stage 1."""
+        """Seed -> the lines of row k's log that are of an "epoch", or of steps of a "stage"."""
         return [[line for line in run["log"] if kind in line] for run in runs[k]]
 
     logs = {"mmn": log_of(0, "epoch"), "vdi": log_of(2, "epoch"), "vdi-staged": log_of(4, "epoch")}
-    names = ["var FC(x^qd), Eq. 2", "var x~^qs", "var FC(x^qd), Eq. 5", "var m~"]
+    sides = ["var FC(x^qd), Eq. 2", "var x~^qs", "var FC(x^qd), Eq. 5", "var m~"]
     if given.figures:
-        figures.collapse(figure_path("collapse", given), names, logs)
-    parts = {"`vdi`": (logs["vdi"], names + ["L_vc", "L_sd", "cos x^qd"]),
-             "`vdi-staged`, stage 1": (log_of(4, "stage"), ["var x^qd", "cos x^qd"]),
-             "`vdi-staged`, stage 2": (logs["vdi-staged"], ["cos x^qd"])}
+        figures.collapse(figure_path("collapse", given), sides, logs)
     rows = []
-    for title, (seeds, shown) in parts.items():
-        for name in shown:
+    for title, seeds, names in (
+            ("`vdi`", logs["vdi"], sides + ["L_vc", "L_sd", "cos x^qd"]),
+            ("`vdi-staged`, stage 1", log_of(4, "stage"), ["var x^qd", "cos x^qd"]),
+            ("`vdi-staged`, stage 2", logs["vdi-staged"], ["cos x^qd"])):
+        for name in names:
+            # the last line of each, for a run may stop early
             first = np.mean([log[0][name] for log in seeds])
             last = np.mean([log[-1][name] for log in seeds])
             rows.append([f"{title}: {name}", f"{first:.4f}", f"{last:.4f}"])
@@ -895,31 +855,34 @@ def fig2(given: argparse.Namespace) -> str:
     return "drawn: assets/fig2.png"
 
 
+BLOCKS = {"mean": "mean pooling", "transformer": "temporal transformer", "tdb": "+ TDB",
+          "tab": "+ TAB", "both": "+ TDB + TAB"}        # of clip2video.model.VARIANTS
+METRICS = ["t2v R@1", "t2v R@5", "t2v MedR", "v2t R@1", "direction recognised, %",
+           "order recognised, %"]
+
+
 def blocks(given: argparse.Namespace) -> str:
     """CLIP2Video: what each of its blocks contributes. Test metrics of every variant and seed."""
-    names = {"mean": "mean pooling", "transformer": "temporal transformer", "tdb": "+ TDB",
-             "tab": "+ TAB", "both": "+ TDB + TAB"}
-    columns = ["t2v R@1", "t2v R@5", "t2v MedR", "v2t R@1", "direction recognised, %",
-               "order recognised, %"]
     rows = []
-    counts = set()
-    for variant in clip2video.model.VARIANTS:
+    for variant, name in BLOCKS.items():
         results = []
         for seed in seeds_of(given):
             config = clip2video.model.configure(dataset=world_of("shapes", seed), variant=variant,
                                                 seed=seed, root=given.root, device=given.device)
             choices = {name: value for name, value in dataclasses.asdict(config).items()
-                       if name not in ("root", "device", "out")}
+                       if name not in NOT_A_CHOICE}
+
+            def make() -> dict:
+                return {"results": clip2video.train.train(config, resume=config.folder.exists())}
+
             path = RESULTS / "clip2video" / f"{variant}-{seed}.json"
-            if not given.figures and stored_at(path, choices) is None:
-                continue                                # for the documents nothing is trained
-            train_it = functools.partial(clip2video.train.train, config, config.folder.exists())
-            results.append(cached(path, choices, lambda: {"results": train_it()})["results"])
-        counts.add(len(results))
-        rows.append([names[variant]])
-        rows[-1] += [mean_and_deviation([run[column] for run in results]) for column in columns]
-    seeds = " to ".join(str(count) for count in sorted(counts))
-    return f"{markdown([''] + columns, rows)}\n\n{seeds} seeds."
+            if not given.figures and stored_at(path, choices) is None:  # docs trains nothing
+                raise Mistake("clip2video is incomplete; run: python -m extras.reproduce "
+                              "clip2video")
+            results.append(cached(path, choices, make)["results"])
+        rows.append([name] + [mean_and_deviation([result[metric] for result in results])
+                              for metric in METRICS])
+    return f"{markdown([''] + METRICS, rows)}\n\n{len(seeds_of(given))} seeds."
 
 
 OTHERS = {"fig2": fig2, "fig3": fig3, "zero-shot": clip_alone, "s-table1": s_table1,
@@ -938,51 +901,48 @@ def result_of(what: str, given: argparse.Namespace) -> str:
 
 # "<!-- table1 -->", the table, "<!-- end -->"
 PLACE = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", re.S)
+# "[`mmn.fuse`](../mmn.py#L307)"
+LINK = re.compile(r"\[`([\w.]+)`\]\((?:\.\./)?([\w/]+\.py)(?:#L\d+)?\)")
 
 
-def filled(text: str, given: argparse.Namespace, figures_at: str) -> str:
-    """A document with the tables between its marks, over the seeds that were run."""
+def filled(text: str, given: argparse.Namespace, up: str) -> str:
+    """A document with the tables between its marks. up: the way from there to the top folder."""
     def table(match: re.Match) -> str:
         name = match[1]
-        seeds = given.seeds
         parts = [f"<!-- {name} -->"]
-        if name in TABLES:
-            seeds = seeds_stored(name, given)
-        if name in TABLES and not seeds:
-            parts.append(f"Not run yet: `python -m extras.reproduce {name}`")
-        else:
-            if name in FIGURES:
-                parts.append(f"![{name}]({figures_at}/{name}.png)")
-            parts.append(result_of(name, argparse.Namespace(**dict(vars(given), seeds=seeds))))
-            parts.append(f"`python -m extras.reproduce {name}`")
+        if name in FIGURES:
+            parts.append(f"![{name}]({up}assets/{name}.png)")
+        parts.append(result_of(name, given))
+        parts.append(f"`python -m extras.reproduce {name}`")
         return "\n\n".join(parts + ["<!-- end -->"])
 
     return PLACE.sub(table, text)
 
 
 def linked(text: str, up: str = "") -> str:
-    """Points every [`file.name`](file.py) to the line of that function or class. up: the way from
-    the document to the top folder."""
+    """Points every [`file.name`](file.py) to the line of that function or class."""
     def link(match: re.Match) -> str:
         path = match[2]
+        # parsed, not imported: a link needs the line only
         node = ast.parse((HERE / path).read_text(encoding="utf-8"))
-        for name in match[1].split(".")[1:]:
+        for name in match[1].split(".")[1:]:            # "mmn.MMN.scores": a class, then its method
             parts = [part for part in node.body if getattr(part, "name", "") == name]
             if not parts:
                 raise ValueError(f"a document links to {match[1]}, which does not exist in {path}")
             node = parts[0]
         return f"[`{match[1]}`]({up}{path}#L{node.lineno})"
 
-    return re.sub(r"\[`([\w.]+)`\]\((?:\.\./)?([\w/]+\.py)(?:#L\d+)?\)", link, text)
+    return LINK.sub(link, text)
 
 
 def documents(given: argparse.Namespace) -> dict[pathlib.Path, str]:
     """README.md and docs/*.md with the stored results and links to current lines."""
     texts = {}
     for path in [HERE / "README.md"] + sorted((HERE / "docs").glob("*.md")):
-        up = "" if path.parent == HERE else "../"
-        text = filled(path.read_text(encoding="utf-8"), given, f"{up}assets")
-        texts[path] = linked(text, up)
+        up = ""
+        if path.parent != HERE:
+            up = "../"
+        texts[path] = linked(filled(path.read_text(encoding="utf-8"), given, up), up)
     return texts
 
 
@@ -1008,7 +968,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--svo", metavar="DIR",
         help="s-table1 on SVO-Probes: a folder with svo_probes.csv and its images, named by id")
     given = arguments.parse_args(argv)
-    given.figures = "docs" not in given.what
+    given.figures = "docs" not in given.what            # docs only fills in the tables
     return given
 
 
@@ -1023,32 +983,31 @@ def main() -> None:
             return
         if len(given.what) > 1:
             raise Mistake("docs cannot be combined with tables; run it alone")
+        # all are made before the first is written
         for path, text in documents(given).items():
             files.save(path, text)
             print(f"wrote {path.relative_to(HERE)}")
 
 
 def reproduce(given: argparse.Namespace) -> None:
-    shapes_only = {"fig2", "clip2video"} & set(given.what)
-    if given.dataset != "shapes" and shapes_only:
-        raise Mistake(f"{', '.join(sorted(shapes_only))}: available for the shapes world only")
-    if given.dataset != "shapes" and "s-table1" in given.what and not given.svo:
-        raise Mistake("s-table1 is about photographs; name the folder of SVO-Probes' table and "
-                      "images with --svo (--dataset shapes draws images instead)")
-    tables = [NEEDS.get(what, what) for what in given.what]
-    tables = [what for what in tables if what in TABLES]
-    configs = {}                                        # an ordered set
-    for what in tables:
-        check(what, given)
-        for seed in seeds_of(given):
-            for config in configs_of(what, seed, given):
-                if config and can_run(config):
-                    configs[config] = None
+    """Runs what the chosen tables and figures need, and prints them."""
+    if given.dataset != "shapes":
+        for what in given.what:
+            if what in ("fig2", "clip2video"):
+                raise Mistake(f"{what}: available for the shapes world only")
+        if "s-table1" in given.what and not given.svo:
+            raise Mistake("s-table1 is about photographs; name the folder of SVO-Probes' table and "
+                          "images with --svo (--dataset shapes draws images instead)")
+    configs = []
+    for what in given.what:
+        what = NEEDS.get(what, what)                    # a figure shows another table's runs
+        if what in TABLES:
+            configs += runnable(what, given)
     if given.jobs is None:
         given.jobs = os.cpu_count() or 1
         if parallel.pick_device(given.device).type != "cpu":
-            given.jobs = 1
-    run_all(list(configs), given)
+            given.jobs = 1                              # a second run would only wait for the GPU
+    run_all(configs, given)
     for what in given.what:
         print(f"\n{what}, {given.dataset}\n\n{result_of(what, given)}")
 

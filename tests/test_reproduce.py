@@ -1,4 +1,4 @@
-"""extras/reproduce.py and extras/probe.py: which results are kept and when they count, the
+"""extras/reproduce.py and extras/probe.py: which results are stored and when they count, the
 bootstrap, the documents, and each probe against an independent computation."""
 import argparse
 import ast
@@ -28,18 +28,18 @@ from support.errors import Mistake
 def options(world, tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
     monkeypatch.chdir(tmp_path)
-    return argparse.Namespace(dataset="shapes", seeds=1, device="cpu", root=str(world), fresh=False,
-                              svo=None, figures=False,
-                              select_on_test=False, allow_missing=False)
+    return reproduce.parse_arguments(["docs", "--seeds", "1", "--device", "cpu", "--root",
+                                      str(world)])
 
 
-# ------------------------------------------------------------------------------------- what is kept
+# ----------------------------------------------------------------------------------- what is stored
 
 def test_a_row_is_run_once_and_only_for_the_same_choices(options, tmp_path, capsys):
     row = reproduce.Row("x", dict(method="mmn", epochs=1))
     config = reproduce.config_of(row, "shapes", 0, options)
     content = reproduce.run(config)
-    assert content == reproduce.stored(config) == json.loads(reproduce.file_of(config).read_text(encoding="utf-8"))
+    written = json.loads(reproduce.file_of(config).read_text(encoding="utf-8"))
+    assert content == reproduce.stored(config) == written
     assert set(content["results"]) == {"val", "test", "novel-word", "novel-composition"}
     assert set(content["hits"]["full"]) == set(content["results"]) - {"val"}
     for split in content["hits"]["full"]:
@@ -52,7 +52,8 @@ def test_a_row_is_run_once_and_only_for_the_same_choices(options, tmp_path, caps
     for change in (dict(seed=1), dict(epochs=2), dict(mask="something")):
         other = dataclasses.replace(config, **change)
         assert reproduce.stored(other) is None
-    assert reproduce.stored(dataclasses.replace(config, device="auto", root="x", out="y")) == content
+    elsewhere = dataclasses.replace(config, device="auto", root="x", out="y")
+    assert reproduce.stored(elsewhere) == content
 
 
 def test_what_is_made_afresh_leaves_the_other_seeds(options):
@@ -164,26 +165,26 @@ def rehearse(rehearsed, tmp_path, monkeypatch):
     """rehearse(*arguments): `python -m extras.reproduce` on them, on the smallest scale."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
+    monkeypatch.setitem(train.PRESETS, "charades", rehearsal.SMALL)
 
     def run(*arguments: str) -> None:
-        given = reproduce.parse_arguments([*arguments, "--dataset", "charades", "--seeds", "1",
-                                           "--device", "cpu", "--jobs", "1", "--root",
-                                           str(rehearsed / "data")])
-        given.fields = rehearsal.SMALL
-        reproduce.reproduce(given)
+        reproduce.reproduce(reproduce.parse_arguments([
+            *arguments, "--dataset", "charades", "--seeds", "1", "--device", "cpu", "--jobs", "1",
+            "--root", str(rehearsed / "data")]))
     return run
 
 
 @pytest.mark.rehearsal
 @pytest.mark.parametrize("dataset, count, only", [
     ("charades", 4, None), ("activitynet", 2, ["table2"])])
-def test_every_row_of_every_table_runs_to_the_end(dataset, count, only, published, tmp_path, monkeypatch,
-                                                  capsys):
+def test_every_row_of_every_table_runs_to_the_end(dataset, count, only, published, tmp_path,
+                                                  monkeypatch, capsys):
     """On a few videos of each split, one epoch each: no row fails after others were trained for
     hours, and every table has a line for each of its rows. Of ActivityNet-Captions, whose map of
     64 clips is slow, only the table of the original split."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rehearsal, "DATASETS", {dataset: rehearsal.DATASETS[dataset]})
+    monkeypatch.setitem(train.PRESETS, dataset, train.PRESETS[dataset] | rehearsal.SMALL)
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
     root = tmp_path / "data"
     rehearsal.build(root, str(published), count)
@@ -195,7 +196,6 @@ def test_every_row_of_every_table_runs_to_the_end(dataset, count, only, publishe
         more = ["--svo", "svo"] if what == "s-table1" else []
         given = real(dataset, "--root", str(root), *more)
         given.what = [what]
-        given.fields = rehearsal.SMALL
         reproduce.reproduce(given)
         text = capsys.readouterr().out
         assert f"\n{what}, {dataset}\n" in text
@@ -229,9 +229,10 @@ def test_what_could_not_be_shown_is_refused_before_training(rehearse, rehearsed,
             rehearse("table2")
         with pytest.raises(AssertionError, match="trained"):
             rehearse("table2", "--allow-missing")
-        monkeypatch.setattr(reproduce, "stored", lambda config: {"coverage": {"test": [2, 4, 1, 3]}})
+        stored = {"coverage": {"test": [2, 4, 1, 3]}}
+        monkeypatch.setattr(reproduce, "stored", lambda config: stored)
         with pytest.raises(Mistake, match=r"1 videos \(3 sentences\) of test have no features"):
-            rehearse("table2")                          # also of what is kept
+            rehearse("table2")                          # also of what is stored
     finally:
         path.write_text(content, encoding="utf-8")
 
@@ -292,36 +293,37 @@ def test_bootstrap_interval_is_that_of_the_normal_approximation():
     assert (low, high) == pytest.approx((5 - 1.96 * error, 5 + 1.96 * error), abs=0.3)
 
 
-def test_the_readme_shows_as_many_seeds_as_were_run(options, monkeypatch):
-    """Of two rows the first was run for seeds 0 and 1, the second for seed 0: one seed is shown."""
-    monkeypatch.setitem(reproduce.TABLES, "main", reproduce.TABLES["main"]._replace(
-        rows=reproduce.MAIN[:2]))
-    options.seeds, ran = None, {(reproduce.MAIN[0].name, 0), (reproduce.MAIN[0].name, 1),
-                                (reproduce.MAIN[1].name, 0)}
+def test_an_incomplete_table_is_refused(options, monkeypatch):
+    """Of two rows, the second was run for seed 0 only: means over different seeds would mislead."""
+    rows = reproduce.MAIN[:2]
+    monkeypatch.setitem(reproduce.TABLES, "main", reproduce.TABLES["main"]._replace(rows=rows))
+    ran = {(rows[0].name, 0), (rows[0].name, 1), (rows[1].name, 0)}
     monkeypatch.setattr(reproduce, "config_of", lambda row, dataset, seed, *_: (row.name, seed))
-    monkeypatch.setattr(reproduce, "stored", lambda config: {} if config in ran else None)
-    assert reproduce.seeds_stored("main", options) == 1
-    ran.clear()
-    assert reproduce.seeds_stored("main", options) == 0
-    assert len(reproduce.seeds_of(options)) == 3
+    monkeypatch.setattr(reproduce, "stored", lambda config: config if config in ran else None)
+    assert reproduce.collect("main", options) == [[(rows[0].name, 0)], [(rows[1].name, 0)]]
+    options.seeds = 2
+    with pytest.raises(Mistake, match="main is incomplete; run: python -m extras.reproduce main"):
+        reproduce.collect("main", options)
 
 
 def test_the_documents_are_in_step_with_the_results_and_the_code():
-    """README.md and docs/ are what `python -m extras.reproduce docs` would write now."""
-    given = argparse.Namespace(dataset="shapes", seeds=None, device="cpu", root="data", fresh=False,
-                               svo=None, figures=False,
-                              select_on_test=False, allow_missing=False)
-    documents = reproduce.documents(given)
+    """README.md and docs/ are what `python -m extras.reproduce docs` would write now, and every
+    table and figure with stored results stands in one of them."""
+    documents = reproduce.documents(reproduce.parse_arguments(["docs"]))
     assert len(documents) >= 6
     for path, text in documents.items():
-        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python -m extras.reproduce docs"
+        before = path.read_text(encoding="utf-8")
+        assert before == text, f"{path.name}: run python -m extras.reproduce docs"
+    shown = reproduce.PLACE.findall("\n".join(documents.values()))
+    assert set(shown) == {*reproduce.TABLES, *reproduce.OTHERS} - {"fig2"}
+    assert len(shown) == len(set(shown))
 
 
 def test_every_departure_has_a_row():
     """Each DEVIATION and UNSPECIFIED in the code has a row in docs/departures.md under the function
     or class that it is in; a DEVIATION in a row that says so."""
-    rows = [line for line in (reproduce.HERE / "docs" / "departures.md").read_text(encoding="utf-8").split("\n")
-            if line.startswith("|")]
+    document = (reproduce.HERE / "docs" / "departures.md").read_text(encoding="utf-8")
+    rows = [line for line in document.split("\n") if line.startswith("|")]
     marks = 0
     for path in sorted(reproduce.HERE.rglob("*.py")):
         parts = path.relative_to(reproduce.HERE).with_suffix("").parts
@@ -349,8 +351,8 @@ def test_links_to_functions_lead_to_their_lines():
     links = re.findall(r"\[`[\w.]*?(\w+)`\]\(([\w/]+\.py)#L(\d+)\)", text)
     assert len(links) > 20 and reproduce.linked(text) == text
     for name, file, line in links:
-        assert re.match(rf"\s*(def|class) {name}\b",
-                        (reproduce.HERE / file).read_text(encoding="utf-8").split("\n")[int(line) - 1])
+        lines = (reproduce.HERE / file).read_text(encoding="utf-8").split("\n")
+        assert re.match(rf"\s*(def|class) {name}\b", lines[int(line) - 1])
     with pytest.raises(ValueError, match="links to mmn.nothing, which does not exist"):
         reproduce.linked("[`mmn.nothing`](mmn.py)")
 
