@@ -203,7 +203,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks. Heads are 64 wide; any other number of heads is in the state dict."""
 
-    recompute = False       # True: keep each block's input only, compute the rest again (clip2video)
+    recompute = False       # True: keep each block's input only, compute the rest again
 
     def __init__(self, width: int, layers: int, heads: int, activation: type[nn.Module]):
         super().__init__()

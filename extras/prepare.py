@@ -222,7 +222,8 @@ def make_features(dataset: str, samples: dict[str, list[Sample]], given: argpars
     names = sorted({row.video for row in rows})         # the same order in every process
     if given.features and (given.backbone or given.clip in clip.PUBLISHED):
         # no weights are needed: the network is published, or not a CLIP
-        made = features_of.made_elsewhere(given.backbone or given.clip, given.features, features, names,
+        name = given.backbone or given.clip
+        made = features_of.made_elsewhere(name, given.features, features, names,
                                     T)
     else:
         device = parallel.pick_device(given.device)
