@@ -2,7 +2,6 @@
 
     python -m clip2video train                                  # the shapes world, in minutes
     python -m clip2video train --train-images true --out DIR    # with the image tower
-    python -m clip2video ablation --seeds 3                     # the effect of each block
     python -m clip2video prepare msrvtt --annotations DIR --videos DIR
     python -m clip2video train --dataset msrvtt --device cuda
     python -m clip2video evaluate runs/clip2video/shapes-both/ckpt.pt
@@ -18,7 +17,7 @@ moments within a video, which mmn.py finds (`python -m extras.search --videos` c
 
 Files, each of which imports only from those before it: model (settings, network, loss), data
 (published datasets, whole videos of a shapes world), evaluate (metrics, checkpoints), train (the
-loop, the ablation), search (an index of a folder of videos), __main__ (the command line).
+loop), search (an index of a folder of videos), __main__ (the command line).
 
 Shapes: B videos or sentences, V videos, T texts, L frames, W words, D width of CLIP's joint space,
 K centres, N tokens to aggregate. Masks [B, L] are bool, True = the frame exists. [code] marks what

@@ -1,5 +1,4 @@
 """The command line of clip2video/__init__.py."""
-import support  # first, for a Ctrl-C while torch is imported
 import json
 import os
 
@@ -41,8 +40,6 @@ def parse_arguments(argv: list[str] | None = None):
     add("--split", default="test", help="which videos (vatex also has test1k5)")
     add("--allow-missing", action="store_true", help="leave out videos without features")
     add("--json", action="store_true", help="print json")
-    add = start("ablation", "measure the effect of each block, on the shapes world", "data")
-    add("--seeds", type=int, default=3, help="number of worlds")
     add = start("index", "index a folder of videos, or update its index")
     add("checkpoint", help="ckpt.pt of a run")
     add("folder", help="folder of videos")
@@ -73,10 +70,6 @@ def run(given) -> None:
         results = evaluate.evaluate_checkpoint(given.checkpoint, given.root, device, given.split,
                                                given.allow_missing)
         print(json.dumps(results) if given.json else evaluate.table(results))
-    elif given.command == "ablation":
-        if given.seeds < 1:
-            raise Mistake("--seeds must be at least 1")
-        print(train.ablation_table(train.ablation(given.seeds, given.root, given.device)))
     elif given.command == "index":
         search.update_index(given.checkpoint, given.folder, given.out, device, given.root)
     else:

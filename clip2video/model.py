@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import clip
-import shapes
 from support.errors import Mistake
 from support.options import check_options, option
 
@@ -232,10 +231,17 @@ def logits(texts: tuple, videos: tuple, scale: Tensor) -> list[Tensor]:
     return [scale.exp() * t @ v.T for t, v in zip(texts, videos) if t is not None]
 
 
+def symmetric_loss(similarity: Tensor) -> Tensor:
+    """L_sym(S) = (CE(S) + CE(S^T)) / 2, nats: each text picks its video, and each video its text.
+
+    similarity  [B, B], the logits of text i and video j; the pairs are on the diagonal"""
+    pairs = torch.arange(len(similarity), device=similarity.device)
+    return (F.cross_entropy(similarity, pairs) + F.cross_entropy(similarity.T, pairs)) / 2
+
+
 def loss(similarities: list[Tensor], weight: float = 0.5) -> Tensor:
-    """L = w L_sym(S_g) + (1-w) L_sym(S_a) of [B, B] whose diagonals hold the pairs, nats; L_sym is
-    CLIP's loss. L_sym(S_g) alone without TAB."""
-    losses = [shapes.contrastive_loss(similarity) for similarity in similarities]
+    """L = w L_sym(S_g) + (1-w) L_sym(S_a); L_sym(S_g) alone without TAB. Each [B, B]."""
+    losses = [symmetric_loss(similarity) for similarity in similarities]
     if len(losses) == 1:
         return losses[0]
     return weight * losses[0] + (1 - weight) * losses[1]

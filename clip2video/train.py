@@ -1,9 +1,8 @@
-"""Training, and the ablation, which trains every variant. Shapes: see clip2video/__init__.py.
+"""Training. Shapes: see clip2video/__init__.py.
 
 A run is a folder: ckpt.pt (the best epoch), results.json, and what support/progress.py writes."""
 import dataclasses
 import json
-import pathlib
 import random
 from typing import NamedTuple
 
@@ -14,11 +13,8 @@ import clip
 import data
 from clip2video.data import Split, build_shapes, read_pixels, read_split
 from clip2video.evaluate import evaluate_checkpoint, retrieval_metrics, vectors
-from clip2video.model import MAX_SCALE, VARIANTS, CLIP2Video, Config, configure, logits, loss
-from support import files, parallel, progress, results
-from support.text import markdown, mean_and_deviation
-
-RESULTS = pathlib.Path(__file__).parent.parent / "results" / "clip2video"       # of the ablation
+from clip2video.model import MAX_SCALE, VARIANTS, CLIP2Video, Config, logits, loss
+from support import files, parallel, progress
 
 
 class Batch(NamedTuple):
@@ -63,7 +59,7 @@ def start(config: Config, device: torch.device) -> tuple[CLIP2Video, torch.optim
     return model, torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
-def loop(config: Config, resume: bool, signals: progress.Signals) -> None:
+def loop(config: Config, resume: bool) -> None:
     """The training loop. It keeps the epoch with the best t2v R@1 on the validation split."""
     device = parallel.pick_device(config.device)
     # test is read, too: its features should not turn out to be missing after the training
@@ -74,12 +70,12 @@ def loop(config: Config, resume: bool, signals: progress.Signals) -> None:
           f"{steps} steps per epoch")
     model, optimiser = start(config, device)
     run = progress.Run(config.folder, dataclasses.asdict(config), model, optimiser, config.epochs,
-                       lambda row: row["t2v R@1"], resume=resume, signals=signals)
+                       lambda row: row["t2v R@1"], resume=resume)
 
     for epoch in run.epochs():                                          # those left
         model.train()
         batches = batches_of_epoch(training, config, epoch)
-        for step, batch in run.steps(batches):                  # those left, if it was interrupted
+        for step, batch in run.steps(batches):
             done = (epoch + step / len(batches)) / config.epochs
             # CLIP4Clip's schedule: a linear warm-up, then a cosine to 0
             rate = done / 0.1 if done < 0.1 else progress.cosine(done)
@@ -100,11 +96,10 @@ def loop(config: Config, resume: bool, signals: progress.Signals) -> None:
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for p in model.parameters():                # and each by itself, as CLIP4Clip does
                 nn.utils.clip_grad_norm_(p, 1.0)
-            if run.is_finite({"loss": value}, norm):                    # else the run stops here
-                optimiser.step()
+            optimiser.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(max=MAX_SCALE)
-            run.add({"loss": value})                                    # mean for the log
+            run.add({}, value, norm)                    # for the log; not finite: the run stops
         texts, videos, video_of = vectors(model, splits["val"], config, device)
         if run.end_epoch(retrieval_metrics(texts @ videos.T, video_of)):        # the best so far
             files.save_tensors(config.folder / "ckpt.pt", {
@@ -115,45 +110,11 @@ def loop(config: Config, resume: bool, signals: progress.Signals) -> None:
 
 def train(config: Config, resume: bool = False) -> dict:
     """One run, in config.folder. Returns the metrics of the selected epoch on the test videos."""
-    with progress.locked(config.folder, resume):
-        if config.dataset.startswith("shapes"):
-            build_shapes(config)
-        with progress.Signals() as signals:
-            loop(config, resume, signals)
-        metrics = evaluate_checkpoint(config.folder / "ckpt.pt", config.root,
-                                      parallel.pick_device(config.device))
-        files.save(config.folder / "results.json", json.dumps(metrics, indent=1))
-        return metrics
-
-
-def ablation(seeds: int, root: str, device: str, only_kept: bool = False) -> dict[str, list[dict]]:
-    """Variant -> test metrics of each seed (worlds and training seeds 0, 1, ...). What has no
-    result with these settings in results/clip2video/ is trained, or left out if `only_kept`."""
-    runs: dict[str, list[dict]] = {}
-    for variant in VARIANTS:
-        for seed in range(seeds):
-            world = f"shapes-{seed}" if seed else "shapes"
-            config = configure(dataset=world, variant=variant, seed=seed, root=root, device=device)
-            settings = {name: value for name, value in dataclasses.asdict(config).items()
-                        if name not in ("root", "device", "out")}
-            path = RESULTS / f"{variant}-{seed}.json"
-            if only_kept and results.kept(path, settings) is None:
-                continue
-            content = results.cached(path, settings, lambda: {
-                "results": train(config, resume=config.folder.exists())})
-            runs.setdefault(variant, []).append(content["results"])
-    return runs
-
-
-def ablation_table(ablated: dict[str, list[dict]]) -> str:
-    """Markdown: mean and standard deviation over seeds."""
-    names = {"mean": "mean pooling", "transformer": "temporal transformer", "tdb": "+ TDB",
-             "tab": "+ TAB", "both": "+ TDB + TAB"}
-    columns = ("t2v R@1", "t2v R@5", "t2v MedR", "v2t R@1", "direction recognised, %",
-               "order recognised, %")
-    rows = []
-    for variant, runs in ablated.items():
-        cells = [mean_and_deviation([run[column] for run in runs]) for column in columns]
-        rows.append([names[variant], *cells])
-    counts = sorted({len(runs) for runs in ablated.values()})
-    return f"{markdown(['', *columns], rows)}\n\n{' to '.join(map(str, counts))} seeds."
+    progress.new_folder(config.folder, resume)
+    if config.dataset.startswith("shapes"):
+        build_shapes(config)
+    loop(config, resume)
+    metrics = evaluate_checkpoint(config.folder / "ckpt.pt", config.root,
+                                  parallel.pick_device(config.device))
+    files.save(config.folder / "results.json", json.dumps(metrics, indent=1))
+    return metrics

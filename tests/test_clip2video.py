@@ -200,14 +200,14 @@ def test_words_are_what_is_between_start_and_padding(text):
 def test_loss_by_hand_and_its_symmetry():
     """A certain diagonal costs nothing. [[1, 0], [0, 0]]: rows log(1 + e^-1) and log 2, columns the
     same, so (0.3133 + 0.6931) / 2 = 0.5032."""
-    assert shapes.contrastive_loss(100 * torch.eye(4)).item() == pytest.approx(0, abs=1e-6)
+    assert network.symmetric_loss(100 * torch.eye(4)).item() == pytest.approx(0, abs=1e-6)
     S = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    assert shapes.contrastive_loss(S).item() == pytest.approx(0.5032, abs=1e-4)
+    assert network.symmetric_loss(S).item() == pytest.approx(0.5032, abs=1e-4)
     S = torch.randn(5, 5)
-    assert torch.isclose(shapes.contrastive_loss(S), shapes.contrastive_loss(S.T))
+    assert torch.isclose(network.symmetric_loss(S), network.symmetric_loss(S.T))
     a, b = torch.randn(3, 3), torch.randn(3, 3)
-    assert torch.isclose(network.loss([a, b], 0.25), 0.25 * shapes.contrastive_loss(a)
-                         + 0.75 * shapes.contrastive_loss(b))
+    expected = 0.25 * network.symmetric_loss(a) + 0.75 * network.symmetric_loss(b)
+    assert torch.isclose(network.loss([a, b], 0.25), expected)
 
 
 def test_gradients_reach_every_new_weight(text):
@@ -367,6 +367,12 @@ def trained(world, tmp_path_factory):
     return root, text
 
 
+def killed_after(epochs: int, *arguments) -> None:
+    """Runs `python -m clip2video` in a process that ends as soon as last.pt holds these epochs."""
+    program = HERE / "tests" / "programs" / "stop_clip2video.py"
+    command(program, epochs, *arguments, status=9)
+
+
 def same_weights(a: pathlib.Path, b: pathlib.Path) -> bool:
     """Do the runs in two folders have the same weights, bit for bit, and the same metrics?"""
     one, two = (torch.load(path / "last.pt", weights_only=True)["model"] for path in (a, b))
@@ -383,55 +389,34 @@ def test_train_evaluate_and_resume(trained, tmp_path):
     assert json.loads(run("evaluate", root / "run" / "ckpt.pt", "--json")) \
         == json.loads((root / "run" / "results.json").read_text())
     assert "already holds a run" in run("train", "--root", root, "--out", root / "run", status=2)
-    script = tmp_path / "stop.py"
-    script.write_text("import runpy, sys\n"
-                      "from support import files\n"
-                      "save = files.save_tensors\n"
-                      "def stop(path, content):\n"
-                      "    save(path, content)\n"
-                      "    if path.name == 'last.pt': sys.exit(9)\n"
-                      "files.save_tensors = stop\n"
-                      "runpy.run_module('clip2video', run_name='__main__')\n")
     arguments = ("train", "--root", root, "--epochs", 2, "--device", "cpu", "--out",
                  tmp_path / "run")
-    command(script, *arguments, status=9)
+    killed_after(1, *arguments)
     assert "resuming after epoch 1" in run(*arguments, "--resume")
     assert same_weights(root / "run", tmp_path / "run")
     assert "another seed" in run(*arguments, "--seed", 5, "--resume", status=2)
 
 
-def stops_after(steps, tmp_path):
-    """A program: `python -m clip2video` that gets a Ctrl-C in a training step."""
-    script = tmp_path / "stop.py"
-    script.write_text("import os, runpy, signal\n"
-                      "from support import progress\n"
-                      "add, steps = progress.Run.add, []\n"
-                      "def stop(run, values):\n"
-                      "    add(run, values)\n"
-                      "    steps.append(values)\n"
-                      f"    if len(steps) == {steps}: os.kill(os.getpid(), signal.SIGINT)\n"
-                      "progress.Run.add = stop\n"
-                      "runpy.run_module('clip2video', run_name='__main__')\n")
-    return script
+def log_rows(folder: pathlib.Path) -> list[dict]:
+    """The rows of a run's log without the measured times."""
+    rows = []
+    for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        rows.append({key: value for key, value in json.loads(line).items()
+                     if key not in ("minutes", "data %")})
+    return rows
 
 
-def test_stopped_in_the_middle_of_an_epoch(trained, tmp_path):
-    """Ctrl-C in the second of three steps of epoch 2 finishes that step; the resumed run ends with
-    the same bits as one that was not stopped, and its log has the same rows."""
+def test_killed_after_an_epoch(trained, tmp_path):
+    """The resumed run ends with the same bits as one that was not killed, and logs the same."""
     root, _ = trained
     arguments = ("train", "--root", root, "--epochs", 3, "--batch", 8, "--device", "cpu", "--out")
     assert "24 captions, 3 steps per epoch" in run(*arguments, tmp_path / "whole")
-    script = stops_after(5, tmp_path)
-    assert "stopped after 2 steps of epoch 2" in command(script, *arguments, tmp_path / "parts",
-                                                         status=130)
-    assert "resuming after epoch 1 and 2 steps" in run(*arguments, tmp_path / "parts", "--resume")
+    killed_after(2, *arguments, tmp_path / "parts")
+    assert not (tmp_path / "parts" / "results.json").exists()
+    assert "resuming after epoch 2" in run(*arguments, tmp_path / "parts", "--resume")
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
-    logs = []
-    for name in ("whole", "parts"):
-        rows = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
-        logs.append([{key: value for key, value in row.items() if key not in ("minutes", "data %")}
-                     for row in rows])
-    assert logs[0] == logs[1] and len(logs[0]) == 3
+    rows = log_rows(tmp_path / "whole")
+    assert rows == log_rows(tmp_path / "parts") and len(rows) == 3
 
 
 def test_search_a_folder_of_videos(trained, tmp_path):
@@ -671,16 +656,15 @@ def test_gradients_of_the_image_tower(pixels):
 
 
 def test_train_the_image_tower_resume_and_search(pixels, world, tmp_path):
-    """Stopped within an epoch and resumed: the same bits. The checkpoint holds a tower that moved,
+    """Killed after an epoch and resumed: the same bits. The checkpoint holds a tower that moved,
     and it alone encodes: index gives a video the vector that the checkpoint does, without the
     CLIP's file."""
     root, _ = pixels
     arguments = ("train", "--root", root, "--epochs", 2, "--batch", 8, "--device", "cpu",
                  "--train-images", "true", "--out")
     text = run(*arguments, tmp_path / "whole")
-    script = stops_after(3, tmp_path)
-    command(script, *arguments, tmp_path / "parts", status=130)
-    assert "resuming after epoch 1 and 1 steps" in run(*arguments, tmp_path / "parts", "--resume")
+    killed_after(1, *arguments, tmp_path / "parts")
+    assert "resuming after epoch 1" in run(*arguments, tmp_path / "parts", "--resume")
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
     checkpoint = tmp_path / "whole" / "ckpt.pt"
