@@ -7,7 +7,6 @@
     python -m clip2video evaluate runs/clip2video/shapes-both/ckpt.pt
     python -m clip2video index CKPT DIR --out index/            # a folder of videos
     python -m clip2video search index/ "a red circle rises"
-    python -m clip2video search DIR "a red circle rises" --checkpoint CKPT      # both in one
 
 Videos and sentences are encoded as two unit vectors each. For the global one, the temporal
 difference block (TDB) inserts the changes between frames; for the aligned one, the temporal

@@ -1,12 +1,11 @@
 """The command line of clip2video/__init__.py."""
 import json
-import os
 
 import clip2video
 from clip2video import data, evaluate, search, train
 from clip2video.model import PRESETS, Config, configure
 from support import options, parallel
-from support.errors import Mistake, reported
+from support.errors import reported
 from support.text import printable
 
 
@@ -33,8 +32,6 @@ def parse_arguments(argv: list[str] | None = None):
     add("--videos", required=True, help="folder of its video files")
     add("--clip", default=Config.clip, help="a published CLIP, a file, or 'shapes'")
     add("--train-images", action="store_true", help="store pixels, for train --train-images true")
-    add("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1),
-        help="decoding processes (0: none)")
     add = start("evaluate", "compute the metrics of a checkpoint")
     add("checkpoint", help="ckpt.pt of a run")
     add("--split", default="test", help="which videos (vatex also has test1k5)")
@@ -44,10 +41,9 @@ def parse_arguments(argv: list[str] | None = None):
     add("checkpoint", help="ckpt.pt of a run")
     add("folder", help="folder of videos")
     add("--out", required=True, help="folder of the index (may be that of python -m extras.index)")
-    add = start("search", "rank the videos of an index, or of a folder, by a sentence")
-    add("index", help="folder of the index; with --checkpoint, of videos")
+    add = start("search", "rank the videos of an index by a sentence")
+    add("index", help="folder of the index")
     add("sentences", nargs="+", help="what to look for")
-    add("--checkpoint", help="ckpt.pt of a run: index the folder of videos first")
     add("--top", type=int, default=10, help="answers per sentence")
     return parser.parse_args(argv)
 
@@ -61,11 +57,9 @@ def run(given) -> None:
         print(options.settings(config))
         print(evaluate.table(train.train(config, given.resume)))
     elif given.command == "prepare":
-        if given.workers < 0:
-            raise Mistake("--workers must be at least 0")
         config = configure(dataset=given.dataset, clip=given.clip, root=given.root,
                            device=given.device, train_images=given.train_images)
-        data.prepare(config, given.annotations, given.videos, given.workers)
+        data.prepare(config, given.annotations, given.videos)
     elif given.command == "evaluate":
         results = evaluate.evaluate_checkpoint(given.checkpoint, given.root, device, given.split,
                                                given.allow_missing)
@@ -73,10 +67,7 @@ def run(given) -> None:
     elif given.command == "index":
         search.update_index(given.checkpoint, given.folder, given.out, device, given.root)
     else:
-        folder = given.index
-        if given.checkpoint:
-            folder = search.cached_index(given.checkpoint, folder, device, given.root)
-        ranker = search.Ranker(folder, device, given.root)
+        ranker = search.Ranker(given.index, device, given.root)
         for sentence, videos in zip(given.sentences, ranker.best(given.sentences, given.top)):
             print(f"\"{printable(sentence)}\"")
             for k, (name, score) in enumerate(videos, 1):

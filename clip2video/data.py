@@ -6,6 +6,7 @@ import csv
 import functools
 import itertools
 import json
+import os
 import pathlib
 import pickle
 import random
@@ -231,10 +232,10 @@ def read_published(dataset: str, folder: str | pathlib.Path) -> Captions:
     return splits
 
 
-def prepare(config: Config, annotations: str, videos: str, workers: int) -> None:
+def prepare(config: Config, annotations: str, videos: str) -> None:
     """Published annotations and a folder of videos -> captions and features below the root, with
-    config.train_images also pixels. `workers` processes decode. Can be interrupted: the next call
-    continues. Mistake if a folder lacks what it should contain."""
+    config.train_images also pixels. Can be interrupted: the next call continues. Mistake if a
+    folder lacks what it should contain."""
     video.pyav()
     splits = read_published(config.dataset, annotations)
     found, paths, failed = video.find_files(videos, video.VIDEOS), {}, {}
@@ -252,6 +253,7 @@ def prepare(config: Config, annotations: str, videos: str, workers: int) -> None
         else:
             failed[name] = f"no video file is named {name}"
     times = candidate_times if config.train_images else frame_times
+    workers = max(1, (os.cpu_count() or 2) - 1)         # one core is left to the encoder
     decoding = video.decode_all(paths, config.frames, model.visual.resolution, workers,
                                 functools.partial(times, stride=config.stride))
     try:

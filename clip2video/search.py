@@ -1,5 +1,4 @@
 """An index of the whole videos in a folder, and their ranking by a sentence."""
-import hashlib
 import pathlib
 import time
 
@@ -87,16 +86,6 @@ def read_vectors(folder: str | pathlib.Path) -> tuple[Entries, str, str]:
                     str(file["sha256"]))
     except Exception as error:  # numpy raises a dozen types for a damaged or hostile file
         raise Mistake(f"{path} is damaged ({error}); remove it and index again") from error
-
-
-def cached_index(checkpoint: str, folder: str, device: torch.device,
-                 root: str | None = None) -> pathlib.Path:
-    """The updated index of a folder of videos, kept in ~/.cache/clip2video."""
-    key = f"{pathlib.Path(folder).resolve()}\n{files.sha256(checkpoint)}"
-    name = hashlib.sha256(key.encode()).hexdigest()[:16]
-    out = pathlib.Path("~/.cache/clip2video").expanduser() / name
-    update_index(checkpoint, folder, out, device, root)
-    return out
 
 
 class Ranker:

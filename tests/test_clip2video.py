@@ -453,9 +453,8 @@ def test_search_a_folder_of_videos(trained, tmp_path):
                tmp_path / "other.pt")
     assert "another checkpoint" in run("index", tmp_path / "other.pt", tmp_path / "videos", "--out",
                                        tmp_path / "index", status=2)
-    text = run("search", tmp_path / "videos", "a red circle", "--checkpoint",
-               root / "run" / "ckpt.pt", "--top", 1, env={"HOME": str(tmp_path)})
-    assert "failed: broken.mp4" in text and "  1  " in text and "  2  " not in text
+    text = run("search", tmp_path / "index", "a red circle", "--top", 1)
+    assert "  1  " in text and "  2  " not in text
     for arguments in ((), ("--top", 0)):
         assert run("search", tmp_path / "index", "" if not arguments else "a",
                    *arguments, status=2)
@@ -507,16 +506,13 @@ def test_prepare(tmp_path, world, published):
     arguments = ("prepare", "msvd", "--annotations", tmp_path, "--videos", tmp_path / "videos",
                  "--clip", "shapes", "--device", "cpu", "--root")
     assert "the small CLIP of shapes does not exist" in run(*arguments, tmp_path, status=2)
-    stores = []
-    for workers, root in enumerate((tmp_path / "plain", tmp_path / "data")):
-        root.mkdir()
-        (root / "shapes").symlink_to(world / "shapes")
-        text = run(*arguments, root, "--workers", 2 * workers)
-        assert "train: 1 videos, 2 captions" in text and "1 videos have no features" in text
-        stores.append({path.name: path.read_bytes() for path in (root / "msvd").rglob("*.*")
-                       if path.is_file()})
-    assert stores[0] == stores[1] and "a.frames.npy" in stores[0]
-    assert b"cannot be opened as a video" in stores[0]["failed.txt"]
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "shapes").symlink_to(world / "shapes")
+    text = run(*arguments, root)
+    assert "train: 1 videos, 2 captions" in text and "1 videos have no features" in text
+    store = root / "msvd" / "features" / "clip2video"
+    assert "cannot be opened as a video" in (store / "failed.txt").read_text(encoding="utf-8")
     arguments += (root,)
     train = ("train", "--dataset", "msvd", "--root", root, "--clip", "shapes", "--epochs", 1,
              "--device", "cpu", "--out", tmp_path / "run")
@@ -528,7 +524,6 @@ def test_prepare(tmp_path, world, published):
     assert "1 of 1 videos of train have no features or no pixels" in run(*trained, status=2)
     run(*arguments, "--train-images")
     assert "t2v R@1" in run(*trained)
-    assert "--workers must be at least 0" in run(*arguments, "--workers", -1, status=2)
     (tmp_path / "test_list.txt").write_text("a\n")
     assert "both in train and test" in run(*arguments, status=2)
     (tmp_path / "raw-captions.pkl").write_bytes(b"no pickle")
