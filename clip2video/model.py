@@ -1,7 +1,6 @@
 """The settings, the network, its similarities and its loss. Shapes: see clip2video/__init__.py."""
 import copy
 import dataclasses
-import functools
 import math
 import pathlib
 
@@ -149,9 +148,6 @@ class CLIP2Video(nn.Module):
         self.text, self.temporal, self.align, self.visual = text, temporal, align, visual
         if isinstance(visual, clip.ModifiedResNet):     # recomputing would count its batches twice
             raise Mistake("--train-images needs a CLIP whose image tower is a ViT, not a ResNet")
-        for block in visual.transformer.resblocks if visual else ():
-            # keeps the input of each block only, and computes the rest again in the backward pass
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         self.logit_scale = nn.Parameter(torch.tensor(scale))
         if temporal == "tdb":
             self.difference = TemporalDifference(text)
@@ -165,8 +161,20 @@ class CLIP2Video(nn.Module):
             self.centres = nn.Parameter(torch.randn(centres, D) * 0.125)        # C [K, D]
 
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Like clip.CLIP's, by the trained image tower."""
-        return self.visual(images)
+        """clip.VisionTransformer.forward of the trained tower, in less memory: [B, 3, R, R] -> class
+        token [B, D], patches [B, D, H, W]."""
+        tower = self.visual
+        x = images
+        for convolution in tower.stem:                                  # of the shapes world's CLIP
+            x = F.relu(convolution(x))
+        x = tower.conv1(x).flatten(2).transpose(1, 2)                   # [B, HW, C]
+        x = torch.cat([tower.class_embedding.expand(len(x), 1, -1), x], 1)      # [B, 1 + HW, C]
+        x = tower.ln_pre(x + tower.positional_embedding)
+        for block in tower.transformer.resblocks:
+            # keeps the input of each block only, and computes the rest again in the backward pass
+            x = checkpoint(block, x, use_reentrant=False)
+        x = tower.ln_post(x) @ tower.proj                               # [B, 1 + HW, D]
+        return x[:, 0], x[:, 1:].transpose(1, 2).unflatten(2, (tower.grid, tower.grid))
 
     def encode_pixels(self, pixels: Tensor, mask: Tensor) -> Tensor:
         """The frames that exist, uint8 [mask.sum(), 3, R, R] -> features [B, L, D], else 0."""
