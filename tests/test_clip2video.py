@@ -230,9 +230,9 @@ def test_one_vector_holds_both_similarities(text):
     with torch.no_grad():
         t, v = model.encode_text(ids), model.encode_video(frames, mask)
         for w in (0.5, 0.3):
-            both = network.joined(*t, w) @ network.joined(*v, w).T
+            both = network.joined(t, w) @ network.joined(v, w).T
             assert torch.allclose(both, w * t[0] @ v[0].T + (1 - w) * t[1] @ v[1].T, atol=1e-6)
-            assert torch.allclose(network.joined(*v, w).norm(dim=1), torch.ones(3))
+            assert torch.allclose(network.joined(v, w).norm(dim=1), torch.ones(3))
 
 
 # ------------------------------------------------------------------------------------------ metrics
@@ -460,7 +460,7 @@ def test_search_a_folder_of_videos(trained, tmp_path):
                    *arguments, status=2)
     (name, score), *_ = ranker.best(["the blue bar falls"], 3)[0]
     with torch.no_grad():
-        t = network.joined(*ranker.model.encode_text(clip.tokenize("the blue bar falls", 40)))
+        t = network.joined(ranker.model.encode_text(clip.tokenize("the blue bar falls", 40)))
     assert score == pytest.approx((t @ ranker.vectors[ranker.names.index(name)]).item(), abs=1e-5)
     assert "no vectors of whole videos" in run("search", tmp_path, "a", status=2)
 
@@ -681,7 +681,7 @@ def test_train_the_image_tower_resume_and_search(pixels, world, tmp_path):
     run("index", checkpoint, tmp_path / "videos", "--out", tmp_path / "index", "--root", tmp_path)
     x = data.encode_file(model, tmp_path / "videos" / "test-0000.mp4", config).float()[None]
     with torch.no_grad():
-        vector = network.joined(*model.encode_video(x, (x != 0).any(2)))
+        vector = network.joined(model.encode_video(x, (x != 0).any(2)))
     assert torch.allclose(search.read_vectors(tmp_path / "index")[0]["test-0000.mp4"][0], vector[0],
                           atol=1e-5)
     (root / "shapes-videos/features/clip2video/pixels/test-000-0.npy").write_bytes(b"no frames")
