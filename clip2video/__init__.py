@@ -2,7 +2,6 @@
 
     python -m clip2video train                                  # the shapes world, in minutes
     python -m clip2video train --train-images true --out DIR    # with the image tower
-    python -m extras.reproduce clip2video                       # the effect of each block
     python -m clip2video prepare msrvtt --annotations DIR --videos DIR
     python -m clip2video train --dataset msrvtt --device cuda
     python -m clip2video evaluate runs/clip2video/shapes-both/ckpt.pt
