@@ -3,9 +3,9 @@
 A dataset is a folder below the root: <split>.captions.json (the captions of each video) and a store
 of features. `prepare` makes it from a published dataset, `build_shapes` from a shapes world."""
 import csv
+import dataclasses
 import functools
 import json
-import os
 import pathlib
 import pickle
 import random
@@ -22,6 +22,7 @@ import data
 import shapes
 import video
 from clip2video.model import Config
+from extras import features
 from support import files, parallel
 from support.errors import Mistake, reason
 
@@ -116,12 +117,33 @@ def encode(model: clip.CLIP, pixels: Tensor, config: Config) -> Tensor:
     return F.pad(x, (0, 0, 0, config.frames - len(x)))
 
 
+def read_file(path: pathlib.Path, config: Config, resolution: int) -> tuple[Tensor, float]:
+    """A video file -> the frames of `frame_times`, or with config.train_images all candidates,
+    uint8 [n, 3, R, R], and its duration in seconds. VideoError if it cannot be read."""
+    found = video.inspect(path)
+    times_sec = candidate_times(found.duration_sec, config.frames, config.stride)
+    if not config.train_images:
+        times_sec = times_sec[choose(len(times_sec), config.frames, config.stride)]
+    first_sec = 0.0
+    step_sec = 0.2                                      # 5 frames per second [code]
+    if not config.stride:                               # the centres of thirds of parts
+        step_sec = found.duration_sec / config.frames / 3
+        first_sec = step_sec / 2
+    places = np.round((times_sec - first_sec) / step_sec).astype(int)   # in steps
+    wanted = set(places.tolist())
+    frames = []
+    for place, frame in enumerate(video.frames_every(found, first_sec, step_sec, places[-1] + 1)):
+        if place in wanted:
+            frames.append(clip.crop(frame[None], resolution))
+    return torch.cat(frames), found.duration_sec
+
+
 def encode_file(model: clip.CLIP, path: pathlib.Path, config: Config) -> Tensor:
     """A video file -> features [L, D] float16, padded with zeros. VideoError if it is damaged."""
     # DEVIATION: features are made once: the image tower stays frozen, frames are not jittered;
     # the authors' way is --train-images
-    pixels, _ = video.sample_frames(path, config.frames, model.visual.resolution,
-                                    functools.partial(frame_times, stride=config.stride))
+    config = dataclasses.replace(config, train_images=False)            # no candidates
+    pixels, _ = read_file(path, config, model.visual.resolution)
     return encode(model, pixels, config)
 
 
@@ -256,7 +278,7 @@ def prepare(config: Config, annotations: str, videos: str) -> None:
     """Published annotations and a folder of videos -> captions and features below the root, with
     config.train_images also pixels. Can be interrupted: the next call continues. Mistake if a
     folder lacks what it should contain."""
-    video.pyav()
+    files.need("imageio_ffmpeg", "reading videos")
     splits = read_published(config.dataset, annotations)
     path = data.clip_file(config.clip, config.root)
     if config.clip.startswith("shapes") and path == config.clip:        # no such file was found
@@ -277,12 +299,8 @@ def prepare(config: Config, annotations: str, videos: str) -> None:
             paths[name] = video_files[name]
         else:
             failed[name] = f"no video file is named {name}"
-    times = frame_times
-    if config.train_images:
-        times = candidate_times                 # a superset, from which jitter draws
-    workers = max(1, (os.cpu_count() or 2) - 1)         # one core is left to the encoder
-    decoding = video.decode_all(paths, config.frames, model.visual.resolution, workers,
-                                functools.partial(times, stride=config.stride))
+    read = functools.partial(read_file, config=config, resolution=model.visual.resolution)
+    decoding = features.decode_all(paths, read)
     try:
         for name, decoded in tqdm(decoding, total=len(paths), desc="features", disable=None):
             try:
@@ -290,14 +308,14 @@ def prepare(config: Config, annotations: str, videos: str) -> None:
                     raise data.VideoError(decoded.reason)
                 pixels = decoded.frames                                 # [n, 3, R, R]
                 if config.train_images:
-                    save_pixels(config, name, pixels)
+                    save_pixels(config, name, pixels.numpy())
                     pixels = pixels[choose(len(pixels), config.frames, config.stride)]
-                store.write(name, encode(model, torch.from_numpy(pixels), config), None,
+                store.write(name, encode(model, pixels, config), None,
                             decoded.duration_sec)
             except data.VideoError as error:
                 failed[name] = str(error)
     finally:
-        decoding.close()                                                # ends the workers
+        decoding.close()                                                # cancels what has not begun
         store.save_manifest()
     store.save_failed(failed)
     if not store.manifest["videos"]:

@@ -412,12 +412,8 @@ def test_clip2video(world, tmp_path, device, monkeypatch):
         clip2video.search.update_index(folder / "ckpt.pt", tmp_path / "videos", folder / "index",
                                        kind, str(tmp_path))
         ranker = clip2video.search.Ranker(folder / "index", kind, str(tmp_path))
-<<<<<<< HEAD
         return [metrics["videos"],
                 json.loads((folder / "log.jsonl").read_text(encoding="utf-8"))["L"],
-=======
-        return [metrics["videos"], json.loads((folder / "log.jsonl").read_text())["L"],
->>>>>>> edit-c2v
                 [score for best in ranker.best(SENTENCES, 2) for _, score in best]]
 
     for images in (False, True):
