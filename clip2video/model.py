@@ -156,7 +156,7 @@ class CLIP2Video(nn.Module):
         self.temporal = temporal
         self.align = align
         self.visual = visual
-        if isinstance(visual, clip.ModifiedResNet):     # recomputing would count its batches twice
+        if isinstance(visual, clip.ModifiedResNet):     # `encode_image` follows a ViT
             raise Mistake("--train-images needs a CLIP whose image tower is a ViT, not a ResNet")
         self.logit_scale = nn.Parameter(torch.tensor(scale))
         if temporal == "tdb":

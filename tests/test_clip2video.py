@@ -500,7 +500,7 @@ def test_an_epoch_sees_every_caption_once(trained, tmp_path):
 
 
 def test_prepare(tmp_path, world, published):
-    """Three short real videos as MSVD. A broken one in test is reported, and training refuses it."""
+    """Three short real videos as MSVD. A broken one in test is reported, and stops a training."""
     published_files(tmp_path)
     (tmp_path / "videos").mkdir()
     for name in "ab":
