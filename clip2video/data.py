@@ -38,10 +38,8 @@ class Split(NamedTuple):
 
 def dataset_folder(config: Config) -> pathlib.Path:
     """<root>/<dataset>; the whole videos of shapes are in <root>/shapes-videos."""
-    name = config.dataset
-    if name.startswith("shapes"):
-        name += "-videos"                       # <root>/shapes is train.py's, of moments
-    return pathlib.Path(config.root) / name
+    suffix = "-videos" if config.dataset.startswith("shapes") else ""   # shapes/ is train.py's
+    return pathlib.Path(config.root) / f"{config.dataset}{suffix}"
 
 
 def read_split(config: Config, split: str) -> Split:
@@ -49,7 +47,8 @@ def read_split(config: Config, split: str) -> Split:
     videos without features, unless config.allow_missing leaves them out."""
     path = dataset_folder(config) / f"{split}.captions.json"
     if not path.exists():
-        raise Mistake(f"there is no {path}; python -m clip2video prepare makes it (shapes: train)")
+        raise Mistake(f"{path} does not exist; python -m clip2video prepare makes it (for shapes: "
+                      f"train)")
     captions = json.loads(path.read_text(encoding="utf-8"))     # video -> its captions
     store = data.FeatureStore(path.parent / "features" / "clip2video")
     for name in ("clip", "frames", "stride"):
@@ -81,7 +80,7 @@ def candidate_times(duration_sec: float, count: int = 12, stride: int = 2) -> np
         third_sec = duration_sec / count / 3
         centres_sec = video.frame_centres(duration_sec, count)
         return np.add.outer(centres_sec, (-third_sec, 0, third_sec)).ravel()    # [3 count]
-    # subtle: `stride` divides the number of instants; the last frame is always one of them
+    # subtle: `stride` divides the number of instants; it is not a step, so that both ends stay
     total = max(1, int(duration_sec * 5.0))
     return np.linspace(0, total - 1, max(1, total // stride)).astype(int) / 5.0
 
@@ -150,8 +149,8 @@ def encode_file(model: clip.CLIP, path: pathlib.Path, config: Config) -> Tensor:
 # ----------------------------------------------------------------- pixels, to train the image tower
 
 def pixel_file(config: Config, name: str) -> pathlib.Path:
-    """The candidates of a video, uint8 [total, 3, R, R]. Among its features, whose manifest tells
-    how both were made."""
+    """The candidates of a video, uint8 [total, 3, R, R], beside its features, whose manifest
+    records how both were made."""
     return dataset_folder(config) / "features" / "clip2video" / "pixels" / f"{name}.npy"
 
 
@@ -175,15 +174,14 @@ def read_pixels(config: Config, names: list[str], draw: random.Random | None = N
 
 
 def complete(store: data.FeatureStore, name: str, config: Config) -> bool:
-    """Does the store have what training on this video needs?"""
+    """Whether the store has what training on this video needs."""
     return name in store and (not config.train_images or pixel_file(config, name).exists())
 
 
 def open_store(config: Config, model: clip.CLIP) -> data.FeatureStore:
     """The dataset's store of features, created if need be."""
     digest = clip.sha256(data.clip_file(config.clip, config.root))
-    made = video.made_by(model, config.clip, digest, config.frames)
-    made["stride"] = config.stride
+    made = video.made_by(model, config.clip, digest, config.frames) | {"stride": config.stride}
     return data.FeatureStore(dataset_folder(config) / "features" / "clip2video", made)
 
 
@@ -209,6 +207,7 @@ class PlainUnpickler(pickle.Unpickler):
     """Reads lists, dictionaries and strings; a pickle that would call anything is refused."""
 
     def find_class(self, module, name):
+        # subtle: lists and strings have opcodes of their own; only what executes asks for names
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
@@ -219,12 +218,8 @@ def read_msvd(folder: pathlib.Path) -> Captions:
     splits = {}
     for split in ("train", "val", "test"):
         names = files.read_text(folder / f"{split}_list.txt").split()
-        splits[split] = {name: joined_words(words[name]) for name in names}
+        splits[split] = {name: list(map(" ".join, words[name])) for name in names}
     return splits
-
-
-def joined_words(captions: list[list[str]]) -> list[str]:
-    return [" ".join(words) for words in captions]
 
 
 def read_vatex(folder: pathlib.Path) -> Captions:
@@ -280,20 +275,16 @@ def prepare(config: Config, annotations: str, videos: str) -> None:
     folder lacks what it should contain."""
     files.need("imageio_ffmpeg", "reading videos")
     splits = read_published(config.dataset, annotations)
+    video_files = video.find_files(videos, video.VIDEOS)        # name -> file
     path = data.clip_file(config.clip, config.root)
     if config.clip.startswith("shapes") and path == config.clip:        # no such file was found
         raise Mistake(f"the small CLIP of {config.clip} does not exist; make it with: python "
                       f"shapes.py")
     model = clip.load(path, parallel.pick_device(config.device))
     store = open_store(config, model)
-    names = set()                               # of all splits, which may share videos
-    for captions in splits.values():
-        names.update(captions)
-    video_files = video.find_files(videos, video.VIDEOS)
-    paths = {}                                  # of the videos that are still to be decoded
-    failed = {}                                 # video -> reason
-    for name in sorted(names):
-        if complete(store, name, config):
+    paths, failed = {}, {}                      # video -> its file; video -> reason
+    for name in sorted(set().union(*splits.values())):  # test and test1k5 share videos
+        if complete(store, name, config):       # by an earlier call, which was interrupted
             continue
         if name in video_files:
             paths[name] = video_files[name]
@@ -321,8 +312,7 @@ def prepare(config: Config, annotations: str, videos: str) -> None:
     if not store.manifest["videos"]:
         raise Mistake(f"no video of {config.dataset} could be read: {next(iter(failed.values()))}")
     for split, captions in splits.items():
-        # unreadable videos are dropped; but from test only with --allow-missing, so that nobody
-        # reports an easier test unknowingly
+        # unreadable videos are dropped, but from test only with --allow-missing
         kept = {name: texts for name, texts in captions.items()
                 if name not in failed or split.startswith("test")}
         files.save(dataset_folder(config) / f"{split}.captions.json", json.dumps(kept))
@@ -348,7 +338,7 @@ def family(rng: np.random.Generator) -> list[dict]:
         opposites = [OPPOSITE[verb] for verb in verbs]
         novel = [shapes.held_out(verb, actor["shape"])
                  for verb, actor in zip(verbs + opposites, actors + actors)]
-        # opposite verbs would make two of the four captions differ in order only
+        # two opposite verbs would give all four captions the same set of words
         if opposites[0] != verbs[1] and not any(novel):
             break
     plans = []
@@ -363,14 +353,12 @@ def family(rng: np.random.Generator) -> list[dict]:
 def act(actor: dict, verb: int, half: int, rng: np.random.Generator) -> dict:
     """An event of shapes.script: an actor's only motion, in the first (0) or second half (1)."""
     # subtle: the order of the draws is that of the stored worlds
-    length = int(rng.integers(7, 13))           # frames
-    clock = half * (shapes.FRAMES // 2)
-    start = clock + int(rng.integers(0, shapes.FRAMES // 2 - length - 2)) + 1
+    length, available = int(rng.integers(7, 13)), shapes.FRAMES // 2            # in frames
+    start = half * available + int(rng.integers(0, available - length - 2)) + 1
     word = shapes.VERBS[verb][rng.integers(2)]  # one of two synonyms
     event = dict(actor, verb=verb, word=word, enter=start - 1, start=start, end=start + length,
                  leave=start + length + 1)
-    event.update(shapes.course(verb, rng))
-    return event
+    return event | shapes.course(verb, rng)
 
 
 def describe(events: list[dict]) -> str:
@@ -383,8 +371,7 @@ def altered(events: list[dict]) -> dict[str, str]:
     opposites = []
     for event in events:
         synonym = shapes.VERBS[event["verb"]].index(event["word"])
-        word = shapes.VERBS[OPPOSITE[event["verb"]]][synonym]
-        opposites.append(dict(event, word=word))
+        opposites.append(dict(event, word=shapes.VERBS[OPPOSITE[event["verb"]]][synonym]))
     return {"direction": describe(opposites), "order": describe(events[::-1])}
 
 
@@ -393,13 +380,12 @@ def build_shapes(config: Config) -> None:
     features by the world's small CLIP, with config.train_images also pixels; before that, if need
     be, the world itself."""
     shapes.build(config.dataset, config.root)
-    folder = dataset_folder(config)
-    model = clip.load(data.clip_file(config.clip, config.root))
+    folder, model = dataset_folder(config), clip.load(data.clip_file(config.clip, config.root))
     store = open_store(config, model)
     path = folder / "altered.json"              # is written last
     if path.exists():
         names = json.loads(path.read_text(encoding="utf-8"))
-        if all(complete(store, name, config) for name in names):
+        if not config.train_images or all(pixel_file(config, name).exists() for name in names):
             return
     candidates = candidate_times(shapes.FRAMES, config.frames, config.stride)   # in frame lengths
     chosen = choose(len(candidates), config.frames, config.stride)

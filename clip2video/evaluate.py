@@ -32,10 +32,9 @@ def retrieval_metrics(similarity: Tensor, video_of: Tensor | None = None) -> dic
                 several texts, each is a query for videos, and a video ranks the videos' groups of
                 texts by the best text of each"""
     T, V = similarity.shape
-    if video_of is None:
-        video_of = torch.arange(T)
+    video_of = torch.arange(T) if video_of is None else video_of
     if len(video_of) != T or not set(range(V)) <= set(video_of.tolist()):
-        raise ValueError(f"{len(video_of)} texts with a video, of {T}, do not cover {V} videos")
+        raise ValueError(f"{len(video_of)} entries for {T} texts do not cover {V} videos")
     # [code]: the best caption of each group; -inf is overwritten, as no group is empty
     groups = torch.full((V, V), -math.inf).to(similarity)               # [group, video]
     groups.scatter_reduce_(0, video_of[:, None].expand(T, V), similarity, "amax")
@@ -60,13 +59,11 @@ def vectors(model: CLIP2Video, split: Split, config: Config,
     if config.train_images:             # the stored features are of the untrained tower
         frames = torch.stack([encode(model, read_pixels(config, [name]), config)
                               for name in split.videos]).float()
-    sentences = []
-    video_of = []
+    sentences, video_of = [], []                                        # of T each
     for v, captions in enumerate(split.captions):
         sentences += captions
         video_of += [v] * len(captions)
-    # in batches of 256, to bound the memory
-    texts = []
+    texts = []                                  # in batches of 256, to bound the memory
     for ids in clip.tokenize(sentences, config.words, True).split(256):
         texts.append(joined(model.encode_text(ids.to(device)), config.weight))
     videos = []
@@ -92,12 +89,11 @@ def load(path: str | pathlib.Path, root: str | None = None) -> tuple[CLIP2Video,
         if config.layers > len(saved["model"]) or align and centres != config.centres:
             raise ValueError(f"its weights do not have {config.layers} layers and "
                              f"{config.centres} centres")
-        visual = None
-        if config.train_images:
-            visual = clip.build(towers).visual
+        visual = clip.build(towers).visual if config.train_images else None
         model = CLIP2Video(clip.build_text(towers), temporal, align, centres=config.centres,
                            layers=config.layers, visual=visual)
         model.load_state_dict(saved["model"])
+        # the datasets may have moved since
         config = dataclasses.replace(config, root=root or config.root)
         return model.eval(), config, saved["clip_sha256"]
     except Exception as error:  # torch raises a dozen types for what does not fit
@@ -114,11 +110,11 @@ def evaluate_checkpoint(path: str | pathlib.Path, root: str | None, device: torc
     model, config, clip_sha256 = load(path, root)
     if allow_missing is not None:
         config = dataclasses.replace(config, allow_missing=allow_missing)
-    part = read_split(config, split)
     folder = dataset_folder(config)
+    part = read_split(config, split)
     if part.clip_sha256 != clip_sha256:
-        raise Mistake(f"the features in {folder} come from another CLIP than this checkpoint was "
-                      f"trained with; make them with that one")
+        raise Mistake(f"the features in {folder} come from another CLIP than the one this "
+                      f"checkpoint was trained with; make them with that one")
     texts, videos, video_of = vectors(model.to(device), part, config, device)
     results = {"videos": len(videos), "captions": len(texts)}
     results.update(retrieval_metrics(texts @ videos.T, video_of))

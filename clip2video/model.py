@@ -49,8 +49,7 @@ class Config:
         check_options(self)
         if not 0 <= self.weight <= 1:
             raise Mistake(f"--weight must be between 0 and 1, not {self.weight}")
-        # both take their positions from the text tower's embedding, which has 77 rows
-        if max(self.frames, self.words) > 77:
+        if max(self.frames, self.words) > 77:           # frames have positions of the text tower
             raise Mistake("--frames and --words must be at most 77, CLIP's number of positions")
 
     @property
@@ -61,27 +60,21 @@ class Config:
 PRESETS = {
     "msrvtt": {},
     "msvd": dict(stride=1),                                             # [code]
-    # stride and K: [code]; epochs: the file name of the authors' checkpoint
-    "vatex": dict(stride=1, centres=7, epochs=23),
+    "vatex": dict(stride=1, centres=7, epochs=23),      # [code]; epochs: of its checkpoint's name
     # python -m clip2video train     two CPU cores, about two minutes
     "shapes": dict(clip="shapes", seed=0, frames=16, stride=0, words=40, layers=2, batch=64,
-                   together=4, epochs=30, lr=1e-3, text_lr=1e-3, weight_decay=0.02),
-}
+                   together=4, epochs=30, lr=1e-3, text_lr=1e-3, weight_decay=0.02)}
 
 
 def configure(**given) -> Config:
     """The given fields; else the dataset's preset (Mistake if it is unknown); else the defaults."""
     dataset = given.get("dataset", "shapes")
-    family = dataset
-    if dataset.startswith("shapes"):
-        family = "shapes"
+    family = "shapes" if dataset.startswith("shapes") else dataset
     if family not in PRESETS:
         raise Mistake(f"--dataset must be {', '.join(PRESETS)} or shapes-N, not {dataset!r}")
-    settings = dict(PRESETS[family])
-    if family == "shapes":
-        settings["clip"] = dataset              # each shapes world has a small CLIP of its own
-    settings.update(given)
-    return Config(**settings)
+    if family == "shapes":                      # each shapes world has a small CLIP of its own
+        given.setdefault("clip", dataset)
+    return Config(**PRESETS[family] | given)
 
 
 class Transformer(nn.Module):
@@ -93,8 +86,7 @@ class Transformer(nn.Module):
         source = text.transformer.resblocks
         self.blocks = nn.ModuleList(copy.deepcopy(source[i % len(source)]) for i in range(layers))
         for block in self.blocks:
-            block.ln_1.eps = 1e-12                                      # [code]
-            block.ln_2.eps = 1e-12
+            block.ln_1.eps = block.ln_2.eps = 1e-12                     # [code]
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         # subtle: -inf would give NaN where all keys are hidden, in a video without a difference
@@ -148,12 +140,9 @@ class TemporalDifference(nn.Module):
 
 
 class CLIP2Video(nn.Module):
-    """The network. Mistake if the text tower is not as wide as the joint space, or if the image
-    tower is not a ViT.
-
-    temporal, align    see VARIANTS; `align` adds the TAB
-    scale              initial log of the similarities' factor
-    visual             the image tower, if it is trained"""
+    """The network. `temporal` and `align` (adds TAB): see VARIANTS; `scale`: initial log of the
+    factor of the similarities; `visual`: the image tower, if it is trained. Mistake if the text
+    tower is not as wide as the joint space, or if the image tower is not a ViT."""
 
     def __init__(self, text: clip.TextTower, temporal: str = "tdb", align: bool = True,
                  centres: int = 5, layers: int = 4, scale: float = MAX_SCALE,
@@ -167,7 +156,7 @@ class CLIP2Video(nn.Module):
         self.temporal = temporal
         self.align = align
         self.visual = visual
-        if isinstance(visual, clip.ModifiedResNet):     # recomputing would count its batches twice
+        if isinstance(visual, clip.ModifiedResNet):     # `encode_image` follows a ViT
             raise Mistake("--train-images needs a CLIP whose image tower is a ViT, not a ResNet")
         self.logit_scale = nn.Parameter(torch.tensor(scale))
         if temporal == "tdb":
@@ -185,8 +174,7 @@ class CLIP2Video(nn.Module):
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """clip.VisionTransformer.forward of the trained tower, in less memory: [B, 3, R, R] ->
         [B, D], patches [B, D, H, W]."""
-        tower = self.visual
-        x = images
+        x, tower = images, self.visual
         for convolution in tower.stem:                                  # of the shapes world's CLIP
             x = F.relu(convolution(x))
         x = tower.conv1(x).flatten(2).transpose(1, 2)                   # [B, HW, C]
@@ -211,16 +199,13 @@ class CLIP2Video(nn.Module):
         if not mask.any(1).all():
             raise Mistake("a video has no frame; leave it out")
         frames = frames * mask[..., None]                               # padding becomes 0
-        x = frames
-        if self.temporal != "mean":
-            x = self.in_time(self.transformer, frames, mask)            # [B, L, D]
+        x = frames if self.temporal == "mean" else self.in_time(self.transformer, frames, mask)
         x = F.normalize(x, dim=2) * mask[..., None]                     # [B, L, D]
         overall = F.normalize(x.sum(1) / mask.sum(1, keepdim=True), dim=1)      # [B, D]
         if not self.align:
             return overall, None
         # half the frame rate; [code] numbers these positions from 0 again
-        half = frames[:, 0::2]                                          # [B, L/2, D]
-        half_mask = mask[:, 0::2]                                       # [B, L/2]
+        half, half_mask = frames[:, 0::2], mask[:, 0::2]                # [B, L/2, D]
         coarse = self.in_time(self.coarse, half, half_mask)             # [B, L/2, D]
         # [code]: at the full rate CLIP's own features, without temporal attention
         tokens = torch.cat([frames, coarse], 1)                         # [B, L + L/2, D]

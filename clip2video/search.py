@@ -17,8 +17,7 @@ from support import files
 from support.errors import Mistake
 from support.text import printable
 
-FILE = "clip2video.npz"
-COMMAND = "python -m clip2video index CKPT DIR --out"
+FILE, COMMAND = "clip2video.npz", "python -m clip2video index CKPT DIR --out"
 # path below the folder -> joined vector [2D], size and modification time of the file
 Entries = dict[str, tuple[Tensor, list[int]]]
 
@@ -29,10 +28,9 @@ def update_index(checkpoint: str, folder: str, out: str | pathlib.Path, device: 
     removed ones, saves every minute. Prints and returns file -> reason for those that cannot be
     read. Mistake if none can be, or if the index was made with another checkpoint."""
     model, config, clip_sha256 = load(checkpoint, root)
-    paths = video.video_files(folder)
+    paths, entries = video.video_files(folder), {}
     if not paths:
         raise Mistake(f"{folder} contains no video")
-    entries = {}
     if (pathlib.Path(out) / FILE).exists():
         entries, other, digest = read_vectors(out)
         if digest != files.sha256(checkpoint):
@@ -44,23 +42,24 @@ def update_index(checkpoint: str, folder: str, out: str | pathlib.Path, device: 
         clip_path = data.clip_file(config.clip, config.root)
         images = clip.load(clip_path, device)   # or the CLIP from which it was trained
         if clip.sha256(clip_path) != clip_sha256:
-            raise Mistake(f"{clip_path} is not the CLIP of the training; name its folder by --root")
-    failed = {}
+            raise Mistake(f"{clip_path} is not the CLIP this checkpoint was trained with; pass its "
+                          f"folder with --root")
+    failed = {}                                 # file -> reason
     saved = time.monotonic()
     for name, path in tqdm(paths.items(), desc="index", unit="video", disable=None):
-        state = list(video.state_of(path).values())
+        state = list(video.state_of(path).values())     # size and modification time
         if name in entries and entries[name][1] == state:
-            continue
+            continue                            # its vector is up to date
         try:
             x = encode_file(images, path, config).float()[None].to(device)      # [1, L, D]
             with torch.no_grad():
                 encoded = model.encode_video(x, (x != 0).any(2))
             entries[name] = (joined(encoded, config.weight)[0].cpu(), state)    # [2D]
         except data.VideoError as error:
-            entries.pop(name, None)             # its vector is of an earlier file
+            entries.pop(name, None)             # its vector is of the earlier content
             failed[name] = str(error)
             tqdm.write(printable(f"failed: {name}: {error}"))
-        if entries and time.monotonic() - saved > 60:
+        if entries and time.monotonic() - saved > 60:           # an interruption loses a minute
             save_vectors(out, checkpoint, entries)
             saved = time.monotonic()
     if not entries:
@@ -102,9 +101,8 @@ class Ranker:
         entries, checkpoint, digest = read_vectors(folder)
         if not pathlib.Path(checkpoint).exists() or files.sha256(checkpoint) != digest:
             raise Mistake(f"the checkpoint of this index was removed or changed: {checkpoint}; "
-                          f"name its file with: {COMMAND} {folder}")
-        self.names = list(entries)
-        self.device = torch.device(device)
+                          f"pass its new path: {COMMAND} {folder}")
+        self.names, self.device = list(entries), torch.device(device)
         self.vectors = torch.stack([vector for vector, _ in entries.values()])
         self.model, self.config, _ = load(checkpoint, root)
         self.model.to(self.device)

@@ -30,33 +30,25 @@ def batches_of_epoch(split: Split, config: Config, epoch: int) -> list[Batch]:
     V = len(split.videos)
     draw = random.Random(1_000_003 * config.seed + epoch)
     starts = range(0, V, config.together)
-    passes = max(1, round(number_of_captions(split) / V))
-    indices = []                                # of the videos of each batch
+    passes = max(1, round(sum(map(len, split.captions)) / V))
+    indices, batches = [], []                   # of each batch: its videos
     for _ in range(passes):
         order = []
         for start in draw.sample(starts, len(starts)):          # neighbours stay together
             order += range(start, min(start + config.together, V))
         # subtle: cut per pass, so that no batch holds a video twice
         indices += [order[i:i + config.batch] for i in range(0, V, config.batch)]
-    batches = []
     for index in indices:
-        videos = [split.videos[v] for v in index]
         captions = [draw.choice(split.captions[v]) for v in index]
-        batches.append(Batch(videos, captions, torch.tensor(index)))
+        batches.append(Batch([split.videos[v] for v in index], captions, torch.tensor(index)))
     return batches
-
-
-def number_of_captions(split: Split) -> int:
-    return sum(len(captions) for captions in split.captions)
 
 
 def start(config: Config, device: torch.device) -> tuple[CLIP2Video, torch.optim.Optimizer]:
     """The model before the first step, and its optimiser."""
     state = clip.read_state(data.clip_file(config.clip, config.root))
-    visual = None
-    if config.train_images:
-        visual = clip.build(state).visual
-    # subtle: not before the image tower, which draws its weights before they are overwritten
+    visual = clip.build(state).visual if config.train_images else None
+    # subtle: after the image tower has drawn, so that new modules start the same without it
     torch.manual_seed(config.seed)
     temporal, align = VARIANTS[config.variant]
     scale = min(float(state.get("logit_scale", MAX_SCALE)), MAX_SCALE)  # CLIP's own, if it has one
@@ -75,17 +67,6 @@ def start(config: Config, device: torch.device) -> tuple[CLIP2Video, torch.optim
     return model, torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
-def set_learning_rate(optimiser: torch.optim.Optimizer, done: float) -> None:
-    """CLIP4Clip's schedule, at the fraction `done` of the training: a linear warm-up to 0.1, then a
-    cosine to 0."""
-    # the cosine counts from the start of the warm-up, so the rate jumps from 1 to 0.976 there
-    factor = progress.cosine(done)
-    if done < 0.1:
-        factor = done / 0.1
-    for group in optimiser.param_groups:
-        group["lr"] = group["base"] * factor
-
-
 def loop(config: Config, resume: bool) -> None:
     """The training loop. It keeps the epoch with the best t2v R@1 on the validation split."""
     device = parallel.pick_device(config.device)
@@ -93,7 +74,7 @@ def loop(config: Config, resume: bool) -> None:
     validation = read_split(config, "val")
     read_split(config, "test")                  # fails now, not after the training
     steps = len(batches_of_epoch(training, config, epoch=0))
-    print(f"{len(training.videos)} training videos, {number_of_captions(training)} captions, "
+    print(f"{len(training.videos)} training videos, {sum(map(len, training.captions))} captions, "
           f"{steps} steps per epoch")
     model, optimiser = start(config, device)
     run = progress.Run(config.folder, dataclasses.asdict(config), model, optimiser, config.epochs,
@@ -103,7 +84,11 @@ def loop(config: Config, resume: bool) -> None:
         model.train()
         batches = batches_of_epoch(training, config, epoch)
         for step, batch in run.steps(batches):
-            set_learning_rate(optimiser, (epoch + step / len(batches)) / config.epochs)
+            done = (epoch + step / len(batches)) / config.epochs
+            # CLIP4Clip's schedule: a linear warm-up, then a cosine, which counts from the start
+            rate = done / 0.1 if done < 0.1 else progress.cosine(done)
+            for group in optimiser.param_groups:
+                group["lr"] = group["base"] * rate
             ids = clip.tokenize(batch.captions, config.words, True).to(device)      # [B, W]
             texts = model.encode_text(ids)
             frames = training.frames[batch.index]                               # [B, L, D]

@@ -303,22 +303,25 @@ def test_families_differ_in_motion_only():
                 assert 0 <= event["enter"] < event["start"] < event["end"] < event["leave"] <= 33
 
 
+def write_json(path: pathlib.Path, content) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
 def published_files(folder: pathlib.Path) -> None:
     """The three datasets in their published forms, of three videos."""
     names = ["a", "b", "c"]
     sentences = [{"video_id": n, "caption": f"{n} caption {k}", "sen_id": k}
                  for n in names for k in range(2)]
-    (folder / "MSRVTT_data.json").write_text(json.dumps({"videos": [], "sentences": sentences}))
-    with open(folder / "MSRVTT_train.9k.csv", "w") as file:
-        file.write("video_id\na\nb\n")
-    with open(folder / "MSRVTT_JSFUSION_test.csv", "w", newline="") as file:
+    write_json(folder / "MSRVTT_data.json", {"videos": [], "sentences": sentences})
+    (folder / "MSRVTT_train.9k.csv").write_text("video_id\na\nb\n", encoding="utf-8")
+    with open(folder / "MSRVTT_JSFUSION_test.csv", "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerows([["key", "vid_key", "video_id", "sentence"], ["r", "m", "c", "a test, yes"]])
     (folder / "raw-captions.pkl").write_bytes(pickle.dumps({n: [["a", n], ["two"]] for n in names}))
     for split, name in zip(("train", "val", "test"), names):
-        (folder / f"{split}_list.txt").write_text(name + "\n")
-    (folder / "vatex_data.json").write_text(json.dumps(
-        [{"videoID": n, "enCap": ["one", "two"], "chCap": []} for n in names]))
+        (folder / f"{split}_list.txt").write_text(name + "\n", encoding="utf-8")
+    write_json(folder / "vatex_data.json",
+               [{"videoID": n, "enCap": ["one", "two"], "chCap": []} for n in names])
 
 
 def test_published_forms(tmp_path):
@@ -331,8 +334,8 @@ def test_published_forms(tmp_path):
                                         "val": {"b": ["a b", "two"]},
                                         "test": {"c": ["a c", "two"]}}
     assert data.read_vatex(tmp_path)["test"] == {"c": ["one", "two"]}
-    (tmp_path / "vatex_data.json").write_text(json.dumps({"a": {"enCap": ["x"]}, "b": {"enCap": []},
-                                                          "c": {"enCap": ["z"]}}))
+    write_json(tmp_path / "vatex_data.json",
+               {"a": {"enCap": ["x"]}, "b": {"enCap": []}, "c": {"enCap": ["z"]}})
     assert data.read_vatex(tmp_path)["train"] == {"a": ["x"]}
 
 
@@ -377,8 +380,8 @@ def same_weights(a: pathlib.Path, b: pathlib.Path) -> bool:
     """Do the runs in two folders have the same weights, bit for bit, and the same metrics?"""
     one, two = (torch.load(path / "last.pt", weights_only=True)["model"] for path in (a, b))
     assert one.keys() == two.keys()
-    return (all(torch.equal(one[key], two[key]) for key in one)
-            and (a / "results.json").read_text() == (b / "results.json").read_text())
+    metrics = [(path / "results.json").read_text(encoding="utf-8") for path in (a, b)]
+    return all(torch.equal(one[key], two[key]) for key in one) and metrics[0] == metrics[1]
 
 
 def test_train_evaluate_and_resume(trained, tmp_path):
@@ -387,7 +390,7 @@ def test_train_evaluate_and_resume(trained, tmp_path):
     shown = run("evaluate", root / "run" / "ckpt.pt")
     assert shown.strip() in text
     assert json.loads(run("evaluate", root / "run" / "ckpt.pt", "--json")) \
-        == json.loads((root / "run" / "results.json").read_text())
+        == json.loads((root / "run" / "results.json").read_text(encoding="utf-8"))
     assert "already holds a run" in run("train", "--root", root, "--out", root / "run", status=2)
     arguments = ("train", "--root", root, "--epochs", 2, "--device", "cpu", "--out",
                  tmp_path / "run")
@@ -468,10 +471,10 @@ def test_search_a_folder_of_videos(trained, tmp_path):
 def test_features_of_another_clip_or_sampling_are_refused(trained, tmp_path):
     root, _ = trained
     file = root / "shapes-videos" / "features" / "clip2video" / "manifest.json"
-    before = file.read_text()
-    file.write_text(json.dumps(json.loads(before) | {"sha256": "0" * 64}))
+    before = file.read_text(encoding="utf-8")
+    write_json(file, json.loads(before) | {"sha256": "0" * 64})
     assert "come from another CLIP" in run("evaluate", root / "run" / "ckpt.pt", status=2)
-    file.write_text(before)
+    file.write_text(before, encoding="utf-8")
     for option, value in (("--frames", 12), ("--stride", 2), ("--clip", "ViT-B/32")):
         message = run("train", "--root", root, option, value, "--out",
                       tmp_path / "run", status=2)
@@ -489,15 +492,15 @@ def test_an_epoch_sees_every_caption_once(trained, tmp_path):
     shutil.copytree(root / "shapes-videos", tmp_path / "shapes-videos")
     (tmp_path / "shapes").symlink_to(root / "shapes")
     path = tmp_path / "shapes-videos" / "train.captions.json"
-    captions = json.loads(path.read_text())
-    path.write_text(json.dumps({name: [*texts, "again"] for name, texts in captions.items()}))
+    captions = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, {name: texts + ["again"] for name, texts in captions.items()})
     text = run("train", "--root", tmp_path, "--epochs", 1, "--batch", 8, "--out",
                tmp_path / "run", "--device", "cpu")
     assert "24 training videos, 48 captions, 6 steps per epoch" in text
 
 
 def test_prepare(tmp_path, world, published):
-    """Three short real videos as MSVD; one that is broken in test is reported, and needs a word."""
+    """Three short real videos as MSVD. A broken one in test is reported, and stops a training."""
     published_files(tmp_path)
     (tmp_path / "videos").mkdir()
     for name in "ab":
@@ -524,7 +527,7 @@ def test_prepare(tmp_path, world, published):
     assert "1 of 1 videos of train have no features or no pixels" in run(*trained, status=2)
     run(*arguments, "--train-images")
     assert "t2v R@1" in run(*trained)
-    (tmp_path / "test_list.txt").write_text("a\n")
+    (tmp_path / "test_list.txt").write_text("a\n", encoding="utf-8")
     assert "both in train and test" in run(*arguments, status=2)
     (tmp_path / "raw-captions.pkl").write_bytes(b"no pickle")
     assert "does not contain the files of msvd" in run(*arguments, status=2)
