@@ -31,7 +31,6 @@ import regex
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from support import distilbert, files, hugging_face
 from support.errors import Mistake, naming
@@ -203,8 +202,6 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks. Heads are 64 wide; any other number of heads is in the state dict."""
 
-    recompute = False       # True: keep each block's input only, compute the rest again (clip2video)
-
     def __init__(self, width: int, layers: int, heads: int, activation: type[nn.Module]):
         super().__init__()
         if heads != width // 64:        # cannot be read off the weights' shapes: see `heads_of`
@@ -213,10 +210,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         for block in self.resblocks:
-            if self.recompute:
-                x = checkpoint(block, x, causal, use_reentrant=False)
-            else:
-                x = block(x, causal)
+            x = block(x, causal)
         return x
 
 

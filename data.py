@@ -229,9 +229,8 @@ def read_lines(path: pathlib.Path, lines, read) -> list[Sample]:
                 what = f"no {error}"
             elif isinstance(error, json.JSONDecodeError):
                 what = f"it is not valid json ({error})"
-            label = number                      # of a line, or the name of a video
-            if isinstance(number, int):
-                label = f"line {number}"
+            # the number of a line, or the name of a video
+            label = f"line {number}" if isinstance(number, int) else number
             bad.append(f"\n  {label}: {what}")
     if bad:
         raise Mistake(f"{path} has {len(bad)} invalid entries; correct or remove them:"
@@ -244,9 +243,8 @@ def clean(samples: list[Sample]) -> tuple[list[Sample], Cleaned]:
     kept = []
     clamped = 0
     for sample in samples:
-        limit = sample.duration_sec
-        if math.isnan(limit):                   # not known
-            limit = math.inf
+        is_known = not math.isnan(sample.duration_sec)
+        limit = sample.duration_sec if is_known else math.inf
         start = max(0.0, min(sample.start_sec, limit))
         end = max(0.0, min(sample.end_sec, limit))
         clamped += (start, end) != (sample.start_sec, sample.end_sec)
@@ -286,16 +284,13 @@ def parser_of(dataset: str, root: str | os.PathLike, model: str = "",
 def clip_file(name: str, root: str | os.PathLike) -> str:
     """What `clip.load` should load: the CLIP of the dataset with that name, else `name` itself."""
     own = pathlib.Path(root) / name / "clip.pt"
-    if own.exists():
-        return str(own)
-    return name
+    return str(own) if own.exists() else name
 
 
 def store_folder(dataset: str, clip_name: str, root: str | os.PathLike) -> pathlib.Path:
     """Features of a dataset by one CLIP. The compositional splits use the original's videos."""
-    name = clip_name
-    if clip_name.endswith((".pt", ".bin")):     # a file: its name without the ending
-        name = pathlib.Path(clip_name).stem
+    is_file = clip_name.endswith((".pt", ".bin"))
+    name = pathlib.Path(clip_name).stem if is_file else clip_name
     name = name.replace("/", "-").replace("@", "-")
     return pathlib.Path(root) / dataset.removesuffix("-cg") / "features" / name
 
@@ -511,9 +506,7 @@ class Videos(Dataset):
     def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor | None] | VideoError:
         try:
             frames = self.features(i, "frames")                         # [T, D]
-            patches = None
-            if self.patches:
-                patches = self.features(i, "patches")                   # [T', D', H, W]
+            patches = self.features(i, "patches") if self.patches else None     # [T', D', H, W]
             return i, frames, patches
         except VideoError as error:     # a value, because torch rewrites a worker's exception
             return error

@@ -112,8 +112,7 @@ def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
     if path.is_dir():
         raise Mistake(f"{path} is a folder; the checkpoint in it is {path / 'ckpt.pt'}")
     if not path.is_file():
-        raise Mistake(f"there is no checkpoint {path}; "
-                      f"{options.training_command(path)} makes one")
+        raise Mistake(f"there is no checkpoint {path}; name the ckpt.pt of a run of train.py")
     try:
         saved = files.read_tensors(path)
         config = saved["config"]

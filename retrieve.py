@@ -48,7 +48,7 @@ from support.text import printable
 NMS = 0.5 + 1e-6        # drop moments whose IoU with a better one is higher (as in R@5)
 LONGER = 1.5            # a video of up to this multiple of the trained length is one window
 CACHE = "~/.cache/visual-dynamic-injection"
-FOUND = 1.0             # z from which a sentence counts as found: python -m extras.zero_shot found
+FOUND = 1.0             # z from which a sentence counts as found, see docs/zero-shot.md
 
 
 class Moment(NamedTuple):
@@ -219,15 +219,15 @@ class ZeroShot:
     def encode(self, path: str | os.PathLike) -> Encoded:
         """The features of a video file, cached or extracted. VideoError if it is unreadable."""
         path = checked_video(path)
-        settings = [self.digest, self.rate]
+        settings = [self.digest, self.rate, "ffmpeg"]        # which reads the frames
         frames, duration_sec = cached_features(self.cache, path, settings, self.extract)
         return Encoded(str(path), duration_sec, duration_sec / len(frames), frames, starts=[0])
 
     def extract(self, path: pathlib.Path) -> tuple[Tensor, float]:
         """A video file -> F features [F, D], float16, and its duration."""
-        duration_sec = video.probe_duration(path)
-        count = max(4, round(duration_sec * self.rate))     # a moment needs frames outside it
-        return encode_file(self.model, path, duration_sec, count)
+        found = video.inspect(path)
+        count = max(4, round(found.duration_sec * self.rate))   # a moment needs frames outside it
+        return encode_file(self.model, found, count)
 
     @torch.no_grad()
     def text(self, sentences: list[str]) -> Tensor:
@@ -350,12 +350,12 @@ def cached_features(cache: str | os.PathLike | None, path: pathlib.Path, setting
     return F.normalize(content[0].float(), dim=1), content[1]
 
 
-def encode_file(model: clip.CLIP, path: pathlib.Path, duration_sec: float,
-                count: int) -> tuple[Tensor, float]:
-    """`count` frames of a video file, at the centres of equal parts -> features [F, D], float16."""
+def encode_file(model: clip.CLIP, found: video.VideoFile, count: int) -> tuple[Tensor, float]:
+    """`count` frames of a video file, at the centres of equal parts -> features [F, D], float16,
+    and its duration."""
     features, pixels = [], []
-    frames = video.frames_at(path, video.frame_centres(duration_sec, count))
-    bar = tqdm(frames, total=count, desc=path.name, unit="frame", disable=None)
+    frames = video.centre_frames(found, count)
+    bar = tqdm(frames, total=count, desc=found.path.name, unit="frame", disable=None)
     for i, frame in enumerate(bar, 1):                                  # [3, h, w]
         share = min(frame.shape[1:]) / max(frame.shape[1:])
         if share < 0.6:                                                 # 16:9 is 0.56
@@ -364,7 +364,7 @@ def encode_file(model: clip.CLIP, path: pathlib.Path, duration_sec: float,
         if len(pixels) == 32 or i == count:
             features.append(video.encode_frames(model, torch.cat(pixels))[0])       # [<= 32, D]
             pixels = []
-    return torch.cat(features), duration_sec
+    return torch.cat(features), found.duration_sec
 
 
 @functools.cache                # once, also when a whole folder is indexed
@@ -423,11 +423,11 @@ class Retriever:
         """The features of a video file, cached or extracted. VideoError if it is unreadable."""
         path = checked_video(path)
         if self.run.config["dataset"].startswith("shapes"):
-            first = next(video.frames_at(path, np.zeros(1)))            # [3, h, w]
-            if not shapes.is_exported(first):
+            found = video.inspect(path)
+            if (found.width, found.height) != (shapes.EXPORTED, shapes.EXPORTED):
                 note("this checkpoint was trained on the shapes world only; its answers on this "
                      "video are meaningless (omit the checkpoint to use CLIP alone)")
-        settings = [self.run.checkpoint["clip_sha256"], self.T, self.window_sec]
+        settings = [self.run.checkpoint["clip_sha256"], self.T, self.window_sec, "ffmpeg"]
         frames, duration_sec = cached_features(self.cache, path, settings, self.extract)
         last = len(frames) - self.T
         starts = list(range(0, last, max(1, self.T // 2)))
@@ -438,11 +438,11 @@ class Retriever:
         """A video file -> F features [F, D], float16, and its duration. F is T; for a long video it
         is larger, so that the features are as dense as in training."""
         model = self.load_image_tower()
-        duration_sec = video.probe_duration(path)
+        found = video.inspect(path)
         count = self.T
-        if duration_sec > LONGER * self.window_sec:
-            count = round(self.T * duration_sec / self.window_sec)
-        return encode_file(model, path, duration_sec, count)
+        if found.duration_sec > LONGER * self.window_sec:
+            count = round(self.T * found.duration_sec / self.window_sec)
+        return encode_file(model, found, count)
 
     @torch.no_grad()
     def text(self, sentences: list[str]) -> Tensor:

@@ -45,6 +45,7 @@ from support import files, options, progress
 from support.errors import Mistake, reported
 
 SIZE = 32                                               # side of a frame, pixels
+EXPORTED = 256                                          # side of a frame of an exported mp4
 FRAMES = 32                                             # T: sampled frames per video
 SCENES = {"sand": (52, 44, 20), "grass": (10, 44, 14), "night": (12, 10, 34), "snow": (52, 54, 60),
           "water": (8, 32, 56), "road": (34, 34, 34)}   # dark, so that every colour stands out
@@ -600,8 +601,8 @@ def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, i
 
 
 def export(folder: str | os.PathLike, count: int, seed: int = 0, split: str = "test",
-           side: int = 256, rate: int = 8) -> None:
-    """Videos of a split as mp4, enlarged to `side` pixels, each frame repeated `rate` times; and
+           rate: int = 8) -> None:
+    """Videos of a split as mp4, enlarged to EXPORTED pixels, each frame repeated `rate` times; and
     annotations.jsonl with their sentences and moments."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -609,17 +610,12 @@ def export(folder: str | os.PathLike, count: int, seed: int = 0, split: str = "t
     for i in trange(count, desc="export", disable=None):
         name = f"{split}-{i:04d}"
         plan = plan_of(seed, split, i)
-        frames = F.interpolate(film(plan), side).repeat_interleave(rate, 0)
+        frames = F.interpolate(film(plan), EXPORTED).repeat_interleave(rate, 0)
         # a frame rate in a file is a fraction, and some players reject large denominators
         pace = fractions.Fraction(plan["frame_sec"]).limit_denominator(10_000) / rate
         video.write_video(folder / f"{name}.mp4", frames, 1 / pace, quality=12)
         samples += samples_of(name, split, plan)
     data.write_jsonl(folder / "annotations.jsonl", samples)
-
-
-def is_exported(frame: Tensor) -> bool:
-    """Does a frame [3, h, w] have the size that `export` writes?"""
-    return tuple(frame.shape[1:]) == (256, 256)
 
 
 def show(path: str, seed: int) -> None:

@@ -83,8 +83,8 @@ def stage_targets(text: clip.TextTower, videos: data.Videos, config,
     """The target of each sentence's x^qd in stage 1, [S, D], and the indices of the sentences that
     have both a static and a dynamic query, [S'].
 
-    `temporal_change` (or the control), standardised over those sentences: minus its mean, divided by
-    its root mean square."""
+    `temporal_change` (or the control), standardised over those sentences: minus its mean, divided
+    by its root mean square."""
     if config.stage_target == "random":
         target = random_codes(videos, config.seed).to(device)           # [S, D]
     else:
@@ -119,7 +119,7 @@ def video_targets(text: clip.TextTower, videos: data.Videos, config,
 def random_codes(videos: data.Videos, seed: int) -> Tensor:
     """The control, which uses no video at all: a random code for each dynamic query, [S, D]."""
     generator = torch.Generator().manual_seed(seed)
-    number_of = {}                              # dynamic query -> its number, in order of appearance
+    number_of = {}                      # dynamic query -> its number, in order of appearance
     for query in videos.queries:
         number_of.setdefault(query.dynamic, len(number_of))
     width = videos.store.manifest["width"]                              # D

@@ -2,17 +2,16 @@
 
     python -m clip2video train                                  # the shapes world, in minutes
     python -m clip2video train --train-images true --out DIR    # with the image tower
-    python -m extras.reproduce clip2video                       # the effect of each block
     python -m clip2video prepare msrvtt --annotations DIR --videos DIR
     python -m clip2video train --dataset msrvtt --device cuda
     python -m clip2video evaluate runs/clip2video/shapes-both/ckpt.pt
     python -m clip2video index CKPT DIR --out index/            # a folder of videos
     python -m clip2video search index/ "a red circle rises"
 
-Videos and sentences are encoded as two unit vectors each. For the global one, the temporal
-difference block (TDB) inserts the changes between frames; for the aligned one, the temporal
-alignment block (TAB) assigns frames and words to shared centres. The similarity is their weighted
-sum. Left out: the plain and `sigmoid_mlp` differences of the release, MSR-VTT's full split, and
+Each video and each sentence becomes two unit vectors. For the global one, the temporal difference
+block (TDB) inserts the changes between frames; for the aligned one, the temporal alignment block
+(TAB) assigns frames and words to shared centres. The similarity is a weighted sum of the two
+cosines. Left out: the plain and `sigmoid_mlp` differences of the release, MSR-VTT's full split, and
 moments within a video, which mmn.py finds (`python -m extras.search --videos` combines the two).
 
 Files, each of which imports only from those before it: model (settings, network, loss), data

@@ -3,10 +3,9 @@
 A dataset is a folder below the root: <split>.captions.json (the captions of each video) and a store
 of features. `prepare` makes it from a published dataset, `build_shapes` from a shapes world."""
 import csv
+import dataclasses
 import functools
-import itertools
 import json
-import os
 import pathlib
 import pickle
 import random
@@ -23,6 +22,7 @@ import data
 import shapes
 import video
 from clip2video.model import Config
+from extras import features
 from support import files, parallel
 from support.errors import Mistake, reason
 
@@ -38,7 +38,7 @@ class Split(NamedTuple):
 
 def dataset_folder(config: Config) -> pathlib.Path:
     """<root>/<dataset>; the whole videos of shapes are in <root>/shapes-videos."""
-    suffix = "-videos" if config.dataset.startswith("shapes") else ""
+    suffix = "-videos" if config.dataset.startswith("shapes") else ""   # shapes/ is train.py's
     return pathlib.Path(config.root) / f"{config.dataset}{suffix}"
 
 
@@ -47,16 +47,19 @@ def read_split(config: Config, split: str) -> Split:
     videos without features, unless config.allow_missing leaves them out."""
     path = dataset_folder(config) / f"{split}.captions.json"
     if not path.exists():
-        raise Mistake(f"there is no {path}; python -m clip2video prepare makes it (shapes: train)")
-    captions = json.loads(path.read_text())
+        raise Mistake(f"{path} does not exist; python -m clip2video prepare makes it (for shapes: "
+                      f"train)")
+    captions = json.loads(path.read_text(encoding="utf-8"))     # video -> its captions
     store = data.FeatureStore(path.parent / "features" / "clip2video")
     for name in ("clip", "frames", "stride"):
         if store.manifest.get(name) != getattr(config, name):
             raise Mistake(f"the features in {store.folder} were made with --{name} "
                           f"{store.manifest.get(name)}; use that, or remove the folder")
-    needed = "features or no pixels (prepare --train-images)" if config.train_images else "features"
-    if missing := [name for name in captions if not complete(store, name, config)]:
-        note = f"{len(missing)} of {len(captions)} videos of {split} have no {needed}"
+    missing = [name for name in captions if not complete(store, name, config)]
+    if missing:
+        note = f"{len(missing)} of {len(captions)} videos of {split} have no features"
+        if config.train_images:
+            note += " or no pixels (prepare --train-images)"
         if not config.allow_missing:
             raise Mistake(f"{note}, for instance {missing[0]}; --allow-missing (of train: "
                           f"--allow-missing true) leaves them out, which makes the task easier")
@@ -66,8 +69,8 @@ def read_split(config: Config, split: str) -> Split:
     if not captions:
         raise Mistake(f"no video in {path} has a caption and features; prepare the dataset again")
     x = torch.stack([torch.from_numpy(store.read(name, "frames")).float() for name in captions])
-    digest = store.manifest["sha256"]
-    return Split(list(captions), list(captions.values()), x, (x != 0).any(2), digest)
+    mask = (x != 0).any(2)                      # padding frames are zeros, real features never
+    return Split(list(captions), list(captions.values()), x, mask, store.manifest["sha256"])
 
 
 def candidate_times(duration_sec: float, count: int = 12, stride: int = 2) -> np.ndarray:
@@ -76,7 +79,8 @@ def candidate_times(duration_sec: float, count: int = 12, stride: int = 2) -> np
     if not stride:
         third_sec = duration_sec / count / 3
         centres_sec = video.frame_centres(duration_sec, count)
-        return np.add.outer(centres_sec, (-third_sec, 0, third_sec)).ravel()
+        return np.add.outer(centres_sec, (-third_sec, 0, third_sec)).ravel()    # [3 count]
+    # subtle: `stride` divides the number of instants; it is not a step, so that both ends stay
     total = max(1, int(duration_sec * 5.0))
     return np.linspace(0, total - 1, max(1, total // stride)).astype(int) / 5.0
 
@@ -88,10 +92,15 @@ def choose(total: int, count: int, stride: int, draw: random.Random | None = Non
     draw    jitters them: any third of its part; else all but the ends by up to half the distance,
             if that half is more than 2 candidates [code]"""
     if not stride:
-        return np.array([3 * i + (draw.randrange(3) if draw else 1) for i in range(count)])
+        thirds = [1] * count                    # the middle one of each part
+        if draw:
+            thirds = [draw.randrange(3) for _ in range(count)]
+        return 3 * np.arange(count) + thirds
     chosen = np.linspace(0, total - 1, min(count, total)).astype(int)
-    if draw and len(chosen) > 2 and (half := int(chosen[1] - chosen[0]) // 2) > 2:
-        chosen[1:-1] += [draw.randrange(-half, half) for _ in chosen[1:-1]]
+    if draw and len(chosen) > 2:
+        half = int(chosen[1] - chosen[0]) // 2
+        if half > 2:                            # randrange excludes its upper bound [code]
+            chosen[1:-1] += [draw.randrange(-half, half) for _ in chosen[1:-1]]
     return chosen
 
 
@@ -107,20 +116,41 @@ def encode(model: clip.CLIP, pixels: Tensor, config: Config) -> Tensor:
     return F.pad(x, (0, 0, 0, config.frames - len(x)))
 
 
+def read_file(path: pathlib.Path, config: Config, resolution: int) -> tuple[Tensor, float]:
+    """A video file -> the frames of `frame_times`, or with config.train_images all candidates,
+    uint8 [n, 3, R, R], and its duration in seconds. VideoError if it cannot be read."""
+    found = video.inspect(path)
+    times_sec = candidate_times(found.duration_sec, config.frames, config.stride)
+    if not config.train_images:
+        times_sec = times_sec[choose(len(times_sec), config.frames, config.stride)]
+    first_sec = 0.0
+    step_sec = 0.2                                      # 5 frames per second [code]
+    if not config.stride:                               # the centres of thirds of parts
+        step_sec = found.duration_sec / config.frames / 3
+        first_sec = step_sec / 2
+    places = np.round((times_sec - first_sec) / step_sec).astype(int)   # in steps
+    wanted = set(places.tolist())
+    frames = []
+    for place, frame in enumerate(video.frames_every(found, first_sec, step_sec, places[-1] + 1)):
+        if place in wanted:
+            frames.append(clip.crop(frame[None], resolution))
+    return torch.cat(frames), found.duration_sec
+
+
 def encode_file(model: clip.CLIP, path: pathlib.Path, config: Config) -> Tensor:
     """A video file -> features [L, D] float16, padded with zeros. VideoError if it is damaged."""
     # DEVIATION: features are made once: the image tower stays frozen, frames are not jittered;
     # the authors' way is --train-images
-    pixels, _ = video.sample_frames(path, config.frames, model.visual.resolution,
-                                    functools.partial(frame_times, stride=config.stride))
+    config = dataclasses.replace(config, train_images=False)            # no candidates
+    pixels, _ = read_file(path, config, model.visual.resolution)
     return encode(model, pixels, config)
 
 
 # ----------------------------------------------------------------- pixels, to train the image tower
 
 def pixel_file(config: Config, name: str) -> pathlib.Path:
-    """The candidates of a video, uint8 [total, 3, R, R]. Among its features, whose manifest tells
-    how both were made."""
+    """The candidates of a video, uint8 [total, 3, R, R], beside its features, whose manifest
+    records how both were made."""
     return dataset_folder(config) / "features" / "clip2video" / "pixels" / f"{name}.npy"
 
 
@@ -134,6 +164,7 @@ def read_pixels(config: Config, names: list[str], draw: random.Random | None = N
     frames = []
     for name in names:
         try:
+            # memory-mapped: reads the chosen frames only
             pixels = np.load(pixel_file(config, name), mmap_mode="r", allow_pickle=False)
             frames.append(pixels[choose(len(pixels), config.frames, config.stride, draw)])
         except Exception as error:  # numpy raises a dozen types for a damaged file
@@ -143,7 +174,7 @@ def read_pixels(config: Config, names: list[str], draw: random.Random | None = N
 
 
 def complete(store: data.FeatureStore, name: str, config: Config) -> bool:
-    """Does the store have what training on this video needs?"""
+    """Whether the store has what training on this video needs."""
     return name in store and (not config.train_images or pixel_file(config, name).exists())
 
 
@@ -162,11 +193,12 @@ Captions = dict[str, dict[str, list[str]]]                      # split -> video
 def read_msrvtt(folder: pathlib.Path) -> Captions:
     """MSR-VTT, 9k / 1k-A: MSRVTT_data.json, MSRVTT_train.9k.csv, MSRVTT_JSFUSION_test.csv."""
     captions: dict[str, list[str]] = {}
-    for row in json.loads((folder / "MSRVTT_data.json").read_text())["sentences"]:
+    for row in json.loads(files.read_text(folder / "MSRVTT_data.json"))["sentences"]:
         captions.setdefault(row["video_id"], []).append(row["caption"])
-    with open(folder / "MSRVTT_train.9k.csv", newline="") as file:
+    with open(folder / "MSRVTT_train.9k.csv", newline="", encoding="utf-8") as file:
         train = {row["video_id"]: captions[row["video_id"]] for row in csv.DictReader(file)}
-    with open(folder / "MSRVTT_JSFUSION_test.csv", newline="") as file:
+    # a video of 1k-A has 20 captions, too, but is tested with the one in this file
+    with open(folder / "MSRVTT_JSFUSION_test.csv", newline="", encoding="utf-8") as file:
         test = {row["video_id"]: [row["sentence"]] for row in csv.DictReader(file)}
     return {"train": train, "test": test}
 
@@ -175,6 +207,7 @@ class PlainUnpickler(pickle.Unpickler):
     """Reads lists, dictionaries and strings; a pickle that would call anything is refused."""
 
     def find_class(self, module, name):
+        # subtle: lists and strings have opcodes of their own; only what executes asks for names
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
@@ -184,7 +217,7 @@ def read_msvd(folder: pathlib.Path) -> Captions:
         words = PlainUnpickler(file).load()
     splits = {}
     for split in ("train", "val", "test"):
-        names = (folder / f"{split}_list.txt").read_text().split()
+        names = files.read_text(folder / f"{split}_list.txt").split()
         splits[split] = {name: list(map(" ".join, words[name])) for name in names}
     return splits
 
@@ -193,14 +226,17 @@ def read_vatex(folder: pathlib.Path) -> Captions:
     """VATEX: vatex_data.json (video -> {"enCap": [...]}, or the official list of {"videoID",
     "enCap"}), {train,val,test}_list.txt (test: the HGR split), and as `test1k5` the authors' own
     test1k5_sec_list.txt, whose videos are then removed from val."""
-    content = json.loads((folder / "vatex_data.json").read_text())
+    content = json.loads(files.read_text(folder / "vatex_data.json"))
     if isinstance(content, list):
         content = {row["videoID"]: row for row in content}
+    lists = {"train": "train_list.txt", "val": "val_list.txt", "test": "test_list.txt",
+             "test1k5": "test1k5_sec_list.txt"}
     splits = {}
-    for split in ("train", "val", "test", "test1k5"):
-        path = folder / ("test1k5_sec_list.txt" if split == "test1k5" else f"{split}_list.txt")
-        if path.exists():
-            splits[split] = {name: content[name]["enCap"] for name in path.read_text().split()}
+    for split, file in lists.items():
+        if (folder / file).exists():
+            names = files.read_text(folder / file).split()
+            splits[split] = {name: content[name]["enCap"] for name in names}
+    # half of the authors' test videos are in the HGR split's val: select on none of them
     for name in splits.get("test1k5", {}):
         splits.get("val", {}).pop(name, None)
     return splits
@@ -221,7 +257,8 @@ def read_published(dataset: str, folder: str | pathlib.Path) -> Captions:
         raise Mistake(f"{folder} lists no training or no test videos of {dataset}")
     train = splits["train"]
     for split in splits.keys() - {"train"}:
-        if shared := train.keys() & splits[split].keys():
+        shared = train.keys() & splits[split].keys()
+        if shared:
             raise Mistake(f"{len(shared)} videos are both in train and {split}, for instance "
                           f"{min(shared)}; remove them from one of the lists")
     if not splits.get("val"):
@@ -234,43 +271,42 @@ def read_published(dataset: str, folder: str | pathlib.Path) -> Captions:
 
 def prepare(config: Config, annotations: str, videos: str) -> None:
     """Published annotations and a folder of videos -> captions and features below the root, with
-    config.train_images also pixels. As many processes decode as there are cores, minus one. Can be interrupted: the next call
-    continues. Mistake if a folder lacks what it should contain."""
-    video.pyav()
+    config.train_images also pixels. Can be interrupted: the next call continues. Mistake if a
+    folder lacks what it should contain."""
+    files.need("imageio_ffmpeg", "reading videos")
     splits = read_published(config.dataset, annotations)
-    found, paths, failed = video.find_files(videos, video.VIDEOS), {}, {}
+    video_files = video.find_files(videos, video.VIDEOS)        # name -> file
     path = data.clip_file(config.clip, config.root)
-    if config.clip.startswith("shapes") and path == config.clip:
+    if config.clip.startswith("shapes") and path == config.clip:        # no such file was found
         raise Mistake(f"the small CLIP of {config.clip} does not exist; make it with: python "
                       f"shapes.py")
     model = clip.load(path, parallel.pick_device(config.device))
     store = open_store(config, model)
-    for name in sorted(set().union(*splits.values())):
-        if complete(store, name, config):
+    paths, failed = {}, {}                      # video -> its file; video -> reason
+    for name in sorted(set().union(*splits.values())):  # test and test1k5 share videos
+        if complete(store, name, config):       # by an earlier call, which was interrupted
             continue
-        if name in found:
-            paths[name] = found[name]
+        if name in video_files:
+            paths[name] = video_files[name]
         else:
             failed[name] = f"no video file is named {name}"
-    times = candidate_times if config.train_images else frame_times
-    workers = max(1, (os.cpu_count() or 2) - 1)
-    decoding = video.decode_all(paths, config.frames, model.visual.resolution, workers,
-                                functools.partial(times, stride=config.stride))
+    read = functools.partial(read_file, config=config, resolution=model.visual.resolution)
+    decoding = features.decode_all(paths, read)
     try:
         for name, decoded in tqdm(decoding, total=len(paths), desc="features", disable=None):
             try:
                 if decoded.frames is None:
                     raise data.VideoError(decoded.reason)
-                pixels = decoded.frames
+                pixels = decoded.frames                                 # [n, 3, R, R]
                 if config.train_images:
-                    save_pixels(config, name, pixels)
+                    save_pixels(config, name, pixels.numpy())
                     pixels = pixels[choose(len(pixels), config.frames, config.stride)]
-                store.write(name, encode(model, torch.from_numpy(pixels), config), None,
+                store.write(name, encode(model, pixels, config), None,
                             decoded.duration_sec)
             except data.VideoError as error:
                 failed[name] = str(error)
     finally:
-        decoding.close()                                                # ends the workers
+        decoding.close()                                                # cancels what has not begun
         store.save_manifest()
     store.save_failed(failed)
     if not store.manifest["videos"]:
@@ -280,7 +316,7 @@ def prepare(config: Config, annotations: str, videos: str) -> None:
         kept = {name: texts for name, texts in captions.items()
                 if name not in failed or split.startswith("test")}
         files.save(dataset_folder(config) / f"{split}.captions.json", json.dumps(kept))
-        print(f"{split}: {len(kept)} videos, {sum(map(len, kept.values()))} captions")
+        print(f"{split}: {len(kept)} videos, {sum(len(texts) for texts in kept.values())} captions")
     if failed:
         print(f"{len(failed)} videos have no features, see {store.folder / 'failed.txt'}")
 
@@ -296,25 +332,33 @@ def family(rng: np.random.Generator) -> list[dict]:
     either order, and by their verbs or by the opposites. Nouns do not distinguish them."""
     while True:
         plan = shapes.script("train", rng)
+        # the scene and the looks of two actors; what they do is replaced below
         actors = list({(e["colour"], e["shape"]): e for e in plan["events"]}.values())
         verbs = [int(verb) for verb in rng.choice(6, 2, replace=False)]     # that have an opposite
         opposites = [OPPOSITE[verb] for verb in verbs]
         novel = [shapes.held_out(verb, actor["shape"])
                  for verb, actor in zip(verbs + opposites, actors + actors)]
+        # two opposite verbs would give all four captions the same set of words
         if opposites[0] != verbs[1] and not any(novel):
             break
     plans = []
-    for order, motions in itertools.product(((0, 1), (1, 0)), (verbs, opposites)):
-        events = []
-        for clock, k in zip((0, shapes.FRAMES // 2), order):            # each has half of the video
-            verb, length = motions[k], int(rng.integers(7, 13))
-            start = clock + int(rng.integers(0, shapes.FRAMES // 2 - length - 2)) + 1
-            word = shapes.VERBS[verb][rng.integers(2)]
-            events.append({**actors[k], "verb": verb, "word": word, "enter": start - 1,
-                           "start": start, "end": start + length, "leave": start + length + 1,
-                           **shapes.course(verb, rng)})
-        plans.append({**plan, "events": events, "speckle": int(rng.integers(2 ** 31))})
+    for order in ((0, 1), (1, 0)):
+        for motions in (verbs, opposites):
+            events = [act(actors[k], motions[k], half, rng) for half, k in enumerate(order)]
+            speckle = int(rng.integers(2 ** 31))        # the seed of this video's noise
+            plans.append(dict(plan, events=events, speckle=speckle))
     return plans
+
+
+def act(actor: dict, verb: int, half: int, rng: np.random.Generator) -> dict:
+    """An event of shapes.script: an actor's only motion, in the first (0) or second half (1)."""
+    # subtle: the order of the draws is that of the stored worlds
+    length, available = int(rng.integers(7, 13)), shapes.FRAMES // 2            # in frames
+    start = half * available + int(rng.integers(0, available - length - 2)) + 1
+    word = shapes.VERBS[verb][rng.integers(2)]  # one of two synonyms
+    event = dict(actor, verb=verb, word=word, enter=start - 1, start=start, end=start + length,
+                 leave=start + length + 1)
+    return event | shapes.course(verb, rng)
 
 
 def describe(events: list[dict]) -> str:
@@ -327,7 +371,7 @@ def altered(events: list[dict]) -> dict[str, str]:
     opposites = []
     for event in events:
         synonym = shapes.VERBS[event["verb"]].index(event["word"])
-        opposites.append({**event, "word": shapes.VERBS[OPPOSITE[event["verb"]]][synonym]})
+        opposites.append(dict(event, word=shapes.VERBS[OPPOSITE[event["verb"]]][synonym]))
     return {"direction": describe(opposites), "order": describe(events[::-1])}
 
 
@@ -338,15 +382,16 @@ def build_shapes(config: Config) -> None:
     shapes.build(config.dataset, config.root)
     folder, model = dataset_folder(config), clip.load(data.clip_file(config.clip, config.root))
     store = open_store(config, model)
-    path = folder / "altered.json"
-    if path.exists() and (not config.train_images or all(
-            pixel_file(config, name).exists() for name in json.loads(path.read_text()))):
-        return
+    path = folder / "altered.json"              # is written last
+    if path.exists():
+        names = json.loads(path.read_text(encoding="utf-8"))
+        if not config.train_images or all(pixel_file(config, name).exists() for name in names):
+            return
     candidates = candidate_times(shapes.FRAMES, config.frames, config.stride)   # in frame lengths
     chosen = choose(len(candidates), config.frames, config.stride)
     false_captions = {}
     for number, (split, count) in enumerate(FAMILIES.items()):
-        captions = {}
+        captions = {}                           # video -> its only caption
         for i in trange(count, desc=f"whole videos: {split}", disable=None):
             rng = np.random.default_rng([shapes.seed_of(config.dataset), 100 + number, i])
             for k, plan in enumerate(family(rng)):

@@ -7,6 +7,7 @@ import pathlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import clip
 from support.errors import Mistake
@@ -15,7 +16,7 @@ from support.options import check_options, option
 # variant -> what relates the frames to each other, and whether there is a TAB
 VARIANTS = {"mean": ("mean", False), "transformer": ("transformer", False), "tdb": ("tdb", False),
             "tab": ("transformer", True), "both": ("tdb", True)}
-MAX_SCALE = math.log(100)                                               # of the logits, as in CLIP
+MAX_SCALE = math.log(100)       # of the log of the similarities' factor, as in CLIP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,32 +24,32 @@ class Config:
     """All settings. Defaults: MSR-VTT 9k, with CLIP4Clip's published training; see PRESETS."""
     dataset: str = option("shapes", "shapes, shapes-1, ..., msrvtt, msvd or vatex")
     variant: str = option("both", "which blocks the network has", tuple(VARIANTS))
-    seed: int = option(42, "of weights and of the order of videos")
+    seed: int = option(42, "seed of the weights and of the order of videos")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    root: str = option("data", "folder of datasets")
+    root: str = option("data", "folder of all datasets")
     out: str = option("", "folder of the run (empty: runs/clip2video/<dataset>-<variant>)")
-    clip: str = option("ViT-B/32", "CLIP that made the features")
+    clip: str = option("ViT-B/32", "CLIP that made the features (name or file)")
     frames: int = option(12, "L, frames per video", least=1)
     words: int = option(32, "W, tokens per sentence, with start and end", least=3)
-    stride: int = option(2, "of frames at 5 per second; 0: centres of equal parts", least=0)
-    allow_missing: bool = option(False, "true: leave out videos without features")
-    centres: int = option(5, "K", least=1)
-    layers: int = option(4, "of the temporal transformer", least=1)
-    weight: float = option(0.5, "w, of the global similarity; the aligned one has 1 - w")
+    stride: int = option(2, "every N-th of 5 frames per second; 0: centres of equal parts", least=0)
+    allow_missing: bool = option(False, "leave out videos without features")
+    centres: int = option(5, "K, centres of the TAB", least=1)
+    layers: int = option(4, "layers of the temporal transformer", least=1)
+    weight: float = option(0.5, "w, weight of the global similarity (aligned: 1 - w)")
     batch: int = option(128, "videos in a batch", least=1)
-    together: int = option(1, "neighbours in the list that are put into one batch", least=1)
+    together: int = option(1, "put N neighbours in the list into the same batch", least=1)
     epochs: int = option(5, "passes over all captions", least=1)
     lr: float = option(1e-4, "learning rate of the new modules")
     # DEVIATION: 1e-7 moves nothing in float32; in the authors' float16 it acted as a far larger one
     text_lr: float = option(1e-6, "learning rate of the towers")
-    weight_decay: float = option(0.2, "of AdamW, except for biases")
-    train_images: bool = option(False, "true: train the image tower, too, on jittered frames")
+    weight_decay: float = option(0.2, "weight decay of AdamW, except for biases")
+    train_images: bool = option(False, "also train the image tower, on jittered frames")
 
     def __post_init__(self):
         check_options(self)
         if not 0 <= self.weight <= 1:
             raise Mistake(f"--weight must be between 0 and 1, not {self.weight}")
-        if max(self.frames, self.words) > 77:
+        if max(self.frames, self.words) > 77:           # frames have positions of the text tower
             raise Mistake("--frames and --words must be at most 77, CLIP's number of positions")
 
     @property
@@ -57,7 +58,9 @@ class Config:
 
 
 PRESETS = {
-    "msrvtt": {}, "msvd": dict(stride=1), "vatex": dict(stride=1, centres=7, epochs=23),
+    "msrvtt": {},
+    "msvd": dict(stride=1),                                             # [code]
+    "vatex": dict(stride=1, centres=7, epochs=23),      # [code]; epochs: of its checkpoint's name
     # python -m clip2video train     two CPU cores, about two minutes
     "shapes": dict(clip="shapes", seed=0, frames=16, stride=0, words=40, layers=2, batch=64,
                    together=4, epochs=30, lr=1e-3, text_lr=1e-3, weight_decay=0.02)}
@@ -69,8 +72,9 @@ def configure(**given) -> Config:
     family = "shapes" if dataset.startswith("shapes") else dataset
     if family not in PRESETS:
         raise Mistake(f"--dataset must be {', '.join(PRESETS)} or shapes-N, not {dataset!r}")
-    own = {"clip": dataset} if family == "shapes" else {}
-    return Config(**PRESETS[family] | own | given)
+    if family == "shapes":                      # each shapes world has a small CLIP of its own
+        given.setdefault("clip", dataset)
+    return Config(**PRESETS[family] | given)
 
 
 class Transformer(nn.Module):
@@ -94,19 +98,22 @@ class Transformer(nn.Module):
 
 def interleave(frames: Tensor, differences: Tensor) -> Tensor:
     """f0, d0, f1, d1, ..., f(L-1): [B, L, ...] and [B, L-1, ...] -> [B, 2L-1, ...]."""
-    result = frames.new_empty(len(frames), 2 * frames.shape[1] - 1, *frames.shape[2:])
-    result[:, 0::2], result[:, 1::2] = frames, differences
+    B, L = frames.shape[:2]
+    result = frames.new_empty((B, 2 * L - 1) + frames.shape[2:])
+    result[:, 0::2] = frames
+    result[:, 1::2] = differences
     return result
 
 
 class TemporalDifference(nn.Module):
     """TDB's tokens: the frames, and between each two of them their difference, squashed to (-1, 1),
-    each with an embedding of its position and of its type. One block serves both vectors."""
+    each with an embedding of its position and of its type. Both vectors of a video share it."""
 
     def __init__(self, text: clip.TextTower):
         super().__init__()
         places = text.positional_embedding.detach()
         self.places = nn.Parameter(places.clone())                      # P [77, D]
+        # [code]: the first two positions of the text tower serve as the types, too
         self.kinds = nn.Parameter(places[:2].clone())           # T: 1 = frame, 0 = difference
         self.attention = Transformer(text, 1)                           # A_d
         self.norm = nn.LayerNorm(places.shape[1])                       # LN_d
@@ -117,7 +124,8 @@ class TemporalDifference(nn.Module):
         # DEVIATION: the release masks a difference by one of its two frames, so padding leaks in
         both = mask[:, 1:] & mask[:, :-1]                               # [B, L-1]
         x = frames[:, 1:] - frames[:, :-1] + self.places[1:L]   # position of the later frame
-        return 2 * torch.sigmoid(self.norm(self.attention(x, both))) - 1, both
+        x = self.norm(self.attention(x, both))                          # [B, L-1, D]
+        return 2 * torch.sigmoid(x) - 1, both
 
     def forward(self, frames: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """[B, L, D] -> tokens [B, 2L-1, D] and their mask [B, 2L-1]."""
@@ -127,7 +135,7 @@ class TemporalDifference(nn.Module):
         differences, both = self.differences(frames, mask)
         # [code]: a difference has the position of the earlier frame here, of the later one above
         places = interleave(self.places[None, :L], self.places[None, :L - 1])[0]    # [2L-1, D]
-        kinds = self.kinds[(torch.arange(2 * L - 1, device=frames.device) + 1) % 2]
+        kinds = self.kinds[(torch.arange(2 * L - 1, device=frames.device) + 1) % 2]     # 1, 0, ...
         return interleave(frames, differences) + places + kinds, interleave(mask, both)
 
 
@@ -148,10 +156,8 @@ class CLIP2Video(nn.Module):
         self.temporal = temporal
         self.align = align
         self.visual = visual
-        if isinstance(visual, clip.ModifiedResNet):     # recomputing would count its batches twice
+        if isinstance(visual, clip.ModifiedResNet):     # `encode_image` follows a ViT
             raise Mistake("--train-images needs a CLIP whose image tower is a ViT, not a ResNet")
-        if visual:                      # the frames of a batch would not fit into memory otherwise
-            visual.transformer.recompute = True
         self.logit_scale = nn.Parameter(torch.tensor(scale))
         if temporal == "tdb":
             self.difference = TemporalDifference(text)
@@ -161,17 +167,29 @@ class CLIP2Video(nn.Module):
             self.transformer = Transformer(text, layers)                # A_t
         if align:
             self.coarse = Transformer(text, 1)                          # A_c
+            # [code]: N(0, 1/64); both are shared by videos and sentences
             self.assign = nn.Parameter(torch.randn(centres, D) * 0.125)         # W_c [K, D]
             self.centres = nn.Parameter(torch.randn(centres, D) * 0.125)        # C [K, D]
 
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Like clip.CLIP's, by the trained image tower."""
-        return self.visual(images)
+        """clip.VisionTransformer.forward of the trained tower, in less memory: [B, 3, R, R] ->
+        [B, D], patches [B, D, H, W]."""
+        x, tower = images, self.visual
+        for convolution in tower.stem:                                  # of the shapes world's CLIP
+            x = F.relu(convolution(x))
+        x = tower.conv1(x).flatten(2).transpose(1, 2)                   # [B, HW, C]
+        x = torch.cat([tower.class_embedding.expand(len(x), 1, -1), x], 1)      # [B, 1 + HW, C]
+        x = tower.ln_pre(x + tower.positional_embedding)
+        for block in tower.transformer.resblocks:
+            # keeps the input of each block only, and computes the rest again in the backward pass
+            x = checkpoint(block, x, use_reentrant=False)
+        x = tower.ln_post(x) @ tower.proj                               # [B, 1 + HW, D]
+        return x[:, 0], x[:, 1:].transpose(1, 2).unflatten(2, (tower.grid, tower.grid))
 
     def encode_pixels(self, pixels: Tensor, mask: Tensor) -> Tensor:
         """The frames that exist, uint8 [mask.sum(), 3, R, R] -> features [B, L, D], else 0."""
         x, _ = self.encode_image(clip.normalise(pixels))
-        frames = x.new_zeros(*mask.shape, x.shape[1])
+        frames = x.new_zeros(mask.shape + x.shape[1:])
         frames[mask] = x
         return frames                                                   # [B, L, D]
 
@@ -188,9 +206,10 @@ class CLIP2Video(nn.Module):
             return overall, None
         # half the frame rate; [code] numbers these positions from 0 again
         half, half_mask = frames[:, 0::2], mask[:, 0::2]                # [B, L/2, D]
-        coarse = self.in_time(self.coarse, half, half_mask)
-        return overall, self.aggregate(torch.cat([frames, coarse], 1),
-                                       torch.cat([mask, half_mask], 1))
+        coarse = self.in_time(self.coarse, half, half_mask)             # [B, L/2, D]
+        # [code]: at the full rate CLIP's own features, without temporal attention
+        tokens = torch.cat([frames, coarse], 1)                         # [B, L + L/2, D]
+        return overall, self.aggregate(tokens, torch.cat([mask, half_mask], 1))
 
     def in_time(self, transformer: Transformer, frames: Tensor, mask: Tensor) -> Tensor:
         """Frames after attention among themselves and, with TDB, to differences: [B, L, D]."""
@@ -211,18 +230,23 @@ class CLIP2Video(nn.Module):
         return overall, self.aggregate(h, words)
 
     def aggregate(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Soft assignment of tokens to centres; the sum of a centre's residuals; the mean over
-        centres. [B, N, D], mask [B, N] -> unit vectors [B, D]."""
+        """TAB, like NetVLAD: assigns tokens softly to centres, sums each centre's residuals, and
+        takes the mean over centres. [B, N, D], mask [B, N] -> unit vectors [B, D]."""
+        # subtle: the softmax is over centres, so a masked token is removed after it, not before
         share = torch.softmax(tokens @ self.assign.T, 2) * mask[..., None]      # [B, N, K]
-        residuals = torch.einsum("bnk,bnd->bkd", share, tokens) \
-            - share.sum(1)[..., None] * self.centres                    # [B, K, D]
+        # sum_n share[n, k] (token[n] - centre[k]), without a tensor [B, N, K, D]
+        residuals = torch.einsum("bnk,bnd->bkd", share, tokens)         # [B, K, D]
+        residuals = residuals - share.sum(1)[..., None] * self.centres
         return F.normalize(F.normalize(residuals, dim=2).mean(1), dim=1)
 
 
-def joined(overall: Tensor, aligned: Tensor | None, weight: float = 0.5) -> Tensor:
-    """One unit vector [B, 2D] ([B, D] without TAB), whose dot products are w S_g + (1-w) S_a."""
+def joined(encoded: tuple[Tensor, Tensor | None], weight: float = 0.5) -> Tensor:
+    """What an encoder returns as one unit vector [B, 2D] ([B, D] without TAB). Dot products of such
+    vectors are w S_g + (1-w) S_a, without the scale."""
+    overall, aligned = encoded
     if aligned is None:
         return overall
+    # square roots, because a dot product multiplies the factors of both sides
     return torch.cat([weight ** 0.5 * overall, (1 - weight) ** 0.5 * aligned], 1)
 
 
@@ -232,16 +256,15 @@ def logits(texts: tuple, videos: tuple, scale: Tensor) -> list[Tensor]:
 
 
 def symmetric_loss(similarity: Tensor) -> Tensor:
-    """L_sym, CLIP's loss: each text picks its video, each video its text. [B, B] -> nats."""
-    target = torch.arange(len(similarity), device=similarity.device)
-    texts = F.cross_entropy(similarity, target)
-    videos = F.cross_entropy(similarity.T, target)
-    return (texts + videos) / 2
+    """L_sym(S) = (CE(S) + CE(S^T)) / 2, nats: each text picks its video, and each video its text.
+
+    similarity  [B, B], the logits of text i and video j; the pairs are on the diagonal"""
+    pairs = torch.arange(len(similarity), device=similarity.device)
+    return (F.cross_entropy(similarity, pairs) + F.cross_entropy(similarity.T, pairs)) / 2
 
 
 def loss(similarities: list[Tensor], weight: float = 0.5) -> Tensor:
-    """L = w L_sym(S_g) + (1-w) L_sym(S_a) of [B, B] whose diagonals hold the pairs, nats; L_sym is
-    CLIP's loss. L_sym(S_g) alone without TAB."""
+    """L = w L_sym(S_g) + (1-w) L_sym(S_a); L_sym(S_g) alone without TAB. Each [B, B]."""
     losses = [symmetric_loss(similarity) for similarity in similarities]
     if len(losses) == 1:
         return losses[0]

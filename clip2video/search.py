@@ -36,27 +36,30 @@ def update_index(checkpoint: str, folder: str, out: str | pathlib.Path, device: 
         if digest != files.sha256(checkpoint):
             raise Mistake(f"{out} was made with another checkpoint, {other}; choose another --out")
     entries = {name: entry for name, entry in entries.items() if name in paths}
-    images = model = model.to(device)
+    model.to(device)
+    images = model                              # what encodes images: its own trained tower,
     if not config.train_images:
         clip_path = data.clip_file(config.clip, config.root)
-        images = clip.load(clip_path, device)
+        images = clip.load(clip_path, device)   # or the CLIP from which it was trained
         if clip.sha256(clip_path) != clip_sha256:
-            raise Mistake(f"{clip_path} is not the CLIP of the training; name its folder by --root")
-    failed, saved = {}, time.monotonic()
+            raise Mistake(f"{clip_path} is not the CLIP this checkpoint was trained with; pass its "
+                          f"folder with --root")
+    failed = {}                                 # file -> reason
+    saved = time.monotonic()
     for name, path in tqdm(paths.items(), desc="index", unit="video", disable=None):
-        state = list(video.state_of(path).values())
+        state = list(video.state_of(path).values())     # size and modification time
         if name in entries and entries[name][1] == state:
-            continue
+            continue                            # its vector is up to date
         try:
             x = encode_file(images, path, config).float()[None].to(device)      # [1, L, D]
             with torch.no_grad():
-                vector = joined(*model.encode_video(x, (x != 0).any(2)), config.weight)[0].cpu()
-            entries[name] = vector, state
+                encoded = model.encode_video(x, (x != 0).any(2))
+            entries[name] = (joined(encoded, config.weight)[0].cpu(), state)    # [2D]
         except data.VideoError as error:
-            entries.pop(name, None)
+            entries.pop(name, None)             # its vector is of the earlier content
             failed[name] = str(error)
             tqdm.write(printable(f"failed: {name}: {error}"))
-        if entries and time.monotonic() - saved > 60:
+        if entries and time.monotonic() - saved > 60:           # an interruption loses a minute
             save_vectors(out, checkpoint, entries)
             saved = time.monotonic()
     if not entries:
@@ -67,11 +70,11 @@ def update_index(checkpoint: str, folder: str, out: str | pathlib.Path, device: 
 
 def save_vectors(out: str | pathlib.Path, checkpoint: str | pathlib.Path, entries: Entries) -> None:
     """Writes <out>/clip2video.npz."""
-    vectors, states = zip(*entries.values())
+    vectors = torch.stack([vector for vector, _ in entries.values()])   # [V, 2D]
+    states = np.array([state for _, state in entries.values()])         # [V, 2]
     files.save(pathlib.Path(out) / FILE, lambda file: np.savez(
-        file, names=np.array(list(entries)), vectors=torch.stack(vectors).numpy(),
-        about=np.array(states), checkpoint=str(pathlib.Path(checkpoint).resolve()),
-        sha256=files.sha256(checkpoint)))
+        file, names=np.array(list(entries)), vectors=vectors.numpy(), about=states,
+        checkpoint=str(pathlib.Path(checkpoint).resolve()), sha256=files.sha256(checkpoint)))
 
 
 def read_vectors(folder: str | pathlib.Path) -> tuple[Entries, str, str]:
@@ -81,9 +84,10 @@ def read_vectors(folder: str | pathlib.Path) -> tuple[Entries, str, str]:
         raise Mistake(f"{folder} has no vectors of whole videos; use: {COMMAND} {folder}")
     try:
         with np.load(path, allow_pickle=False) as file:
+            # strict: a damaged file may have more names than vectors
             rows = zip(torch.from_numpy(file["vectors"]), file["about"].tolist(), strict=True)
-            return (dict(zip(file["names"].tolist(), rows, strict=True)), str(file["checkpoint"]),
-                    str(file["sha256"]))
+            entries = dict(zip(file["names"].tolist(), rows, strict=True))
+            return entries, str(file["checkpoint"]), str(file["sha256"])
     except Exception as error:  # numpy raises a dozen types for a damaged or hostile file
         raise Mistake(f"{path} is damaged ({error}); remove it and index again") from error
 
@@ -97,7 +101,7 @@ class Ranker:
         entries, checkpoint, digest = read_vectors(folder)
         if not pathlib.Path(checkpoint).exists() or files.sha256(checkpoint) != digest:
             raise Mistake(f"the checkpoint of this index was removed or changed: {checkpoint}; "
-                          f"name its file with: {COMMAND} {folder}")
+                          f"pass its new path: {COMMAND} {folder}")
         self.names, self.device = list(entries), torch.device(device)
         self.vectors = torch.stack([vector for vector, _ in entries.values()])
         self.model, self.config, _ = load(checkpoint, root)
@@ -112,10 +116,11 @@ class Ranker:
         if not all(sentence.strip() for sentence in sentences):
             raise Mistake("a sentence is empty; say what to look for")
         ids = clip.tokenize(sentences, self.config.words, True).to(self.device)
-        texts = joined(*self.model.encode_text(ids), self.config.weight).cpu()      # [T, 2D]
+        texts = joined(self.model.encode_text(ids), self.config.weight).cpu()       # [T, 2D]
         answers = []
+        # both sides are unit vectors, so the products are cosines
         for scores in texts @ self.vectors.T:                           # [V]
             values, indices = scores.topk(min(count, len(self.names)))
-            answers.append([(self.names[v], value) for v, value
-                            in zip(indices.tolist(), values.tolist())])
+            names = [self.names[v] for v in indices.tolist()]
+            answers.append(list(zip(names, values.tolist())))
         return answers

@@ -27,12 +27,16 @@ class Batch(NamedTuple):
 def batches_of_epoch(split: Split, config: Config, epoch: int) -> list[Batch]:
     """The shuffled batches of an epoch, which depend on the seed and the epoch only. There are as
     many pairs as captions: in each of the epoch's passes every video occurs once."""
-    V, draw = len(split.videos), random.Random(1_000_003 * config.seed + epoch)
-    starts, indices, batches = range(0, V, config.together), [], []
-    for _ in range(max(1, round(sum(map(len, split.captions)) / V))):
+    V = len(split.videos)
+    draw = random.Random(1_000_003 * config.seed + epoch)
+    starts = range(0, V, config.together)
+    passes = max(1, round(sum(map(len, split.captions)) / V))
+    indices, batches = [], []                   # of each batch: its videos
+    for _ in range(passes):
         order = []
         for start in draw.sample(starts, len(starts)):          # neighbours stay together
             order += range(start, min(start + config.together, V))
+        # subtle: cut per pass, so that no batch holds a video twice
         indices += [order[i:i + config.batch] for i in range(0, V, config.batch)]
     for index in indices:
         captions = [draw.choice(split.captions[v]) for v in index]
@@ -44,17 +48,21 @@ def start(config: Config, device: torch.device) -> tuple[CLIP2Video, torch.optim
     """The model before the first step, and its optimiser."""
     state = clip.read_state(data.clip_file(config.clip, config.root))
     visual = clip.build(state).visual if config.train_images else None
-    torch.manual_seed(config.seed)              # after that, so that new modules start the same
-    scale = min(float(state.get("logit_scale", MAX_SCALE)), MAX_SCALE)
-    model = CLIP2Video(clip.build_text(state), *VARIANTS[config.variant], config.centres,
-                       config.layers, scale, visual).to(device)
+    # subtle: after the image tower has drawn, so that new modules start the same without it
+    torch.manual_seed(config.seed)
+    temporal, align = VARIANTS[config.variant]
+    scale = min(float(state.get("logit_scale", MAX_SCALE)), MAX_SCALE)  # CLIP's own, if it has one
+    model = CLIP2Video(clip.build_text(state), temporal, align, centres=config.centres,
+                       layers=config.layers, scale=scale, visual=visual).to(device)
     groups = []
     for in_tower, lr in ((True, config.text_lr), (False, config.lr)):
         for is_bias, decay in ((True, 0.0), (False, config.weight_decay)):
-            groups.append({"base": lr, "weight_decay": decay, "params": [
-                p for name, p in model.named_parameters()
-                if name.startswith(("text.", "visual.")) == in_tower
-                and name.endswith("bias") == is_bias]})
+            group = {"base": lr, "weight_decay": decay, "params": []}
+            for name, p in model.named_parameters():
+                if name.startswith(("text.", "visual.")) == in_tower \
+                        and name.endswith("bias") == is_bias:
+                    group["params"].append(p)
+            groups.append(group)
     # DEVIATION: AdamW corrects the bias of its moments, the BertAdam of CLIP4Clip does not
     return model, torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
@@ -62,9 +70,9 @@ def start(config: Config, device: torch.device) -> tuple[CLIP2Video, torch.optim
 def loop(config: Config, resume: bool) -> None:
     """The training loop. It keeps the epoch with the best t2v R@1 on the validation split."""
     device = parallel.pick_device(config.device)
-    # test is read, too: its features should not turn out to be missing after the training
-    splits = {split: read_split(config, split) for split in ("train", "val", "test")}
-    training = splits["train"]
+    training = read_split(config, "train")
+    validation = read_split(config, "val")
+    read_split(config, "test")                  # fails now, not after the training
     steps = len(batches_of_epoch(training, config, epoch=0))
     print(f"{len(training.videos)} training videos, {sum(map(len, training.captions))} captions, "
           f"{steps} steps per epoch")
@@ -75,19 +83,21 @@ def loop(config: Config, resume: bool) -> None:
     for epoch in run.epochs():                                          # those left
         model.train()
         batches = batches_of_epoch(training, config, epoch)
-        for step, batch in run.steps(batches):                  # those left, if it was interrupted
+        for step, batch in run.steps(batches):
             done = (epoch + step / len(batches)) / config.epochs
-            # CLIP4Clip's schedule: a linear warm-up, then a cosine to 0
+            # CLIP4Clip's schedule: a linear warm-up, then a cosine, which counts from the start
             rate = done / 0.1 if done < 0.1 else progress.cosine(done)
             for group in optimiser.param_groups:
                 group["lr"] = group["base"] * rate
             ids = clip.tokenize(batch.captions, config.words, True).to(device)      # [B, W]
             texts = model.encode_text(ids)
-            frames, mask = training.frames[batch.index], training.mask[batch.index].to(device)
-            if config.train_images:     # jittered by the step's own seed, whatever came before it
+            frames = training.frames[batch.index]                               # [B, L, D]
+            mask = training.mask[batch.index].to(device)                        # [B, L]
+            if config.train_images:
+                # jittered by the step's own seed, so that a resumed run repeats it
                 draw = random.Random(f"{config.seed} {epoch} {step}")
-                frames = model.encode_pixels(
-                    read_pixels(config, batch.videos, draw).to(device), mask)
+                pixels = read_pixels(config, batch.videos, draw).to(device)
+                frames = model.encode_pixels(pixels, mask)
             videos = model.encode_video(frames.to(device), mask)
             value = loss(logits(texts, videos, model.logit_scale), config.weight)
 
@@ -98,9 +108,9 @@ def loop(config: Config, resume: bool) -> None:
                 nn.utils.clip_grad_norm_(p, 1.0)
             optimiser.step()
             with torch.no_grad():
-                model.logit_scale.clamp_(max=MAX_SCALE)
-            run.add({}, value, norm)       # for the log; not finite: the run stops
-        texts, videos, video_of = vectors(model, splits["val"], config, device)
+                model.logit_scale.clamp_(max=MAX_SCALE)         # CLIP4Clip, after each step
+            run.add({}, value, norm)                    # for the log; not finite: the run stops
+        texts, videos, video_of = vectors(model, validation, config, device)
         if run.end_epoch(retrieval_metrics(texts @ videos.T, video_of)):        # the best so far
             files.save_tensors(config.folder / "ckpt.pt", {
                 "config": dataclasses.asdict(config), "epoch": epoch + 1, "history": run.history,

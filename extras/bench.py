@@ -8,6 +8,7 @@
 Weights and features are random, in the sizes of ViT-B/32 and of the published settings. Whether a
 GPU computes the same as the CPU is tested by: pytest --device cuda tests/test_device.py
 """
+import functools
 import os
 import platform
 import tempfile
@@ -23,6 +24,7 @@ import mmn
 import retrieve
 import train
 import video
+from extras import features
 from support import options, parallel
 from support.errors import Mistake, reported
 
@@ -156,23 +158,23 @@ def bench_video(device: torch.device, folder: str) -> None:
     """Extraction of 32 frames per video, against the slower of its halves."""
     T = 32
     paths = video.find_files(folder, video.VIDEOS)
-    workers = max(1, os.cpu_count() - 1)    # one core encodes
+    read = functools.partial(video.sample_frames, count=T, resolution=224)
     started = time.perf_counter()
-    decoded = [d for _, d in video.decode_all(paths, T, 224, workers) if d.frames is not None]
+    decoded = [d for _, d in features.decode_all(paths, read) if d.frames is not None]
     decoding = time.perf_counter() - started
     if not decoded:
         raise Mistake(f"{folder} contains no readable video; name another folder with --videos")
     model = random_clip().to(device)                                    # reads 224 x 224 pixels
-    pixels = torch.from_numpy(decoded[0].frames)                        # [T, 3, R, R]
+    pixels = decoded[0].frames                                          # [T, 3, R, R]
     precision = torch.float16 if device.type == "cuda" else torch.float32      # as in data.py
     encoding = len(decoded) * seconds_of(
         lambda: video.encode_frames(model, pixels, T, precision), device)
     with tempfile.TemporaryDirectory() as target:
         store = data.FeatureStore(target, video.made_by(model, "random", "", T))
         started = time.perf_counter()
-        video.extract(store, model, paths, list(paths), set(), workers, T, precision)
+        features.extract(store, model, paths, list(paths), set(), T, precision)
         extraction = time.perf_counter() - started
-    report(f"video: decoding, {workers} processes", len(decoded) / decoding, "videos/s")
+    report("video: decoding", len(decoded) / decoding, "videos/s")
     report("video: encoding", len(decoded) / encoding, "videos/s")
     report("video: extraction, decoding beside encoding", len(decoded) / extraction, "videos/s",
            f"{max(decoding, encoding) / extraction:.2f} x the slower half")

@@ -23,6 +23,7 @@ import clip
 import data
 import video
 from data import Sample
+from extras import features as features_of
 from support import files, options, parallel
 from support.errors import Missing, Mistake, reported
 from support.text import aligned, printable
@@ -158,7 +159,7 @@ def adopt(dataset: str, split: str, path: str, videos: dict[str, pathlib.Path], 
     for name in unknown:
         try:
             durations_sec[name] = video.probe_duration(videos[name])
-        except (KeyError, video.VideoError):            # reported again by `video.extract`
+        except (KeyError, video.VideoError):            # reported again by `extract`
             durations_sec[name] = max(row.end_sec for row in rows if row.video == name)
     rows = [row._replace(duration_sec=durations_sec.get(row.video, row.duration_sec))
             for row in rows]
@@ -221,7 +222,8 @@ def make_features(dataset: str, samples: dict[str, list[Sample]], given: argpars
     names = sorted({row.video for row in rows})         # the same order in every process
     if given.features and (given.backbone or given.clip in clip.PUBLISHED):
         # no weights are needed: the network is published, or not a CLIP
-        made = video.made_elsewhere(given.backbone or given.clip, given.features, features, names,
+        name = given.backbone or given.clip
+        made = features_of.made_elsewhere(name, given.features, features, names,
                                     T)
     else:
         device = parallel.pick_device(given.device)
@@ -239,17 +241,15 @@ def make_features(dataset: str, samples: dict[str, list[Sample]], given: argpars
     if given.features:
         # from the annotations, as there are no videos to probe
         durations_sec = {row.video: row.duration_sec for row in rows}
-        failed = video.adopt_features(store, features, names, durations_sec)
+        failed = features_of.adopt_features(store, features, names, durations_sec)
     else:
         training = set()                                # only these need patches (Eq. 3)
         for split, part in samples.items():
             if split.endswith("train"):
                 training.update(row.video for row in part)
-        cores = (os.cpu_count() or 2) // parallel.number_from("LOCAL_WORLD_SIZE", 1)
-        workers = max(1, cores - 1)                     # one core is left for the encoder
         batch = 256 if device.type == "cuda" else 32    # frames, of one video or several
-        failed = video.extract(store, model, videos, names, training, workers, batch,
-                               video.PRECISIONS[precision])
+        failed = features_of.extract(store, model, videos, names, training, batch,
+                                     video.PRECISIONS[precision])
     for name, reason in sorted(failed.items()):
         print(printable(f"failed: {name}: {reason}"))   # names may hold control characters
     print(f"{len(names) - len(failed)} of {len(names)} videos have features in {store.folder}")
@@ -419,7 +419,7 @@ def run(given: argparse.Namespace) -> None:
         if not videos:
             raise Mistake(f"{given.videos} contains no video; name the folder that has them")
     if given.features:
-        features = video.find_features(given.features)
+        features = features_of.find_features(given.features)
     # under torchrun, one process prints the counts
     with contextlib.redirect_stdout(None if parallel.number_from("RANK", 0) else sys.stdout):
         samples = prepare(dataset, given, videos)

@@ -92,8 +92,8 @@ def triplet_scores(model: clip.CLIP, triplets: list, batch: int = 256) -> dict[s
     device = model.logit_scale.device
 
     def pixels(image) -> Tensor:
-        if isinstance(image, str):              # PyAV reads an image as a video of one frame
-            frame = next(video.frames_at(image, np.zeros(1)))
+        if isinstance(image, str):              # ffmpeg reads an image as a video of one frame
+            frame = next(video.centre_frames(video.inspect(image), 1))
         else:
             frame = torch.from_numpy(image).permute(2, 0, 1)
         return clip.crop(frame[None], model.visual.resolution)

@@ -3,7 +3,7 @@
 Shapes: F frames of a video, S sentences, N clips, W windows, P moments of a window.
 """
 import base64
-import io
+import fractions
 import mimetypes
 import os
 import pathlib
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import clip
 import video
-from support import files
+from support import ffmpeg, files
 from support.errors import Mistake
 from support.text import printable
 
@@ -94,7 +94,7 @@ def plot(path: str, retriever, encoded, answers: list, threshold: float) -> None
     grid = figure.add_gridspec(len(answers) + 1, 2, width_ratios=(4, 1),
                                height_ratios=[1.1] + [2] * len(answers))
     strip = figure.add_subplot(grid[0, 0])
-    frames = video.frames_at(encoded.path, video.frame_centres(encoded.duration_sec, 9))
+    frames = video.centre_frames(video.inspect(encoded.path), 9)
     images = [clip.crop(frame[None], 96)[0].permute(1, 2, 0).numpy() for frame in frames]
     strip.imshow(np.concatenate(images, 1),                             # [96, 9 * 96, 3]
                  extent=(0, encoded.duration_sec, 0, 1), aspect="auto")
@@ -162,10 +162,7 @@ def fill_page(title: str, note: str, sections: list[dict], **more) -> str:
 def unplayable(path: str | os.PathLike) -> str:
     """Why a browser may not play a video file; "" if it can."""
     path = pathlib.Path(path)
-    with video.open_video(path) as container:
-        codec = container.streams.video[0].codec_context.name
-    if codec in ("libdav1d", "libaom-av1"):     # PyAV names the decoder instead
-        codec = "av1"
+    codec = video.inspect(path).codec
     if codec in PLAYABLE and path.suffix.lower() in CONTAINERS:
         return ""
     return (f"{printable(path.name)} is {codec} in {path.suffix}, which many browsers cannot play; "
@@ -173,12 +170,20 @@ def unplayable(path: str | os.PathLike) -> str:
 
 
 def jpeg(path: str | os.PathLike, time_sec: float, side: int = 160) -> bytes:
-    """The frame on screen at an instant, scaled to `side` pixels, as a JPEG file."""
-    frame = next(video.frames_at(path, np.array([time_sec])))           # [3, h, w]
-    image = clip.crop(frame[None], side)[0].permute(1, 2, 0).contiguous().numpy()
-    buffer = io.BytesIO()
-    files.need("PIL.Image", "a thumbnail").fromarray(image).save(buffer, "JPEG")
-    return buffer.getvalue()
+    """The frame on screen at an instant, its short side `side` pixels, as a JPEG file. VideoError
+    if it cannot be read."""
+    # before "-i", -ss seeks to the keyframe before the instant: a long film is not decoded
+    size = f"scale='if(gt(iw,ih),-2,{side})':'if(gt(iw,ih),{side},-2)'"
+    run = ffmpeg.Ffmpeg(["-v", "error", "-ss", f"{time_sec:.3f}"] + ffmpeg.reading(path) + [
+        "-an", "-sn", "-dn", "-frames:v", "1", "-vf", size, "-f", "image2pipe",
+        "-c:v", "mjpeg", "-"])
+    try:
+        content = run.read()
+    finally:
+        run.close()
+    if not content:
+        raise video.VideoError(f"{path} has no picture at {time_sec:.1f} s: {run.reason()}")
+    return content
 
 
 def address_of(path: pathlib.Path, out: str | os.PathLike) -> str:
@@ -212,6 +217,26 @@ def write_page(out: str, encoded, retriever, answers: list) -> None:
 
 # -------------------------------------------------------------------------------------------- clips
 
+def cut(path: str | os.PathLike, start_sec: float, end_sec: float, out: pathlib.Path) -> None:
+    """Writes [start, end) of a video, with its sound, as H.264 in mp4."""
+    found = video.inspect(path)
+    begins_sec = found.packets_sec[:, 0]
+    if not ((start_sec <= begins_sec) & (begins_sec < end_sec)).any():
+        # one picture stands for the whole moment: seeking to its start would find none
+        picture = next(video.pictures(found, start_sec, 1.0, 1))
+        picture = picture[:, :found.height // 2 * 2, :found.width // 2 * 2]
+        seconds = max(1, round(end_sec - start_sec))
+        video.write_video(out, picture.repeat(seconds, 1, 1, 1), fractions.Fraction(1))
+        return
+    even = "scale='trunc(iw/2)*2':'trunc(ih/2)*2'"      # H.264 needs even sides
+    run = ffmpeg.Ffmpeg(["-v", "error", "-ss", f"{start_sec:.3f}"] + ffmpeg.reading(path) + [
+        "-t", f"{end_sec - start_sec:.3f}", "-vf", even, "-c:v", "libx264", "-pix_fmt", "yuv420p",
+        "-c:a", "aac", "-sn", "-dn", "-y", "-f", "mp4", "file:" + os.path.abspath(out)])
+    if run.finish():
+        out.unlink(missing_ok=True)
+        raise video.VideoError(f"{out} could not be written: {run.reason()}")
+
+
 def write_clips(folder: str, path: str, answers: list) -> list[pathlib.Path]:
     """Each moment as an H.264 file named by its time: kitchen-0m08.6s-0m15.1s.mp4."""
     folder = pathlib.Path(folder)
@@ -227,10 +252,6 @@ def write_clips(folder: str, path: str, answers: list) -> list[pathlib.Path]:
         if out.exists():
             raise Mistake(f"{out} already exists; choose another folder for --clips")
     folder.mkdir(parents=True, exist_ok=True)
-    with video.open_video(path) as source:
-        # a file may declare any frame rate, or none
-        rate = min(60, max(10, round(source.streams.video[0].average_rate or 25)))
     for out, moment in tqdm(moments.items(), desc="clips", unit="clip", disable=None):
-        times_sec = np.arange(moment.start_sec, moment.end_sec, 1 / rate)
-        video.write_video(out, video.frames_at(path, times_sec), rate)
+        cut(path, moment.start_sec, moment.end_sec, out)
     return list(moments)

@@ -23,9 +23,7 @@ def need(package: str, what: str):
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        name = package.split(".")[0]            # "PIL.Image" is a module of the package PIL
-        if name == "PIL":                       # the only one with another name on PyPI
-            name = "Pillow"
+        name = package.split(".")[0].replace("_", "-")          # as PyPI spells it
         raise Missing(f"{what} needs {name}: pip install {name}") from error
 
 

@@ -2,9 +2,6 @@
 its default, and the value in every preset."""
 import argparse
 import dataclasses
-import pathlib
-import re
-import shlex
 import sys
 import textwrap
 
@@ -47,21 +44,6 @@ def settings(config) -> str:
     shown = [f"{name}={value}" for name, value in dataclasses.asdict(config).items() if value != ""]
     # a path stays in one piece, to be copied
     return textwrap.fill("  ".join(shown), 100, break_long_words=False, break_on_hyphens=False)
-
-
-def training_command(checkpoint: pathlib.Path) -> str:
-    """The train.py command that makes a checkpoint, as far as its name tells: its folder is
-    runs/<dataset>-<method>, or else --out."""
-    folder = checkpoint.parent
-    arguments = ["python", "train.py"]
-    if checkpoint.name == "ckpt.pt" and folder.name:
-        # subtle: not greedy, so that of "mine-vdi-staged" the method is vdi-staged
-        name = re.fullmatch("(.+?)-(mmn|vdi|vdi-staged)", folder.name)
-        if name:
-            arguments += ["--dataset", name[1], "--method", name[2]]
-        if not name or folder.parent != pathlib.Path("runs"):
-            arguments += ["--out", str(folder)]
-    return shlex.join(arguments)                # in quotes where a folder's name has spaces
 
 
 def check_options(config) -> None:

@@ -33,8 +33,8 @@ ELSEWHERE = ("device", "root", "out", "workers", "allow_missing")       # may ch
 
 
 def new_folder(folder: pathlib.Path, resume: bool) -> None:
-    """Mistake if the folder of a run already holds one that is not to be resumed. `Run` creates it,
-    so that a run which fails before its first step leaves nothing behind."""
+    """Mistake if the folder of a run already holds one that is not to be resumed. It is created
+    with its first file, so that a run which fails before leaves nothing behind."""
     if not resume and folder.exists() and any(folder.iterdir()):
         raise Mistake(f"{folder} already holds a run; continue it with --resume, or choose another "
                       f"--out")
@@ -76,8 +76,6 @@ class Run:
         self.history = []
         self.before = []
         self.is_new = True
-        if self.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
         if resume:
             self.is_new = not self._restore()
             if self.is_first:
@@ -204,6 +202,7 @@ class Run:
         self.history.append(row)
         if not self.is_first:
             return False
+        self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))

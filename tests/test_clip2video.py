@@ -200,14 +200,14 @@ def test_words_are_what_is_between_start_and_padding(text):
 def test_loss_by_hand_and_its_symmetry():
     """A certain diagonal costs nothing. [[1, 0], [0, 0]]: rows log(1 + e^-1) and log 2, columns the
     same, so (0.3133 + 0.6931) / 2 = 0.5032."""
-    assert shapes.contrastive_loss(100 * torch.eye(4)).item() == pytest.approx(0, abs=1e-6)
+    assert network.symmetric_loss(100 * torch.eye(4)).item() == pytest.approx(0, abs=1e-6)
     S = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    assert shapes.contrastive_loss(S).item() == pytest.approx(0.5032, abs=1e-4)
+    assert network.symmetric_loss(S).item() == pytest.approx(0.5032, abs=1e-4)
     S = torch.randn(5, 5)
-    assert torch.isclose(shapes.contrastive_loss(S), shapes.contrastive_loss(S.T))
+    assert torch.isclose(network.symmetric_loss(S), network.symmetric_loss(S.T))
     a, b = torch.randn(3, 3), torch.randn(3, 3)
-    assert torch.isclose(network.loss([a, b], 0.25), 0.25 * shapes.contrastive_loss(a)
-                         + 0.75 * shapes.contrastive_loss(b))
+    expected = 0.25 * network.symmetric_loss(a) + 0.75 * network.symmetric_loss(b)
+    assert torch.isclose(network.loss([a, b], 0.25), expected)
 
 
 def test_gradients_reach_every_new_weight(text):
@@ -230,9 +230,9 @@ def test_one_vector_holds_both_similarities(text):
     with torch.no_grad():
         t, v = model.encode_text(ids), model.encode_video(frames, mask)
         for w in (0.5, 0.3):
-            both = network.joined(*t, w) @ network.joined(*v, w).T
+            both = network.joined(t, w) @ network.joined(v, w).T
             assert torch.allclose(both, w * t[0] @ v[0].T + (1 - w) * t[1] @ v[1].T, atol=1e-6)
-            assert torch.allclose(network.joined(*v, w).norm(dim=1), torch.ones(3))
+            assert torch.allclose(network.joined(v, w).norm(dim=1), torch.ones(3))
 
 
 # ------------------------------------------------------------------------------------------ metrics
@@ -303,22 +303,25 @@ def test_families_differ_in_motion_only():
                 assert 0 <= event["enter"] < event["start"] < event["end"] < event["leave"] <= 33
 
 
+def write_json(path: pathlib.Path, content) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
 def published_files(folder: pathlib.Path) -> None:
     """The three datasets in their published forms, of three videos."""
     names = ["a", "b", "c"]
     sentences = [{"video_id": n, "caption": f"{n} caption {k}", "sen_id": k}
                  for n in names for k in range(2)]
-    (folder / "MSRVTT_data.json").write_text(json.dumps({"videos": [], "sentences": sentences}))
-    with open(folder / "MSRVTT_train.9k.csv", "w") as file:
-        file.write("video_id\na\nb\n")
-    with open(folder / "MSRVTT_JSFUSION_test.csv", "w", newline="") as file:
+    write_json(folder / "MSRVTT_data.json", {"videos": [], "sentences": sentences})
+    (folder / "MSRVTT_train.9k.csv").write_text("video_id\na\nb\n", encoding="utf-8")
+    with open(folder / "MSRVTT_JSFUSION_test.csv", "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerows([["key", "vid_key", "video_id", "sentence"], ["r", "m", "c", "a test, yes"]])
     (folder / "raw-captions.pkl").write_bytes(pickle.dumps({n: [["a", n], ["two"]] for n in names}))
     for split, name in zip(("train", "val", "test"), names):
-        (folder / f"{split}_list.txt").write_text(name + "\n")
-    (folder / "vatex_data.json").write_text(json.dumps(
-        [{"videoID": n, "enCap": ["one", "two"], "chCap": []} for n in names]))
+        (folder / f"{split}_list.txt").write_text(name + "\n", encoding="utf-8")
+    write_json(folder / "vatex_data.json",
+               [{"videoID": n, "enCap": ["one", "two"], "chCap": []} for n in names])
 
 
 def test_published_forms(tmp_path):
@@ -331,8 +334,8 @@ def test_published_forms(tmp_path):
                                         "val": {"b": ["a b", "two"]},
                                         "test": {"c": ["a c", "two"]}}
     assert data.read_vatex(tmp_path)["test"] == {"c": ["one", "two"]}
-    (tmp_path / "vatex_data.json").write_text(json.dumps({"a": {"enCap": ["x"]}, "b": {"enCap": []},
-                                                          "c": {"enCap": ["z"]}}))
+    write_json(tmp_path / "vatex_data.json",
+               {"a": {"enCap": ["x"]}, "b": {"enCap": []}, "c": {"enCap": ["z"]}})
     assert data.read_vatex(tmp_path)["train"] == {"a": ["x"]}
 
 
@@ -367,26 +370,18 @@ def trained(world, tmp_path_factory):
     return root, text
 
 
+def killed_after(epochs: int, *arguments) -> None:
+    """Runs `python -m clip2video` in a process that ends as soon as last.pt holds these epochs."""
+    program = HERE / "tests" / "programs" / "stop_clip2video.py"
+    command(program, epochs, *arguments, status=9)
+
+
 def same_weights(a: pathlib.Path, b: pathlib.Path) -> bool:
     """Do the runs in two folders have the same weights, bit for bit, and the same metrics?"""
     one, two = (torch.load(path / "last.pt", weights_only=True)["model"] for path in (a, b))
     assert one.keys() == two.keys()
-    return (all(torch.equal(one[key], two[key]) for key in one)
-            and (a / "results.json").read_text(encoding="utf-8") == (b / "results.json").read_text(encoding="utf-8"))
-
-
-def stopper(folder: pathlib.Path) -> pathlib.Path:
-    """A program: `python -m clip2video` that ends with status 9 once an epoch is saved."""
-    script = folder / "stop.py"
-    script.write_text("import runpy, sys\n"
-                      "from support import files\n"
-                      "save = files.save_tensors\n"
-                      "def stop(path, content):\n"
-                      "    save(path, content)\n"
-                      "    if path.name == 'last.pt': sys.exit(9)\n"
-                      "files.save_tensors = stop\n"
-                      "runpy.run_module('clip2video', run_name='__main__')\n", encoding="utf-8")
-    return script
+    metrics = [(path / "results.json").read_text(encoding="utf-8") for path in (a, b)]
+    return all(torch.equal(one[key], two[key]) for key in one) and metrics[0] == metrics[1]
 
 
 def test_train_evaluate_and_resume(trained, tmp_path):
@@ -399,10 +394,32 @@ def test_train_evaluate_and_resume(trained, tmp_path):
     assert "already holds a run" in run("train", "--root", root, "--out", root / "run", status=2)
     arguments = ("train", "--root", root, "--epochs", 2, "--device", "cpu", "--out",
                  tmp_path / "run")
-    command(stopper(tmp_path), *arguments, status=9)
+    killed_after(1, *arguments)
     assert "resuming after epoch 1" in run(*arguments, "--resume")
     assert same_weights(root / "run", tmp_path / "run")
     assert "another seed" in run(*arguments, "--seed", 5, "--resume", status=2)
+
+
+def log_rows(folder: pathlib.Path) -> list[dict]:
+    """The rows of a run's log without the measured times."""
+    rows = []
+    for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        rows.append({key: value for key, value in json.loads(line).items()
+                     if key not in ("minutes", "data %")})
+    return rows
+
+
+def test_killed_after_an_epoch(trained, tmp_path):
+    """The resumed run ends with the same bits as one that was not killed, and logs the same."""
+    root, _ = trained
+    arguments = ("train", "--root", root, "--epochs", 3, "--batch", 8, "--device", "cpu", "--out")
+    assert "24 captions, 3 steps per epoch" in run(*arguments, tmp_path / "whole")
+    killed_after(2, *arguments, tmp_path / "parts")
+    assert not (tmp_path / "parts" / "results.json").exists()
+    assert "resuming after epoch 2" in run(*arguments, tmp_path / "parts", "--resume")
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+    rows = log_rows(tmp_path / "whole")
+    assert rows == log_rows(tmp_path / "parts") and len(rows) == 3
 
 
 def test_search_a_folder_of_videos(trained, tmp_path):
@@ -439,12 +456,14 @@ def test_search_a_folder_of_videos(trained, tmp_path):
                tmp_path / "other.pt")
     assert "another checkpoint" in run("index", tmp_path / "other.pt", tmp_path / "videos", "--out",
                                        tmp_path / "index", status=2)
+    text = run("search", tmp_path / "index", "a red circle", "--top", 1)
+    assert "  1  " in text and "  2  " not in text
     for arguments in ((), ("--top", 0)):
         assert run("search", tmp_path / "index", "" if not arguments else "a",
                    *arguments, status=2)
     (name, score), *_ = ranker.best(["the blue bar falls"], 3)[0]
     with torch.no_grad():
-        t = network.joined(*ranker.model.encode_text(clip.tokenize("the blue bar falls", 40)))
+        t = network.joined(ranker.model.encode_text(clip.tokenize("the blue bar falls", 40)))
     assert score == pytest.approx((t @ ranker.vectors[ranker.names.index(name)]).item(), abs=1e-5)
     assert "no vectors of whole videos" in run("search", tmp_path, "a", status=2)
 
@@ -453,9 +472,9 @@ def test_features_of_another_clip_or_sampling_are_refused(trained, tmp_path):
     root, _ = trained
     file = root / "shapes-videos" / "features" / "clip2video" / "manifest.json"
     before = file.read_text(encoding="utf-8")
-    file.write_text(json.dumps(json.loads(before) | {"sha256": "0" * 64}))
+    write_json(file, json.loads(before) | {"sha256": "0" * 64})
     assert "come from another CLIP" in run("evaluate", root / "run" / "ckpt.pt", status=2)
-    file.write_text(before)
+    file.write_text(before, encoding="utf-8")
     for option, value in (("--frames", 12), ("--stride", 2), ("--clip", "ViT-B/32")):
         message = run("train", "--root", root, option, value, "--out",
                       tmp_path / "run", status=2)
@@ -474,14 +493,14 @@ def test_an_epoch_sees_every_caption_once(trained, tmp_path):
     (tmp_path / "shapes").symlink_to(root / "shapes")
     path = tmp_path / "shapes-videos" / "train.captions.json"
     captions = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({name: [*texts, "again"] for name, texts in captions.items()}))
+    write_json(path, {name: texts + ["again"] for name, texts in captions.items()})
     text = run("train", "--root", tmp_path, "--epochs", 1, "--batch", 8, "--out",
                tmp_path / "run", "--device", "cpu")
     assert "24 training videos, 48 captions, 6 steps per epoch" in text
 
 
 def test_prepare(tmp_path, world, published):
-    """Three short real videos as MSVD; one that is broken in test is reported, and needs a word."""
+    """Three short real videos as MSVD. A broken one in test is reported, and stops a training."""
     published_files(tmp_path)
     (tmp_path / "videos").mkdir()
     for name in "ab":
@@ -495,9 +514,8 @@ def test_prepare(tmp_path, world, published):
     (root / "shapes").symlink_to(world / "shapes")
     text = run(*arguments, root)
     assert "train: 1 videos, 2 captions" in text and "1 videos have no features" in text
-    folder = root / "msvd" / "features" / "clip2video"
-    assert (folder / "a.frames.npy").exists()
-    assert "cannot be opened as a video" in (folder / "failed.txt").read_text(encoding="utf-8")
+    store = root / "msvd" / "features" / "clip2video"
+    assert "cannot be opened as a video" in (store / "failed.txt").read_text(encoding="utf-8")
     arguments += (root,)
     train = ("train", "--dataset", "msvd", "--root", root, "--clip", "shapes", "--epochs", 1,
              "--device", "cpu", "--out", tmp_path / "run")
@@ -509,7 +527,7 @@ def test_prepare(tmp_path, world, published):
     assert "1 of 1 videos of train have no features or no pixels" in run(*trained, status=2)
     run(*arguments, "--train-images")
     assert "t2v R@1" in run(*trained)
-    (tmp_path / "test_list.txt").write_text("a\n")
+    (tmp_path / "test_list.txt").write_text("a\n", encoding="utf-8")
     assert "both in train and test" in run(*arguments, status=2)
     (tmp_path / "raw-captions.pkl").write_bytes(b"no pickle")
     assert "does not contain the files of msvd" in run(*arguments, status=2)
@@ -607,14 +625,23 @@ def test_an_untrained_tower_gives_the_stored_features(pixels):
     assert torch.allclose(x, split.frames, atol=2e-3, rtol=2e-3)
 
 
+def test_the_image_tower_is_clips(pixels):
+    """What `encode_image` writes out, to the bit, is clip.VisionTransformer's forward pass."""
+    _, config = pixels
+    model, _ = train.start(config, torch.device("cpu"))
+    images = clip.normalise(data.read_pixels(config, ["val-000-0"]))
+    for one, two in zip(model.encode_image(images), model.visual(images)):
+        assert torch.equal(one, two)
+
+
 def test_gradients_of_the_image_tower(pixels):
     """The same with recomputation and without, and not 0 for any weight; padding is inert."""
     _, config = pixels
     gradients = []
     for recompute in (True, False):
         model, optimiser = train.start(config, torch.device("cpu"))
-        assert model.visual.transformer.recompute
-        model.visual.transformer.recompute = recompute
+        if not recompute:
+            model.encode_image = model.visual
         names, mask = ["train-000-0", "train-001-0"], torch.ones(2, 16, dtype=torch.bool)
         frames, mask[1, 9:] = data.read_pixels(config, names), False
         x = model.encode_pixels(frames[mask.flatten()], mask)
@@ -636,14 +663,14 @@ def test_gradients_of_the_image_tower(pixels):
 
 
 def test_train_the_image_tower_resume_and_search(pixels, world, tmp_path):
-    """Stopped after an epoch and resumed: the same bits. The checkpoint holds a tower that moved,
+    """Killed after an epoch and resumed: the same bits. The checkpoint holds a tower that moved,
     and it alone encodes: index gives a video the vector that the checkpoint does, without the
     CLIP's file."""
     root, _ = pixels
     arguments = ("train", "--root", root, "--epochs", 2, "--batch", 8, "--device", "cpu",
                  "--train-images", "true", "--out")
     text = run(*arguments, tmp_path / "whole")
-    command(stopper(tmp_path), *arguments, tmp_path / "parts", status=9)
+    killed_after(1, *arguments, tmp_path / "parts")
     assert "resuming after epoch 1" in run(*arguments, tmp_path / "parts", "--resume")
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
@@ -657,7 +684,7 @@ def test_train_the_image_tower_resume_and_search(pixels, world, tmp_path):
     run("index", checkpoint, tmp_path / "videos", "--out", tmp_path / "index", "--root", tmp_path)
     x = data.encode_file(model, tmp_path / "videos" / "test-0000.mp4", config).float()[None]
     with torch.no_grad():
-        vector = network.joined(*model.encode_video(x, (x != 0).any(2)))
+        vector = network.joined(model.encode_video(x, (x != 0).any(2)))
     assert torch.allclose(search.read_vectors(tmp_path / "index")[0]["test-0000.mp4"][0], vector[0],
                           atol=1e-5)
     (root / "shapes-videos/features/clip2video/pixels/test-000-0.npy").write_bytes(b"no frames")

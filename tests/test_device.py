@@ -23,6 +23,7 @@ import simulated_device
 import staged
 import train
 import video
+from extras import features as elsewhere
 from extras import bench, index, probe, search, zero_shot
 from simulated_device import BACKEND, DEVICE, NAME, WrongDevice
 from support import errors, parallel, progress
@@ -361,12 +362,12 @@ def test_zero_shot_scores(device):
 
 
 def test_extraction(world, videos, tmp_path, device):
-    """video.extract writes the same features, with patches."""
+    """features.extract writes the same features, with patches."""
     def features(kind, folder) -> list:
         model = clip.load(world / "shapes" / "clip.pt", kind)
         store = data.FeatureStore(folder, video.made_by(model, "shapes", "", 8, 2))
         paths = video.find_files(videos, video.VIDEOS)
-        assert video.extract(store, model, paths, list(paths), set(paths)) == {}
+        assert elsewhere.extract(store, model, paths, list(paths), set(paths)) == {}
         return [torch.from_numpy(store.read(name, part)) for name in paths
                 for part in ("frames", "patches")]
 
@@ -412,7 +413,7 @@ def test_clip2video(world, tmp_path, device, monkeypatch):
                                        kind, str(tmp_path))
         ranker = clip2video.search.Ranker(folder / "index", kind, str(tmp_path))
         return [metrics["videos"],
-                json.loads((folder / "log.jsonl").read_text(encoding="utf-8"))["loss"],
+                json.loads((folder / "log.jsonl").read_text(encoding="utf-8"))["L"],
                 [score for best in ranker.best(SENTENCES, 2) for _, score in best]]
 
     for images in (False, True):

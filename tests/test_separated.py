@@ -14,6 +14,7 @@ import mmn
 import retrieve
 import train
 import video
+from extras import features as elsewhere
 from extras import prepare
 from support.distilbert import DistilBert
 from support import progress
@@ -94,7 +95,7 @@ def test_stretches_are_averaged_as_in_a_plain_loop():
             a, b = round(i / count * L), round((i + 1) / count * L)
             rows = x[a:b] if a < b else x[min(a, L - 1):][:1]
             expected.append(sum(row / np.sqrt((row ** 2).sum()) for row in rows) / len(rows))
-        assert np.allclose(video.stretch_means(x, count), expected, atol=1e-6)
+        assert np.allclose(elsewhere.stretch_means(x, count), expected, atol=1e-6)
 
 
 def test_hdf5_of_both_forms_becomes_a_store(root, capsys):
@@ -106,7 +107,7 @@ def test_hdf5_of_both_forms_becomes_a_store(root, capsys):
     assert len(store.manifest["videos"]) == 12 and prepare.check("mine", root)
     with h5py.File(root / "features.hdf5") as file:
         for name, x in (("v1", file["v1"][()]), ("v2", file["v2"]["c3d_features"][()])):
-            assert np.allclose(store.read(name, "frames"), video.stretch_means(x, T), atol=1e-3)
+            assert np.allclose(store.read(name, "frames"), elsewhere.stretch_means(x, T), atol=1e-3)
 
 
 def test_a_clips_features_from_hdf5_are_the_rows_at_the_centres(world, tmp_path):
@@ -129,7 +130,7 @@ def test_damaged_and_hostile_hdf5(root, tmp_path):
     (tmp_path / "text.hdf5").write_text("not hdf5")
     for path in (tmp_path / "text.hdf5", tmp_path / "none.hdf5"):
         with pytest.raises(Mistake, match="cannot be read as hdf5"):
-            video.find_features(path)
+            elsewhere.find_features(path)
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
         file["flat"], file["nan"], file["word"] = np.ones(4), np.full((2, 4), np.nan), "text"
         file["good"], file["wide"] = np.ones((2, 4)), np.ones((2, 5))
@@ -137,11 +138,11 @@ def test_damaged_and_hostile_hdf5(root, tmp_path):
         file.create_dataset("huge", shape=(1 << 40, 4), chunks=(1, 4), dtype="f4")
         file["gone"] = h5py.SoftLink("/nowhere")
         file["type"] = np.dtype("f4")
-    features = video.find_features(tmp_path / "a.hdf5")
+    features = elsewhere.find_features(tmp_path / "a.hdf5")
     names = [*sorted(features), "none"]
-    made = video.made_elsewhere("x", tmp_path / "a.hdf5", features, names, T)
+    made = elsewhere.made_elsewhere("x", tmp_path / "a.hdf5", features, names, T)
     store = data.FeatureStore(tmp_path / "store", made)
-    failed = video.adopt_features(store, features, names, dict.fromkeys(names, 4.0))
+    failed = elsewhere.adopt_features(store, features, names, dict.fromkeys(names, 4.0))
     assert list(store.manifest["videos"]) == ["good"]
     assert failed.keys() == set(names) - {"good"}
     assert "width 5, but that of the others is 4" in failed["wide"]
@@ -151,8 +152,8 @@ def test_damaged_and_hostile_hdf5(root, tmp_path):
     for cut in range(1, 20):
         (tmp_path / "cut.hdf5").write_bytes(whole[:len(whole) * cut // 20])
         try:
-            for entry in video.find_features(tmp_path / "cut.hdf5").values():
-                video.read_features(entry)
+            for entry in elsewhere.find_features(tmp_path / "cut.hdf5").values():
+                elsewhere.read_features(entry)
         except Mistake as error:
             assert "\n" not in str(error)
 

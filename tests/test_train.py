@@ -20,7 +20,7 @@ import inject
 import mmn
 import train
 from conftest import command
-from support import options, progress, text
+from support import progress, text
 from support.errors import Mistake
 
 HERE = pathlib.Path(__file__).parent.parent
@@ -346,29 +346,6 @@ def test_results_on_the_training_split_say_so(run):
         names = [re.split("  +", line.strip())[0] for line in table.splitlines()]
         assert "train (trained on)" in names and "test" in names
         assert "trained on" not in table.splitlines()[0]        # not a column
-
-
-@pytest.mark.parametrize("place, told", [
-    ("runs/charades-vdi/ckpt.pt", "python train.py --dataset charades --method vdi makes one"),
-    ("runs/mine-vdi-staged/ckpt.pt", "--dataset mine --method vdi-staged makes one"),
-    ("runs/charades-cg-mmn/ckpt.pt", "--dataset charades-cg --method mmn makes one"),
-    ("a b/mine-mmn/ckpt.pt", "--dataset mine --method mmn --out 'a b/mine-mmn' makes one"),
-    ("runs/x/ckpt.pt", "python train.py --out runs/x makes one"),
-    ("runs/mine-mmn-x/ckpt.pt", "python train.py --out runs/mine-mmn-x makes one"),
-    ("ckpt.pt", "python train.py makes one"), ("runs/mine-mmn/x.pt", "python train.py makes one")])
-def test_a_missing_checkpoint_names_the_command_that_makes_it(place, told, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(Mistake) as error:
-        evaluate.load(place)
-    assert str(error.value).startswith(f"there is no checkpoint {place}; ") and told in str(
-        error.value)
-
-
-def test_the_suggested_command_makes_that_checkpoint(tmp_path):
-    for dataset, method in (("charades", "mmn"), ("mine", "vdi-staged"), ("shapes-1", "vdi")):
-        config = train.configure(dataset=dataset, method=method)
-        line = options.training_command(config.folder / "ckpt.pt")
-        assert train.parse_arguments(line.split()[2:])[0].folder == config.folder
 
 
 @pytest.mark.parametrize("change", [lambda saved: saved.pop("model"),

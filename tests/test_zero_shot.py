@@ -128,13 +128,18 @@ def test_the_evaluation_uses_the_same_scores(world):
     assert max(lengths) == 8 and len(lengths) == sum(16 - i for i in range(8))
 
 
-def test_clip_alone_is_evaluated(world, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["zero_shot", "--root", str(world), "--device", "cpu"])
+def test_the_row_of_the_evaluation(world, capsys, monkeypatch):
+    """The command prints what evaluate.py computes of this run."""
+    monkeypatch.setattr(sys, "argv", ["extras/zero_shot.py", "--dataset", "shapes", "--clip",
+                                      "shapes", "--root", str(world), "--device", "cpu"])
     zero_shot.main()
-    text = capsys.readouterr().out
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == ("dataset shapes, method zero-shot, seed 0, query full, epoch 0, "
+                     "parser by construction")
     run = zero_shot.run_of("shapes", "shapes", str(world), torch.device("cpu"))
-    assert text.endswith(evaluate.table(evaluate.evaluate(run)) + "\n")
-    assert "trained on" not in text and "test" in text and "best prior" in text
+    results = evaluate.evaluate(run)
+    assert lines == evaluate.table(results).splitlines()
+    assert results["test"]["queries"] == 24 and "train" not in results
 
 
 # ------------------------------------------------------------------------------------- a video file

@@ -4,6 +4,7 @@ either read or raises a Mistake, and nothing hangs or crashes.
     pytest tests/robustness/test_fuzz.py                # 300 examples of each kind, 15 videos
     pytest tests/robustness/test_fuzz.py --fuzz 10000   # 10,000 and 500
 """
+import functools
 import json
 import random
 import time
@@ -18,6 +19,7 @@ import mmn
 import parse
 import video
 from conftest import decode
+from extras import features
 from support import files
 from support.errors import Mistake
 
@@ -186,7 +188,8 @@ def test_videos(published, tmp_path, count, fault):
                 del x[draw.randrange(len(x)):]
             paths[str(k)] = tmp_path / f"{k}.mp4"
             paths[str(k)].write_bytes(x)
-        for name, decoded in video.decode_all(paths, 4, 32, 2):
+        read_four = functools.partial(video.sample_frames, count=4, resolution=32)
+        for name, decoded in features.decode_all(paths, read_four):
             if decoded.frames is None:
                 failed += 1
                 assert decoded.reason and "\n" not in decoded.reason.strip()

@@ -1,0 +1,272 @@
+"""Features of many videos: extracted from their files, or made elsewhere; a store of them.
+
+    python data.py charades --videos DIR
+    python data.py charades --features DIR --clip ViT-B/32              # .npy, .npz or .pt
+    python data.py charades --features vgg_rgb_features.hdf5 --backbone vgg
+
+Shapes: T frames of a video, R resolution, D width of CLIP's joint space, L features of a video as
+they were made elsewhere.
+"""
+import collections
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+import time
+import zipfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import clip
+import video
+from data import FeatureStore, VideoError, patch_frames
+from support import files
+from support.errors import Mistake, reason
+from video import find_files, frame_centres
+
+# ------------------------------------------------------------------------- many videos -> the store
+
+class Decoded(NamedTuple):
+    """The frames of a video. If they could not be read, `frames` is None and `reason` is set."""
+    frames: Tensor | None                                               # uint8 [T, 3, R, R]
+    duration_sec: float
+    reason: str = ""
+
+
+def attempt(read, path: pathlib.Path) -> Decoded:
+    """`read(path)`, which returns frames and duration; any exception becomes the reason."""
+    try:
+        frames, duration_sec = read(path)
+        return Decoded(frames, duration_sec)
+    except Exception as error:  # of any type: one bad video must not end a long extraction
+        return Decoded(None, math.nan, str(error) or type(error).__name__)
+
+
+def decode_all(paths: dict[str, pathlib.Path], read) -> Iterator[tuple[str, Decoded]]:
+    """`attempt` for all videos, in order; as many at a time as there are cores, each in a thread
+    that waits for a process of its own."""
+    workers = os.cpu_count() or 1
+    pool = ThreadPoolExecutor(workers)
+    pending = collections.deque()
+    try:
+        for name, path in paths.items():
+            pending.append((name, pool.submit(attempt, read, path)))
+            if len(pending) == 2 * workers:             # bounds the frames held in memory
+                first, future = pending.popleft()
+                yield first, future.result()
+        for name, future in pending:
+            yield name, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def missing(store: FeatureStore, videos: dict[str, pathlib.Path], names: list[str],
+            training: set[str], failed: dict[str, str]) -> tuple[dict, dict[str, int]]:
+    """The videos without up-to-date features: name -> file and name -> size in bytes. Those without
+    a file are added to `failed`."""
+    paths, sizes = {}, {}
+    for name in names:
+        stored = name in store and store.path(name, "frames").exists()
+        if name in training:
+            stored = stored and store.path(name, "patches").exists()
+        if name in videos:
+            size = os.path.getsize(videos[name])
+            # another size: the file was replaced. Older manifests have no sizes.
+            if not stored or store.manifest["videos"][name].get("bytes", size) != size:
+                paths[name], sizes[name] = videos[name], size
+        elif not stored:
+            failed[name] = f"no video file is named {name}"
+    return paths, sizes
+
+
+def extract(store: FeatureStore, model: clip.CLIP, videos: dict[str, pathlib.Path],
+            names: list[str], training: set[str], batch: int = 32,
+            precision: torch.dtype = torch.float32) -> dict[str, str]:
+    """Extracts the missing features of the videos `names`, with patches for those in `training`.
+    Encodes batches of `batch` frames across videos. Returns video -> reason for those that failed,
+    and writes it to failed.txt. Can be interrupted at any point: the next call continues."""
+    files.need("imageio_ffmpeg", "reading videos")      # fail now rather than once per video
+    T = store.manifest["frames"]
+    kept = patch_frames(T, store.manifest["patch_frames"])              # [T']
+    failed = {}
+    paths, sizes = missing(store, videos, names, training, failed)
+    group = []                                          # (name, Decoded) that await encoding
+    waited_sec = 0.0
+    started = time.monotonic()
+    read = functools.partial(video.sample_frames, count=T, resolution=model.visual.resolution)
+    decoding = decode_all(paths, read)
+    bar = tqdm(total=len(paths), desc="features", unit="video", disable=None)
+    try:
+        while True:
+            since = time.monotonic()
+            name, decoded = next(decoding, (None, None))                # None: that was the last
+            waited_sec += time.monotonic() - since
+            if decoded and decoded.frames is not None:
+                group.append((name, decoded))
+            elif decoded:
+                failed[name] = decoded.reason
+            if group and (decoded is None or len(group) * T >= batch):
+                pixels = torch.cat([each.frames for _, each in group])
+                x, patches = video.encode_frames(model, pixels, batch, precision)
+                for (name, each), a, b in zip(group, x.split(T), patches.split(T)):
+                    b = b[kept] if name in training else None           # [T', D', H, W]
+                    try:
+                        store.write(name, a, b, each.duration_sec, sizes[name])
+                    except VideoError as error:         # its features are not finite
+                        failed[name] = str(error)
+                group.clear()
+            if decoded is None:
+                break
+            bar.update()
+    finally:
+        decoding.close()                                # cancels what has not begun
+        bar.close()
+        store.save_manifest()                           # of what is finished, after Ctrl-C too
+    store.save_failed(failed)
+    if paths:
+        seconds = time.monotonic() - started
+        print(f"{len(paths)} videos in {seconds:.1f} s: {len(paths) / seconds:.2f} videos/s, "
+              f"{waited_sec / seconds:.0%} of the time waiting for the decoder")
+    return failed
+
+
+# --------------------------------------------------------------------------- features made elsewhere
+
+FEATURES = {".npy", ".npz", ".pt"}
+LARGEST = 1 << 30   # bytes of a packed file of features, when unpacked
+
+
+class Entry(NamedTuple):
+    """The features of one video in an open hdf5 file: a dataset [L, D], as 2D-TAN and MMN publish
+    Charades-STA's, or a group with the dataset c3d_features, as they publish ActivityNet's."""
+    file: Mapping
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.file.filename}"
+
+    def read(self) -> np.ndarray:
+        x = self.file[self.name]
+        if isinstance(x, Mapping):                      # a group
+            x = x["c3d_features"]
+        if x.nbytes > LARGEST:
+            raise ValueError(f"it unpacks to more than {LARGEST >> 20} MiB")
+        return np.asarray(x[()])
+
+
+def find_features(path: str | os.PathLike) -> dict[str, pathlib.Path | Entry]:
+    """Video -> its features: the files of a folder, or the entries of an hdf5 file."""
+    if pathlib.Path(path).suffix.lower() not in (".hdf5", ".h5"):
+        return find_files(path, FEATURES)
+    h5py = files.need("h5py", "reading hdf5")
+    try:
+        file = h5py.File(path, "r")
+        return {name: Entry(file, name) for name in file}
+    except Exception as error:  # several types for a damaged or hostile file
+        raise Mistake(f"{path} cannot be read as hdf5: {reason(error)}") from error
+
+
+def read_features(path: pathlib.Path | Entry) -> np.ndarray:
+    """Precomputed features [L, D]: .npy, .npz (its array `features`), .pt, or an hdf5 entry."""
+    try:
+        if isinstance(path, Entry):
+            x = path.read()
+        elif path.suffix.lower() == ".pt":
+            x = files.read_tensors(path).float().numpy()
+        elif path.suffix.lower() == ".npz":
+            with zipfile.ZipFile(path) as archive:      # before numpy unpacks a zip bomb
+                if sum(part.file_size for part in archive.infolist()) > LARGEST:
+                    raise ValueError(f"it unpacks to more than {LARGEST >> 20} MiB")
+            with np.load(path, allow_pickle=False) as file:
+                x = file["features"]
+        else:
+            # memory-mapped, so that a header cannot claim more than the file holds
+            x = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+    except Exception as error:  # a dozen types for a damaged or hostile file
+        raise VideoError(f"{path} cannot be read as features: {reason(error)}") from error
+    if x.ndim != 2 or not len(x) or x.dtype.kind not in "fiu" or not np.isfinite(x).all():
+        raise VideoError(f"{path} contains {x.dtype} {list(x.shape)}, not finite numbers [L, D]")
+    return x
+
+
+def made_elsewhere(name: str, path: str | os.PathLike, features: dict[str, pathlib.Path | Entry],
+                   names: list[str], frames: int) -> dict:
+    """`made_by` for precomputed features, either of a published CLIP, whose weights are not needed,
+    or of another network, which resolution 0 marks. Their width is that of the first video of
+    `names` that can be read; Mistake if there is none, or if it is not that CLIP's."""
+    width = 0
+    for name_of_video in names:
+        with contextlib.suppress(KeyError, VideoError):         # `adopt_features` reports it
+            width = read_features(features[name_of_video]).shape[1]             # D
+            break
+    if not width:
+        raise Mistake(f"{path} has no features of the {len(names)} videos of this dataset that can "
+                      f"be read")
+    resolution = 0
+    # the digest only has to tell one set of features from another
+    if name in clip.PUBLISHED:
+        digest, _, expected, resolution = clip.PUBLISHED[name]
+        if width != expected:
+            raise Mistake(f"{path} has features of width {width}, but those of {name} have "
+                          f"{expected}; name the CLIP that made them with --clip")
+    elif pathlib.Path(path).is_dir():
+        sizes = sorted((each.name, each.stat().st_size) for each in features.values())
+        digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+    else:
+        digest = files.sha256(path)
+    return {"clip": name, "sha256": digest, "resolution": resolution, "frames": frames,
+            "patch_frames": 0, "width": width, "patch_width": 0, "grid": 0,
+            "precision": "made elsewhere"}
+
+
+def stretch_means(x: np.ndarray, count: int) -> np.ndarray:
+    """[L, D] -> [T, D]: the mean of the unit rows of each of T equal parts, or one row where a part
+    is empty, as in MMN's code (which leaves out the last row)."""
+    x = x.astype(np.float32)
+    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)     # [L, D]
+    bounds = np.round(np.arange(count + 1) * len(x) / count).astype(int)    # [T + 1]
+    starts = np.minimum(bounds[:-1], len(x) - 1)                            # [T]
+    return np.stack([x[a:max(a + 1, b)].mean(0) for a, b in zip(starts, bounds[1:])])
+
+
+def adopt_features(store: FeatureStore, paths: dict[str, pathlib.Path | Entry], names: list[str],
+                   durations_sec: dict[str, float]) -> dict[str, str]:
+    """Adds precomputed features to the store: L rows become T. Returns video -> reason for those
+    that failed."""
+    T, D = store.manifest["frames"], store.manifest["width"]
+    foreign = store.manifest.get("resolution") == 0     # not a CLIP's
+    failed, each_sec = {}, []
+    for name in tqdm(names, desc="features", unit="video", disable=None):
+        try:
+            if name not in paths:
+                raise VideoError(f"no feature file is named {name}")
+            x = read_features(paths[name])
+            if x.shape[1] != D:
+                whose = "that of the others" if foreign else "this CLIP's width"
+                raise VideoError(f"{paths[name]} has features of width {x.shape[1]}, but {whose} "
+                                 f"is {D}")
+            each_sec.append(durations_sec[name] / len(x))
+            if foreign:
+                # DEVIATION: MMN's means of T parts are normalised again, in data.Videos
+                x = stretch_means(x, T)                                 # [T, D]
+            else:
+                # the rows at the centres of T equal parts, which is how `extract` samples a video
+                x = x[frame_centres(len(x), T).astype(int)]             # [T, D]
+            store.write(name, torch.from_numpy(x.astype(np.float16)), None, durations_sec[name])
+        except VideoError as error:
+            failed[name] = str(error)
+    store.save_manifest()
+    store.save_failed(failed)
+    if each_sec:
+        print(f"seconds per feature: {min(each_sec):.2f} to {max(each_sec):.2f}, median "
+              f"{np.median(each_sec):.2f}")
+    return failed
