@@ -437,13 +437,18 @@ def test_real_videos_go_through_extraction_training_and_evaluation(published, wo
     root = tmp_path / "data"
     shutil.copytree(world / "shapes", root / "shapes")
     annotations = json.loads((published / "videos" / "annotations.json").read_text(encoding="utf-8"))
-    annotations["corrupted"] = {"duration": 5.0, "timestamps": [[0, 2]],
-                                "sentences": ["nothing can be seen."]}
+    annotations["broken"] = {"duration": 5.0, "timestamps": [[0, 2]],
+                             "sentences": ["nothing can be seen."]}
+    (tmp_path / "videos").mkdir()
+    for path in (published / "videos").iterdir():
+        (tmp_path / "videos" / path.name).symlink_to(path)
+    (tmp_path / "videos" / "broken.mp4").write_bytes(b"no video")
     (tmp_path / "mine.json").write_text(json.dumps(annotations), encoding="utf-8")
     text = command("data.py", "mine", "--annotations", tmp_path / "mine.json", "--videos",
-                   published / "videos", "--clip", "shapes", "--root", root)
-    assert "3 of 4 videos have features" in text and "corrupted.mp4" in text
-    assert "corrupted" in (root / "mine" / "features" / "shapes" / "failed.txt").read_text(encoding="utf-8")
+                   tmp_path / "videos", "--clip", "shapes", "--root", root)
+    assert "3 of 4 videos have features" in text and "broken.mp4" in text
+    failed = root / "mine" / "features" / "shapes" / "failed.txt"
+    assert "broken" in failed.read_text(encoding="utf-8")
     text = command("train.py", "--dataset", "mine", "--root", root, "--out", tmp_path / "run",
                    "--epochs", 140, "--batch", 2, "--method", "mmn", "--clip", "shapes",
                    "--device", "cpu")
