@@ -82,19 +82,25 @@ def is_found(hits: list[Hit]) -> bool:
 def as_page(index: Index, sentences: list[str], results: list[list[Hit]], out: str) -> str:
     """The page of retrieve.py for answers from several videos, with a thumbnail each."""
     folder = pathlib.Path(index.content["folder"])
+    numbers = {}                                # video -> its place in `sources`
+    sources = []                                # a video may be megabytes: each is embedded once
     sections = []
     for sentence, hits in zip(sentences, results):
         buttons = []
         for hit in hits:
             path = folder / hit.video
             middle_sec = (hit.moment.start_sec + hit.moment.end_sec) / 2
+            if hit.video not in numbers:
+                numbers[hit.video] = len(sources)
+                sources.append(show.address_of(path, out))
             # embedded, so that the page is a single file
             picture = base64.b64encode(show.jpeg(path, middle_sec)).decode()
             buttons.append({"moment": hit.moment, "value": hit.order, "name": hit.video,
-                            "source": show.address_of(path, out),
+                            "source": f"#{numbers[hit.video]}",
                             "thumbnail": f"data:image/jpeg;base64,{picture}"})
         sections.append({"sentence": sentence, "found": is_found(hits), "buttons": buttons})
-    return show.fill_page("Moments", f"{summary(index)}. {show.PLAYING}", sections)
+    return show.fill_page("Moments", f"{summary(index)}. {show.PLAYING}", sections,
+                          sources=sources)
 
 
 def main() -> None:

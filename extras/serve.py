@@ -8,6 +8,7 @@ can seek), and nothing else. Only this machine can connect unless --host says ot
 import argparse
 import functools
 import pathlib
+import socket
 
 from extras import show
 from extras.index import Index, summary
@@ -97,15 +98,29 @@ def main() -> None:
         run(arguments.parse_args())
 
 
+def check_address(host: str, port: int) -> None:
+    """Mistake if nobody can listen there."""
+    if not 0 < port < 65536:
+        raise Mistake(f"--port must be between 1 and 65535, not {port}")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise Mistake(f"cannot listen on port {port} of {host} ({error.strerror}); choose another "
+                      f"with --port or --host") from error
+
+
 def run(given: argparse.Namespace) -> None:
     uvicorn = files.need("uvicorn", "serving")
     index = Index(given.index)
     if not index.rows():
         raise Mistake(f"{given.index} contains no video; add some with: python -m extras.index")
+    check_address(given.host, given.port)               # before a model is loaded
     # if others may connect, the names by which they reach this machine are unknown
     hosts = LOCAL if given.host in LOCAL + ["::1"] else ["*"]
     app = application(index, retriever_of(index, given.device), hosts)
-    print(f"{summary(index)}; open http://{given.host}:{given.port} (stop with Ctrl-C)", flush=True)
+    host = f"[{given.host}]" if ":" in given.host else given.host       # IPv6
+    print(f"{summary(index)}; open http://{host}:{given.port} (stop with Ctrl-C)", flush=True)
     uvicorn.run(app, host=given.host, port=given.port, log_level="warning")
 
 

@@ -150,7 +150,8 @@ def fill_page(title: str, note: str, sections: list[dict], **more) -> str:
 
     sections   for each sentence: sentence, found, and buttons, best first. A button has a moment,
                the value it is ordered by, and maybe the source of its video, a name, a thumbnail
-    more       source: the video that is shown first; query: what the search box contains"""
+    more       source: the video that is shown first; query: what the search box contains; sources:
+               the videos that a button's source "#0", "#1", ... stands for"""
     jinja2 = files.need("jinja2", "a page")
     # autoescape: sentences and file names are text, never HTML
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)

@@ -3,6 +3,7 @@ server, and what "nothing found" means."""
 import json
 import math
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -277,6 +278,19 @@ def test_the_page_of_a_folder(index, retriever, tmp_path):
     text = search_command.as_page(index, ["<script>"], hits, tmp_path / "page.html")
     assert "&lt;script&gt;" in text and "<b>" not in text and "&lt;b&gt;.mp4" in text
     assert text.count("data:image/jpeg") == 3
+    # several moments of a video embed it once
+    shown = {hit.video for hit in hits[0]}
+    assert text.count("data:video/") == len(shown) and text.count('data-source="#') == 3
+
+
+def test_where_nobody_can_listen():
+    for port in (0, 70_000):
+        with pytest.raises(Mistake, match="between 1 and 65535"):
+            serve.check_address("127.0.0.1", port)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(Mistake, match=f"cannot listen on port {port} of 127.0.0.1"):
+            serve.check_address("127.0.0.1", port)
 
 
 @pytest.fixture
