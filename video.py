@@ -88,7 +88,7 @@ def inspect(path: str | os.PathLike) -> VideoFile:
         "-map", "0:V?", "-map", "0:a?", "-c", "copy", "-f", "framecrc", "-",
         "-an", "-sn", "-dn", "-frames:v", "1", "-f", "null", "-"])
     try:
-        listing = run.read().decode()
+        listing = run.read_all().decode()
     finally:
         run.close()
     report = "\n".join(run.lines)
@@ -194,7 +194,7 @@ def pictures(video: VideoFile, first_sec: float, step_sec: float, count: int,
             yield picture.view(video.height, video.width, 3).permute(2, 0, 1)
             done += 1
         if listing:
-            run.read()                                  # the program decodes to the end
+            run.read_all()                              # the program decodes to the end
             run.process.wait()
     finally:
         run.close()
@@ -253,7 +253,7 @@ def write_video(path: str | os.PathLike, frames: Tensor, rate: fractions.Fractio
     run = ffmpeg.Ffmpeg(["-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{w}x{h}",
                   "-r", str(rate), "-i", "-", "-c:v", "libx264", "-crf", str(quality),
                   "-pix_fmt", "yuv420p", "-y", "file:" + os.path.abspath(path)],
-                 stdin=subprocess.PIPE)
+                 ffmpeg.SILENCE_SEC + len(frames), stdin=subprocess.PIPE)
     run.process.stdin.write(frames.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
     run.process.stdin.close()
     if run.finish():

@@ -179,7 +179,7 @@ def jpeg(path: str | os.PathLike, time_sec: float, side: int = 160) -> bytes:
         "-an", "-sn", "-dn", "-frames:v", "1", "-vf", size, "-f", "image2pipe",
         "-c:v", "mjpeg", "-"])
     try:
-        content = run.read()
+        content = run.read_all()
     finally:
         run.close()
     if not content:
@@ -232,7 +232,8 @@ def cut(path: str | os.PathLike, start_sec: float, end_sec: float, out: pathlib.
     even = "scale='trunc(iw/2)*2':'trunc(ih/2)*2'"      # H.264 needs even sides
     run = ffmpeg.Ffmpeg(["-v", "error", "-ss", f"{start_sec:.3f}"] + ffmpeg.reading(path) + [
         "-t", f"{end_sec - start_sec:.3f}", "-vf", even, "-c:v", "libx264", "-pix_fmt", "yuv420p",
-        "-c:a", "aac", "-sn", "-dn", "-y", "-f", "mp4", "file:" + os.path.abspath(out)])
+        "-c:a", "aac", "-sn", "-dn", "-y", "-f", "mp4", "file:" + os.path.abspath(out)],
+        ffmpeg.SILENCE_SEC + 10 * (end_sec - start_sec))        # it prints nothing until the end
     if run.finish():
         out.unlink(missing_ok=True)
         raise video.VideoError(f"{out} could not be written: {run.reason()}")

@@ -47,14 +47,21 @@ class Ffmpeg:
         self.has_hung = True
         self.process.kill()
 
-    def read(self, size: int = -1) -> bytes:
-        """Up to `size` bytes, or all; fewer at the end."""
+    def read(self, size: int) -> bytes:
+        """`size` bytes; fewer at the end."""
         timer = threading.Timer(self.silence_sec, self._give_up)
         timer.start()
         try:
             return self.process.stdout.read(size)
         finally:
             timer.cancel()
+
+    def read_all(self) -> bytes:
+        """What is left, in blocks: a long film may take minutes, but not silently."""
+        blocks = []
+        while not blocks or blocks[-1]:
+            blocks.append(self.read(1 << 16))
+        return b"".join(blocks)
 
     def reason(self) -> str:
         """The last thing that it reported."""
@@ -64,7 +71,7 @@ class Ffmpeg:
 
     def finish(self) -> int:
         """Waits for the end of the program; returns its status."""
-        self.read()
+        self.read_all()
         status = self.process.wait()
         self.close()
         return status

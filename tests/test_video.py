@@ -256,7 +256,7 @@ def test_a_program_that_hangs_is_stopped(tmp_path):
     """Here: one that waits for input that never comes."""
     run = ffmpeg.Ffmpeg(["-f", "rawvideo", "-s", "16x16", "-i", "-", "-f", "null", "-"], 0.5,
                         stdin=subprocess.PIPE)
-    assert run.read() == b"" and run.has_hung
+    assert run.read_all() == b"" and run.has_hung
     run.close()
     assert run.process.returncode != 0
 
