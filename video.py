@@ -250,10 +250,10 @@ def write_video(path: str | os.PathLike, frames: Tensor, rate: fractions.Fractio
     """Frames uint8 [n, 3, h, w], of even sides -> an H.264 file at `rate` frames/s. quality: 0 is
     lossless."""
     h, w = frames.shape[2:]
-    run = ffmpeg.Ffmpeg(["-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{w}x{h}",
-                  "-r", str(rate), "-i", "-", "-c:v", "libx264", "-crf", str(quality),
-                  "-pix_fmt", "yuv420p", "-y", "file:" + os.path.abspath(path)],
-                 ffmpeg.SILENCE_SEC + len(frames), stdin=subprocess.PIPE)
+    run = ffmpeg.Ffmpeg([
+        "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{w}x{h}", "-r", str(rate),
+        "-i", "-", "-c:v", "libx264", "-crf", str(quality), "-pix_fmt", "yuv420p", "-y",
+        "file:" + os.path.abspath(path)], ffmpeg.SILENCE_SEC + len(frames), stdin=subprocess.PIPE)
     run.process.stdin.write(frames.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
     run.process.stdin.close()
     if run.finish():

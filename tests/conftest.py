@@ -13,6 +13,8 @@ import torch
 
 HERE = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
+# for this process only: in the programs that tests start, torch's own files would warn
+os.environ.pop("PYTHONWARNDEFAULTENCODING", None)
 torch.set_num_threads(2)
 
 import clip                                                             # noqa: E402

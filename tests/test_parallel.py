@@ -17,7 +17,6 @@ def torchrun(processes: int, *arguments, status: int = 0, stderr: bool = False) 
     many = (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
             if processes > 1 else [])
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    env.pop("PYTHONWARNDEFAULTENCODING", None)          # torch's own files do not name encodings
     done = subprocess.run([sys.executable, *many, *map(str, arguments)], cwd=ROOT, text=True,
                           capture_output=True, timeout=600, env=env, encoding="utf-8")
     assert done.returncode == status, done.stdout + done.stderr
