@@ -76,8 +76,8 @@ def test_inject_and_mmn_need_torch_alone():
 # lines of each part of the product; a part may not grow beyond its budget. Plain lines and comments
 # that give reasons cost about a tenth more of them than compressed ones: that is the price of the two
 # numbers below
-LINES = {"the seven": 2550, "the eleven": 4340, "support": 1220, "extras": 3530, "clip2video": 1190,
-         "product": 10270}
+LINES = {"the seven": 2550, "the eleven": 4340, "support": 1225, "extras": 3535, "clip2video": 1190,
+         "product": 10280}
 OPTIONS = 134                   # of all commands and configurations
 DENSE_PER_1000 = 25             # dense constructs per 1,000 lines of code, see `dense_constructs`
 CODE_LINES_PER_COMMENT = 8
