@@ -139,7 +139,7 @@ def extract(store: FeatureStore, model: clip.CLIP, videos: dict[str, pathlib.Pat
     return failed
 
 
-# --------------------------------------------------------------------------- features made elsewhere
+# -------------------------------------------------------------------------- features made elsewhere
 
 FEATURES = {".npy", ".npz", ".pt"}
 LARGEST = 1 << 30   # bytes of a packed file of features, when unpacked

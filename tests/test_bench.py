@@ -46,7 +46,7 @@ def test_every_step_is_timed(monkeypatch, capsys):
 
 
 def test_seconds_are_of_the_fastest_run(monkeypatch):
-    """By a clock that only `work` advances: 9 s to warm up, then 2, 1 and 4 s, which end the 5 s."""
+    """By a clock that only `work` advances: 9 s to warm up, then 2, 1 and 4 s, which end the 5."""
     now = [0.0]
     durations = iter([9.0, 2.0, 1.0, 4.0, 0.5])
 

@@ -114,11 +114,12 @@ def test_what_waits_is_counted(simulated):
     assert simulated.synchronisations == {"clip.py:encode_text": 1}
 
 
-# ------------------------------------------------------------------- towers, losses, steps, decoding
+# ------------------------------------------------------------------ towers, losses, steps, decoding
 
 @pytest.fixture
 def is_real(request) -> bool:
-    """Is it worth comparing the published sizes? The simulated device only says where tensors are."""
+    """Is it worth comparing the published sizes? The simulated device only knows where tensors are.
+    """
     return bool(request.config.getoption("--device"))
 
 

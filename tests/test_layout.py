@@ -1,4 +1,4 @@
-"""The house rules: which files there are, which may import which, and how much may stand in them."""
+"""The house rules: which files there are, which may import which, and how long they may be."""
 import ast
 import collections
 import dataclasses
@@ -73,9 +73,8 @@ def test_inject_and_mmn_need_torch_alone():
         assert outside - set(sys.stdlib_module_names) == {"torch"}
 
 
-# lines of each part of the product; a part may not grow beyond its budget. Plain lines and comments
-# that give reasons cost about a tenth more of them than compressed ones: that is the price of the two
-# numbers below
+# lines of each part of the product; a part may not grow beyond its budget. Plain lines with
+# comments that give reasons are about a tenth more than compressed ones: the price of what follows
 LINES = {"the seven": 2550, "the eleven": 4340, "support": 1225, "extras": 3535, "clip2video": 1190,
          "product": 10280}
 OPTIONS = 134                   # of all commands and configurations

@@ -1,4 +1,5 @@
-"""extras/qvhighlights.py: scores of any system's predictions, by hand and against published ones."""
+"""extras/qvhighlights.py: scores of any system's predictions, by hand and against published ones.
+"""
 import json
 import pathlib
 
@@ -17,7 +18,8 @@ def test_scores_of_predictions_are_the_golden_ones():
     scores = qvhighlights.score_predictions(
         qvhighlights.read_rows(GOLDEN / "predictions.jsonl", "pred_relevant_windows"),
         qvhighlights.read_rows(GOLDEN / "truth.jsonl", "relevant_windows"))
-    assert scores == pytest.approx(json.loads((GOLDEN / "predictions.json").read_text(encoding="utf-8")), abs=1e-6)
+    golden = json.loads((GOLDEN / "predictions.json").read_text(encoding="utf-8"))
+    assert scores == pytest.approx(golden, abs=1e-6)
 
 
 def test_average_precision_by_hand():
@@ -28,7 +30,8 @@ def test_average_precision_by_hand():
     hit, miss, other = [0.0, 10.0], [40.0, 50.0], [20.0, 30.0]
     for answers, value in (([hit, miss, other], 5 / 6), ([hit, hit], 0.5), ([miss], 0.0),
                            ([other, hit], 1.0)):
-        assert qvhighlights.average_precision(torch.tensor(answers), truth, 0.5) == pytest.approx(value)
+        precision = qvhighlights.average_precision(torch.tensor(answers), truth, 0.5)
+        assert precision == pytest.approx(value)
 
 
 def test_the_published_metrics_of_moment_detr(published):
@@ -37,7 +40,8 @@ def test_the_published_metrics_of_moment_detr(published):
     scores = qvhighlights.score_predictions(
         qvhighlights.read_rows(folder / "moment_detr_val_preds.jsonl", "pred_relevant_windows"),
         qvhighlights.read_rows(folder / "qvhighlights_val.jsonl", "relevant_windows"))
-    theirs = json.loads((folder / "moment_detr_val_metrics.json").read_text(encoding="utf-8"))["brief"]
+    theirs = (folder / "moment_detr_val_metrics.json").read_text(encoding="utf-8")
+    theirs = json.loads(theirs)["brief"]
     for ours, name in (("R@1,IoU=0.5", "MR-full-R1@0.5"), ("R@1,IoU=0.7", "MR-full-R1@0.7"),
                        ("mAP", "MR-full-mAP"), ("mAP@0.5", "MR-full-mAP@0.5"),
                        ("mAP@0.75", "MR-full-mAP@0.75")):
@@ -55,7 +59,8 @@ def test_predictions_of_other_sentences_are_refused():
 
 def test_every_bad_line_of_predictions_is_named(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"qid": 1}\n{"qid": 2, "pred_relevant_windows": [[1]]}\n'
-                                      '{"qid": 3, "pred_relevant_windows": [[0, 1e999]]}\n[]\n', encoding="utf-8")
+                                      '{"qid": 3, "pred_relevant_windows": [[0, 1e999]]}\n[]\n',
+                                      encoding="utf-8")
     with pytest.raises(ValueError, match="4 invalid entries") as error:
         qvhighlights.read_rows(tmp_path / "p.jsonl", "pred_relevant_windows")
     assert [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]] == [
@@ -83,7 +88,8 @@ def test_a_checkpoint_writes_what_scores_the_same(world, tmp_path):
     predicted = torch.tensor([[[row.start_sec, row.end_sec, 0.9], [0.0, 0.0, float("-inf")]]
                               for row in by_video])
     evaluate.write_predictions(str(tmp_path / "p.jsonl"), rows, by_video, predicted)
-    written = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()
+    written = [json.loads(line) for line in lines]
     assert [line["qid"] for line in written] == list(range(len(rows)))
     for row, line in zip(rows, written):
         assert (line["vid"], line["query"]) == (row.video, row.sentence)
@@ -119,6 +125,7 @@ def test_numbering_is_checked(tmp_path):
         qvhighlights.read_rows(tmp_path / "t.jsonl", "relevant_windows")
     with pytest.raises(ValueError, match="is not a file of predictions"):
         qvhighlights.read_rows(tmp_path / "t.txt", "pred_relevant_windows")
-    (tmp_path / "t.jsonl").write_text('{"vid": "v", "relevant_windows": [[0, 1]]}\n' * 2, encoding="utf-8")
+    row = '{"vid": "v", "relevant_windows": [[0, 1]]}\n'
+    (tmp_path / "t.jsonl").write_text(row * 2, encoding="utf-8")
     rows = qvhighlights.read_rows(tmp_path / "t.jsonl", "relevant_windows")
     assert [row["qid"] for row in rows] == [0, 1]

@@ -295,7 +295,8 @@ def test_mmn_trains_is_evaluated_and_resumes(root, bert, tmp_path, monkeypatch):
 def test_vdi_attends_to_the_projected_frames(root, bert, tmp_path):
     train.train(config(root, tmp_path / "r", text_clip=str(bert), method="vdi", lambda_sd=0.0,
                        epochs=1))
-    log = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = (tmp_path / "r" / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    log = [json.loads(line) for line in lines]
     assert log[0]["L_vc"] > 0 and "L_sd" not in log[0]
     model = torch.load(tmp_path / "r" / "last.pt", weights_only=True)["model"]
     assert not any(key.startswith("dynamic.") for key in model)

@@ -221,7 +221,8 @@ def run(request, world, tmp_path_factory):
 def test_training_prints_each_loss_by_name_and_the_final_table(run):
     method, folder, text = run
     assert "L_iou" in text and "L_cl" in text and ("L_vc" in text) == (method == "vdi")
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
     epochs = [row for row in rows if "epoch" in row]
     assert [row["epoch"] for row in epochs] == [1, 2]
     if method == "vdi":
@@ -242,7 +243,8 @@ def test_evaluate_prints_what_training_ended_with_also_elsewhere(run, world, tmp
     answer = json.loads(command("evaluate.py", folder / "ckpt.pt", "--json", "--split", "test",
                                 "--device", "cpu"))
     assert answer["dataset"] == "shapes" and answer["method"] == method
-    assert answer["splits"]["test"] == json.loads((folder / "results.json").read_text(encoding="utf-8"))["test"]
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert answer["splits"]["test"] == results["test"]
     for query in ("static", "dynamic"):
         assert json.loads(command("evaluate.py", folder / "ckpt.pt", "--json", "--query",
                                   query))["query"] == query
@@ -282,8 +284,9 @@ def test_a_resumed_run_ends_like_one_that_was_not_interrupted(world, tmp_path):
     a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"]
             for name in ("whole", "parts"))
     assert all(torch.equal(a[key], b[key]) for key in a)
-    assert (tmp_path / "whole" / "results.json").read_text(encoding="utf-8") == (tmp_path / "parts"
-                                                                 / "results.json").read_text(encoding="utf-8")
+    whole, parts = ((tmp_path / name / "results.json").read_text(encoding="utf-8")
+                    for name in ("whole", "parts"))
+    assert whole == parts
 
 
 def test_mistakes_are_one_sentence(run, world, tmp_path):
@@ -436,7 +439,8 @@ def test_real_videos_go_through_extraction_training_and_evaluation(published, wo
     fatal to nothing."""
     root = tmp_path / "data"
     shutil.copytree(world / "shapes", root / "shapes")
-    annotations = json.loads((published / "videos" / "annotations.json").read_text(encoding="utf-8"))
+    annotations = (published / "videos" / "annotations.json").read_text(encoding="utf-8")
+    annotations = json.loads(annotations)
     annotations["broken"] = {"duration": 5.0, "timestamps": [[0, 2]],
                              "sentences": ["nothing can be seen."]}
     (tmp_path / "videos").mkdir()

@@ -1,5 +1,5 @@
 """video.py and support/ffmpeg.py: what a viewer sees, in files of the kinds that cause trouble. The
-smallest of each kind is generated here; those of `shared/cases` run, too, where they are present."""
+smallest of each kind is generated here; those of `shared/cases` run, too, where they are there."""
 import json
 import os
 import pathlib
@@ -82,7 +82,7 @@ def test_slides(tmp_path):
 
 
 def test_clocks_and_headers_that_lie(tmp_path):
-    """A clock that starts at 1000 s; two recordings joined; a duration in the header that is wrong."""
+    """A clock that starts at 1000 s; two recordings joined; a wrong duration in the header."""
     ramp(tmp_path / "v.mp4", "-c:v", "libx264", "-pix_fmt", "yuv420p")
     films.ffmpeg("-i", tmp_path / "v.mp4", "-c", "copy", "-output_ts_offset", 1000,
                  tmp_path / "off.mkv")

@@ -354,7 +354,8 @@ def test_a_folder_that_cannot_be_written(world, tmp_path, fault):
      "pip install imageio-ffmpeg"),
     ("shapes", "matplotlib", ("--show", "a.png"), "pip install matplotlib"),
     ("parse", "spacy", ("a person opens the door",), "pip install"),
-    ("train", "imageio_ffmpeg", (), None), ("train", "matplotlib", (), None), ("train", "spacy", (), None)])
+    ("train", "imageio_ffmpeg", (), None), ("train", "matplotlib", (), None),
+    ("train", "spacy", (), None)])
 def test_without_a_package(world, tmp_path, module, missing, arguments, told, fault):
     """A command that needs the package reports it; training on the shapes world needs none."""
     (tmp_path / "videos").mkdir()
