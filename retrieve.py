@@ -18,13 +18,14 @@ whether it beats unrelated sentences. To search a folder: extras/index.py, extra
 Shapes: F frames of a video, W windows of T of them, w windows at a time, P candidate moments of a
 window, S sentences, D width of CLIP's joint space, J of MMN's, N clips.
 """
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import pathlib
 import sys
-import zipfile
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -207,6 +208,8 @@ class ZeroShot:
         self.rate, self.prompt = rate, prompt
         self.limits_sec = (shortest_sec, longest_sec)
         path = data.clip_file(clip_name, root)
+        if os.path.exists(path):                # by which an index finds it, from any folder
+            self.name = os.path.abspath(path)
         weights = pathlib.Path("~/.cache/clip").expanduser()
         if path in clip.PUBLISHED and not (weights / clip.PUBLISHED[path][1]).exists():
             note(f"downloading CLIP {path} to {weights}, once (ViT-B/32: 338 MB)")
@@ -328,34 +331,35 @@ def cached_features(cache: str | os.PathLike | None, path: pathlib.Path, setting
                     extract) -> tuple[Tensor, float]:
     """The features [F, D] of a video file, L2-normalised, and its duration: from the cache, under a
     hash of the file's content and of the settings of its features, or from `extract(path)`."""
-    content, entry = None, None
+    cached = {}
     if cache:
         key = hashlib.sha256(f"{files.sha256(path)} {settings}".encode()).hexdigest()[:32]
         entry = pathlib.Path(cache).expanduser() / f"{key}.npz"
-    if entry and entry.exists():
-        try:
-            with np.load(entry, allow_pickle=False) as file:
-                content = torch.from_numpy(file["frames"]), float(file["duration_sec"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            pass                                            # damaged: extracted again
-    if content is None:
-        content = extract(path)
-        if entry:
+        with contextlib.suppress(Mistake):                  # missing or damaged: extracted again
+            cached = files.read_arrays(entry)
+    if {"frames", "duration_sec"} <= cached.keys():
+        frames = torch.from_numpy(cached["frames"])
+        duration_sec = float(cached["duration_sec"])
+    else:
+        frames, duration_sec = extract(path)
+        if cache:
             try:
-                files.save(entry, lambda file: np.savez(
-                    file, frames=content[0].numpy(), duration_sec=content[1]))
+                files.save_arrays(entry, {"frames": frames.numpy(),
+                                          "duration_sec": np.array(duration_sec)})
             except OSError as error:                        # e.g. a full disk
                 print(f"note: the features were not cached: {error}", file=sys.stderr)
     # subtle: normalised after the cache's float16, so that cached and fresh features are equal
-    return F.normalize(content[0].float(), dim=1), content[1]
+    return F.normalize(frames.float(), dim=1), duration_sec
 
 
 def encode_file(model: clip.CLIP, found: video.VideoFile, count: int) -> tuple[Tensor, float]:
     """`count` frames of a video file, at the centres of equal parts -> features [F, D], float16,
     and its duration."""
     features, pixels = [], []
+    # an index reads several videos at a time, in threads, and has a bar for all of them
+    hidden = None if threading.current_thread() is threading.main_thread() else True
     frames = video.centre_frames(found, count)
-    bar = tqdm(frames, total=count, desc=found.path.name, unit="frame", disable=None)
+    bar = tqdm(frames, total=count, desc=found.path.name, unit="frame", disable=hidden)
     for i, frame in enumerate(bar, 1):                                  # [3, h, w]
         share = min(frame.shape[1:]) / max(frame.shape[1:])
         if share < 0.6:                                                 # 16:9 is 0.56
@@ -580,6 +584,7 @@ def main() -> None:
     add("--plot", metavar="PNG", help="plot a film strip, scores and moments")
     add("--html", metavar="FILE", help="write a page with the video and a button for each moment")
     add("--clips", metavar="DIR", help="write each moment as an mp4 file")
+    add("--padding", type=float, default=0.0, help="seconds before and after a moment in its clip")
     add_options(arguments)
     given = arguments.parse_args()
     with reported():
@@ -589,6 +594,8 @@ def main() -> None:
 def run(given) -> None:
     if given.top < 1:
         raise Mistake(f"--top must be at least 1, not {given.top}")
+    if not 0 <= given.padding < float("inf"):
+        raise Mistake(f"--padding must be a number of seconds, not {given.padding}")
     inputs, checkpoint = given.inputs, given.checkpoint
     if not checkpoint and pathlib.Path(inputs[0]).suffix == ".pt":
         checkpoint, inputs = inputs[0], inputs[1:]
@@ -610,7 +617,7 @@ def run(given) -> None:
     if given.html:
         show.write_page(given.html, encoded, retriever, answers)
     if given.clips:
-        show.write_clips(given.clips, path, answers)
+        show.write_clips(given.clips, encoded, answers, given.padding)
 
 
 if __name__ == "__main__":

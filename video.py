@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -32,36 +33,8 @@ from support import ffmpeg
 from support.errors import Mistake
 from support.text import printable
 
-# -------------------------------------------------------------------------------- folders of videos
-
 VIDEOS = {".mp4", ".mkv", ".avi", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp",
           ".ts", ".mts", ".m2ts", ".ogv"}
-
-
-def video_files(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
-    """Path below the folder -> file, for all videos in it."""
-    return {str(path.relative_to(folder)): path for path in sorted(pathlib.Path(folder).rglob("*"))
-            if path.suffix.lower() in VIDEOS and path.is_file()}
-
-
-def find_files(folder: str | os.PathLike, endings: set[str]) -> dict[str, pathlib.Path]:
-    """File name without ending -> file, for all such in a folder. Mistake if two share a name."""
-    if not pathlib.Path(folder).is_dir():
-        raise Mistake(f"there is no folder {folder}")
-    result: dict[str, pathlib.Path] = {}
-    for path in sorted(pathlib.Path(folder).rglob("*")):
-        if path.suffix.lower() in endings and path.is_file():
-            other = result.setdefault(path.stem, path)
-            if other != path:
-                raise Mistake(f"{other} and {path} have the same name, {path.stem}; remove one of "
-                              f"them from {folder}")
-    return result
-
-
-def state_of(path: pathlib.Path) -> dict[str, int]:
-    """What changes when a file does: its size and modification time."""
-    stat = path.stat()
-    return {"size": stat.st_size, "changed_ns": stat.st_mtime_ns}
 
 
 # ------------------------------------------------------------------------------- what a file holds
@@ -263,6 +236,7 @@ def write_video(path: str | os.PathLike, frames: Tensor, rate: fractions.Fractio
 # ------------------------------------------------------------------------------- frames -> features
 
 PRECISIONS = {"float32": torch.float32, "fp16": torch.float16}  # by their names in a manifest
+TOWER = threading.Lock()        # videos are read in threads; a batch uses all cores by itself
 
 
 @torch.no_grad()
@@ -274,7 +248,7 @@ def encode_frames(model: clip.CLIP, pixels: Tensor, batch: int = 32,
     for part in pixels.split(batch):
         # subtle: a matrix product of another shape may round differently, so every batch is full
         part = F.pad(part, (0, 0) * 3 + (0, batch - len(part))).to(device)      # [batch, 3, R, R]
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        with TOWER, torch.autocast(device.type, precision, enabled=precision != torch.float32):
             x, y = model.encode_image(clip.normalise(part))
         frames.append(x.half().cpu())                                   # [batch, D]
         patches.append(y.half().cpu())                                  # [batch, D', H, W]

@@ -275,7 +275,7 @@ def prepare(config: Config, annotations: str, videos: str) -> None:
     folder lacks what it should contain."""
     files.need("imageio_ffmpeg", "reading videos")
     splits = read_published(config.dataset, annotations)
-    video_files = video.find_files(videos, video.VIDEOS)        # name -> file
+    video_files = files.find_files(videos, video.VIDEOS)        # name -> file
     path = data.clip_file(config.clip, config.root)
     if config.clip.startswith("shapes") and path == config.clip:        # no such file was found
         raise Mistake(f"the small CLIP of {config.clip} does not exist; make it with: python "
@@ -291,18 +291,17 @@ def prepare(config: Config, annotations: str, videos: str) -> None:
         else:
             failed[name] = f"no video file is named {name}"
     read = functools.partial(read_file, config=config, resolution=model.visual.resolution)
-    decoding = features.decode_all(paths, read)
+    decoding = features.read_all(paths, read)
     try:
         for name, decoded in tqdm(decoding, total=len(paths), desc="features", disable=None):
             try:
-                if decoded.frames is None:
+                if decoded.value is None:
                     raise data.VideoError(decoded.reason)
-                pixels = decoded.frames                                 # [n, 3, R, R]
+                pixels, duration_sec = decoded.value                    # [n, 3, R, R]
                 if config.train_images:
                     save_pixels(config, name, pixels.numpy())
                     pixels = pixels[choose(len(pixels), config.frames, config.stride)]
-                store.write(name, encode(model, pixels, config), None,
-                            decoded.duration_sec)
+                store.write(name, encode(model, pixels, config), None, duration_sec)
             except data.VideoError as error:
                 failed[name] = str(error)
     finally:

@@ -25,7 +25,7 @@ import retrieve
 import train
 import video
 from extras import features
-from support import options, parallel
+from support import files, options, parallel
 from support.errors import Mistake, reported
 
 BENCHMARKS = ("towers", "steps", "search", "video")
@@ -157,15 +157,15 @@ def bench_search(device: torch.device) -> None:
 def bench_video(device: torch.device, folder: str) -> None:
     """Extraction of 32 frames per video, against the slower of its halves."""
     T = 32
-    paths = video.find_files(folder, video.VIDEOS)
+    paths = files.find_files(folder, video.VIDEOS)
     read = functools.partial(video.sample_frames, count=T, resolution=224)
     started = time.perf_counter()
-    decoded = [d for _, d in features.decode_all(paths, read) if d.frames is not None]
+    decoded = [result.value for _, result in features.read_all(paths, read) if result.value]
     decoding = time.perf_counter() - started
     if not decoded:
         raise Mistake(f"{folder} contains no readable video; name another folder with --videos")
     model = random_clip().to(device)                                    # reads 224 x 224 pixels
-    pixels = decoded[0].frames                                          # [T, 3, R, R]
+    pixels, _ = decoded[0]                                              # [T, 3, R, R]
     precision = torch.float16 if device.type == "cuda" else torch.float32      # as in data.py
     encoding = len(decoded) * seconds_of(
         lambda: video.encode_frames(model, pixels, T, precision), device)

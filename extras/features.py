@@ -17,9 +17,9 @@ import os
 import pathlib
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,36 +31,36 @@ import video
 from data import FeatureStore, VideoError, patch_frames
 from support import files
 from support.errors import Mistake, reason
-from video import find_files, frame_centres
+from video import frame_centres
 
 # ------------------------------------------------------------------------- many videos -> the store
 
-class Decoded(NamedTuple):
-    """The frames of a video. If they could not be read, `frames` is None and `reason` is set."""
-    frames: Tensor | None                                               # uint8 [T, 3, R, R]
-    duration_sec: float
+class Result(NamedTuple):
+    """What `read_all` gives of a file: what `read` returned, or None and the reason."""
+    value: Any
     reason: str = ""
 
 
-def attempt(read, path: pathlib.Path) -> Decoded:
-    """`read(path)`, which returns frames and duration; any exception becomes the reason."""
+def attempt(read: Callable, path: pathlib.Path) -> Result:
+    """`read(path)`; any exception becomes the reason."""
     try:
-        frames, duration_sec = read(path)
-        return Decoded(frames, duration_sec)
-    except Exception as error:  # of any type: one bad video must not end a long extraction
-        return Decoded(None, math.nan, str(error) or type(error).__name__)
+        return Result(read(path))
+    except (Mistake, OSError) as error:
+        return Result(None, str(error) or reason(error))
+    except Exception as error:  # of any type: one bad file must not end the work on all others
+        return Result(None, reason(error))
 
 
-def decode_all(paths: dict[str, pathlib.Path], read) -> Iterator[tuple[str, Decoded]]:
-    """`attempt` for all videos, in order; as many at a time as there are cores, each in a thread
-    that waits for a process of its own."""
+def read_all(paths: dict[str, pathlib.Path], read: Callable) -> Iterator[tuple[str, Result]]:
+    """`attempt` for all files, in order; as many at a time as there are cores, each in a thread
+    that mostly waits for a process of its own."""
     workers = os.cpu_count() or 1
     pool = ThreadPoolExecutor(workers)
     pending = collections.deque()
     try:
         for name, path in paths.items():
             pending.append((name, pool.submit(attempt, read, path)))
-            if len(pending) == 2 * workers:             # bounds the frames held in memory
+            if len(pending) == 2 * workers:             # bounds the results held in memory
                 first, future = pending.popleft()
                 yield first, future.result()
         for name, future in pending:
@@ -99,28 +99,29 @@ def extract(store: FeatureStore, model: clip.CLIP, videos: dict[str, pathlib.Pat
     kept = patch_frames(T, store.manifest["patch_frames"])              # [T']
     failed = {}
     paths, sizes = missing(store, videos, names, training, failed)
-    group = []                                          # (name, Decoded) that await encoding
+    group = []                                  # (name, frames, duration) that await encoding
     waited_sec = 0.0
     started = time.monotonic()
     read = functools.partial(video.sample_frames, count=T, resolution=model.visual.resolution)
-    decoding = decode_all(paths, read)
+    decoding = read_all(paths, read)
     bar = tqdm(total=len(paths), desc="features", unit="video", disable=None)
     try:
         while True:
             since = time.monotonic()
             name, decoded = next(decoding, (None, None))                # None: that was the last
             waited_sec += time.monotonic() - since
-            if decoded and decoded.frames is not None:
-                group.append((name, decoded))
+            if decoded and decoded.value:
+                pixels, duration_sec = decoded.value    # [T, 3, R, R]
+                group.append((name, pixels, duration_sec))
             elif decoded:
                 failed[name] = decoded.reason
             if group and (decoded is None or len(group) * T >= batch):
-                pixels = torch.cat([each.frames for _, each in group])
-                x, patches = video.encode_frames(model, pixels, batch, precision)
-                for (name, each), a, b in zip(group, x.split(T), patches.split(T)):
+                together = torch.cat([pixels for _, pixels, _ in group])
+                x, patches = video.encode_frames(model, together, batch, precision)
+                for (name, _, duration_sec), a, b in zip(group, x.split(T), patches.split(T)):
                     b = b[kept] if name in training else None           # [T', D', H, W]
                     try:
-                        store.write(name, a, b, each.duration_sec, sizes[name])
+                        store.write(name, a, b, duration_sec, sizes[name])
                     except VideoError as error:         # its features are not finite
                         failed[name] = str(error)
                 group.clear()
@@ -166,7 +167,7 @@ class Entry(NamedTuple):
 def find_features(path: str | os.PathLike) -> dict[str, pathlib.Path | Entry]:
     """Video -> its features: the files of a folder, or the entries of an hdf5 file."""
     if pathlib.Path(path).suffix.lower() not in (".hdf5", ".h5"):
-        return find_files(path, FEATURES)
+        return files.find_files(path, FEATURES)
     h5py = files.need("h5py", "reading hdf5")
     try:
         file = h5py.File(path, "r")

@@ -415,7 +415,7 @@ def run(given: argparse.Namespace) -> None:
     videos = {}
     features = {}
     if given.videos:
-        videos = video.find_files(given.videos, video.VIDEOS)
+        videos = files.find_files(given.videos, video.VIDEOS)
         if not videos:
             raise Mistake(f"{given.videos} contains no video; name the folder that has them")
     if given.features:

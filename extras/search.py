@@ -8,38 +8,183 @@ With --videos, only the videos that CLIP2Video ranks first are searched (`python
 index` adds its vectors to the same folder): less to read, but approximate.
 """
 import base64
+import bisect
 import json
+import math
 import pathlib
 import sys
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import clip
-import video
+import mmn
 from clip2video.search import Ranker
 from extras import show
-from extras.index import Hit, Index, summary
-from retrieve import FOUND, Retriever, ZeroShot
+from extras.index import Entry, Index, state_of, summary
+from retrieve import FOUND, Moment, Retriever, ZeroShot, greedy_nms, search_intervals
 from support import files, options
 from support.errors import Mistake, reported
 from support.text import printable
+
+ROUNDING = 1e-3                 # upper bound of the error of a cosine of float16 vectors
+
+
+class Hit(NamedTuple):
+    """An answer from an index. z: as in retrieve.Answer; order: what the answers are sorted by."""
+    video: str
+    moment: Moment
+    z: float
+    order: float
+
+
+def search(index: Index, retriever, sentences: list[str], top: int = 10, per_video: int = 3,
+           videos: int | None = None) -> list[list[Hit]]:
+    """For each sentence the best moments, best first.
+
+    top, per_video   answers in all, and of one video at most
+    videos           search only the videos that CLIP2Video ranks first
+    """
+    among = [index.entries.keys()] * len(sentences)
+    if videos:
+        among = ranked_videos(index, sentences, videos, retriever.device)
+    results = []
+    if retriever.kind == "clip":
+        for text, names in zip(retriever.text(sentences), among):       # [D]
+            results.append(search_frames(index, text, top, per_video, names))
+        return results
+    iou_text, contrastive_text = retriever.read(sentences)              # [S, J] each
+    # the index is searched on the CPU
+    for a, b, names in zip(iou_text.cpu(), contrastive_text.cpu(), among):      # [J] each
+        results.append(search_moments(index, a, b, top, per_video, names))
+    return results
 
 
 def ranked_videos(index: Index, sentences: list[str], count: int, device) -> list[set[str]]:
     """For each sentence the names of the `count` videos that CLIP2Video ranks first."""
     ranker = Ranker(index.folder, device)
-    indexed = index.content["videos"].keys()
-    different = indexed ^ set(ranker.names)             # in one of the two only
+    different = index.entries.keys() ^ set(ranker.names)        # in one of the two only
     if different:
         print(f"note: {len(different)} videos, for instance {printable(min(different))}, are in "
               f"only one of the two indexes and are skipped; update both with python -m "
               f"extras.index and python -m clip2video index", file=sys.stderr)
-    return [{name for name, _ in best if name in indexed}
-            for best in ranker.best(sentences, count)]  # pairs of name and score
+    return [{name for name, _ in best if name in index.entries}
+            for best in ranker.best(sentences, count)]          # pairs of name and score
 
+
+def z_of(entry: Entry, score: float) -> float:
+    """As in retrieve.Answer."""
+    return (score - entry.mean) / entry.deviation
+
+
+# ------------------------------------------------------------------------------- with a checkpoint
+
+def search_moments(index: Index, iou_text: Tensor, contrastive_text: Tensor, top: int,
+                   per_video: int, among: set[str], block: int = 1 << 16) -> list[Hit]:
+    """The best moments of the videos `among` for one sentence, best first.
+
+    Exact: a pass in float16 gives an upper bound of every moment's score, and the moments with the
+    highest bounds are scored again in float32, more of them until no other moment can be among the
+    answers.
+
+    iou_text, contrastive_text  [J] unit vectors (Retriever.read)
+    block                       rows that are multiplied at a time
+    """
+    arrays, slices = index.load()
+    iou, spans, contrastive = arrays["iou"], arrays["spans"], arrays["contrastive"]     # [R, J]
+    names = list(slices)
+    firsts = [rows.start for rows in slices.values()]
+    stretches = [slices[name] for name in names if name in among]       # of rows to read
+    if len(stretches) == len(names):                    # all rows, in large blocks
+        stretches = [slice(i, i + block) for i in range(0, len(iou), block)]
+    bounds = torch.full((len(iou),), -math.inf)         # [R]; -inf: not searched
+    # subtle: the score increases with both cosines, so bounds on these bound the score
+    for rows in stretches:
+        cosine = torch.mv(iou[rows], iou_text.half()).float() + ROUNDING
+        other = torch.mv(contrastive[rows], contrastive_text.half()).float() + ROUNDING
+        bounds[rows] = mmn.fuse(torch.sigmoid(mmn.SCORE_SCALE * cosine), other)
+    count = 128                                         # moments rescored in float32
+    while True:
+        count = min(count, len(bounds))
+        highest, rows = bounds.topk(count)                              # [count] each
+        unseen = highest[-1]                            # no other moment can score more than this
+        rows = rows[highest > -math.inf].sort().values                  # in the order of the index
+        overlap = torch.sigmoid(mmn.SCORE_SCALE * iou[rows].float() @ iou_text)
+        scores = mmn.fuse(overlap, contrastive[rows].float() @ contrastive_text)
+        owners = [names[bisect.bisect_right(firsts, row) - 1] for row in rows.tolist()]
+        best = greedy_nms(spans[rows], scores, top, owners, per_video)
+        # the worst answer still beats every moment that was not rescored
+        if len(best) == top and scores[best[-1]] >= unseen or count == len(bounds):
+            break
+        count *= 2
+    hits = []
+    for k in best:
+        score = scores[k].item()
+        moment = Moment(*spans[rows[k]].tolist(), score)
+        hits.append(Hit(owners[k], moment, z_of(index.entries[owners[k]], score), order=score))
+    return hits
+
+
+# ------------------------------------------------------------------------------------- CLIP alone
+
+def search_frames(index: Index, text: Tensor, top: int, per_video: int,
+                  among: set[str]) -> list[Hit]:
+    """The best moments of the videos `among` for one sentence by CLIP alone, best z first:
+    contrasts of different videos cannot be compared, z can. Exact.
+
+    text    [D] unit vector
+    """
+    arrays, slices = index.load()
+    blocks = arrays["frames"].split(1 << 16)            # bounds the memory for float32
+    similarity = torch.cat([block.float() @ text for block in blocks])          # [R]
+    names = [name for name in slices if name in among]
+    entries = [index.entries[name] for name in names]
+    rows = [similarity[slices[name]] for name in names]         # [F] each
+    limits_sec = index.made["limits_sec"]
+    # subtle: a video whose best moment is not among the top cannot contribute an answer
+    first = best_of(rows, entries, limits_sec, 1)[:, 0, 2]      # [V] scores
+    z = torch.tensor([z_of(entry, score) for entry, score in zip(entries, first.tolist())])
+    chosen = z.topk(min(top, len(z))).indices.tolist()
+    moments = best_of([rows[v] for v in chosen], [entries[v] for v in chosen], limits_sec,
+                      per_video)                                # [<= top, per_video, 3]
+    hits = []
+    for v, found in zip(chosen, moments.tolist()):
+        for moment in found:
+            if moment[2] > -math.inf:           # a short video may have fewer than per_video
+                z = z_of(entries[v], moment[2])
+                hits.append(Hit(names[v], Moment(*moment), z, order=z))
+    return sorted(hits, key=lambda hit: -hit.z)[:top]
+
+
+def best_of(similarity: list[Tensor], entries: list[Entry], limits_sec: list[float],
+            top_k: int) -> Tensor:
+    """The best moments of each of V videos, [V, top_k, 3]: start and end in seconds, score. Videos
+    of similar length are searched together."""
+    result = torch.zeros(len(entries), top_k, 3, dtype=torch.double)
+    # sorted by length to keep the padding small
+    order = sorted(range(len(entries)), key=lambda v: entries[v].rows)
+    for i in range(0, len(order), 256):
+        part = order[i:i + 256]
+        padded = pad_sequence([similarity[v] for v in part], batch_first=True)  # [256, F]
+        counts = torch.tensor([entries[v].rows for v in part])                  # [256]
+        each_sec = torch.tensor([entries[v].duration_sec for v in part]) / counts
+        shortest = max(1, round(limits_sec[0] / float(each_sec.median())))
+        longest = torch.minimum((limits_sec[1] / each_sec).long(), counts // 2).clamp(min=1)
+        shortest = min(shortest, int(longest.min()))            # one for all
+        best = search_intervals(padded, shortest, longest, top_k, counts)
+        best[..., :2] *= each_sec[:, None, None]                # frames -> seconds
+        result[part] = best
+    return result
+
+
+# ----------------------------------------------------------------------------------- the command
 
 def retriever_of(index: Index, device: str) -> Retriever | ZeroShot:
     """The model that made the index. Mistake if its file was removed or changed."""
-    made = index.content
-    if index.kind == "clip":
+    made = index.made
+    if made["kind"] == "frames":
         shortest_sec, longest_sec = made["limits_sec"]
         retriever = ZeroShot(made["checkpoint"], device, made["rate"], shortest_sec, longest_sec,
                              made["prompt"], cache=None, gelu=made["sha256"].endswith("-gelu"))
@@ -51,44 +196,24 @@ def retriever_of(index: Index, device: str) -> Retriever | ZeroShot:
             return Retriever(checkpoint, device, cache=None)
     # embeddings of different weights cannot be compared
     raise Mistake(f"the checkpoint of this index was removed or changed: {made['checkpoint']}, "
-                  f"SHA-256 {made['sha256']}; pass its file to: python -m extras.index CKPT DIR "
-                  f"--out {index.folder}")
-
-
-def search(index: Index, retriever, sentences: list[str], top: int = 10, per_video: int = 3,
-           videos: int | None = None) -> list[list[Hit]]:
-    """For each sentence the best moments, best first."""
-    among = [None] * len(sentences)                     # None: all videos
-    if videos:
-        among = ranked_videos(index, sentences, videos, retriever.device)
-    results = []
-    if index.kind == "clip":
-        for text, names in zip(retriever.text(sentences), among):       # [D]
-            results.append(index.search_frames(text, top, per_video, among=names))
-        return results
-    iou_text, contrastive_text = retriever.read(sentences)              # [S, J] each
-    # the index is searched on the CPU
-    for a, b, names in zip(iou_text.cpu(), contrastive_text.cpu(), among):      # [J] each
-        results.append(index.search(a, b, top, per_video, among=names))
-    return results
+                  f"SHA-256 {made['sha256']}; pass its file to: {index.command} CKPT DIR --out "
+                  f"{index.folder}")
 
 
 def is_found(hits: list[Hit]) -> bool:
     """Whether an answer reaches the threshold."""
-    # subtle: not "z >= FOUND", because z is nan in an index made before z was stored
-    return any(not hit.z < FOUND for hit in hits)      # no hits: not found
+    return any(hit.z >= FOUND for hit in hits)
 
 
 def as_page(index: Index, sentences: list[str], results: list[list[Hit]], out: str) -> str:
     """The page of retrieve.py for answers from several videos, with a thumbnail each."""
-    folder = pathlib.Path(index.content["folder"])
     numbers = {}                                # video -> its place in `sources`
     sources = []                                # a video may be megabytes: each is embedded once
     sections = []
     for sentence, hits in zip(sentences, results):
         buttons = []
         for hit in hits:
-            path = folder / hit.video
+            path = index.path_of(hit.video)
             middle_sec = (hit.moment.start_sec + hit.moment.end_sec) / 2
             if hit.video not in numbers:
                 numbers[hit.video] = len(sources)
@@ -127,12 +252,11 @@ def run(given) -> None:
                      given.per_video, given.videos)
     changed = set()
     for name in sorted({hit.video for hits in results for hit in hits}):
-        path = pathlib.Path(index.content["folder"]) / name
-        stored = index.content["videos"][name]          # its size and time when it was indexed
-        if not path.is_file() or video.state_of(path).items() - stored.items():
+        path = index.path_of(name)
+        if not path.is_file() or state_of(path) != index.entries[name].state:
             changed.add(name)
             print(f"note: {printable(name)} was removed or changed since it was indexed; rerun "
-                  f"python -m extras.index", file=sys.stderr)
+                  f"{index.command}", file=sys.stderr)
     if given.html:
         # skip changed videos: their thumbnails would be missing or wrong
         shown = [[hit for hit in hits if hit.video not in changed] for hits in results]
@@ -152,7 +276,7 @@ def run(given) -> None:
         for rank, hit in enumerate(hits, 1):
             print(f"{show.line(rank, hit.moment)}  {printable(hit.video)}")
     end = f"{summary(index)}; scores are for ranking only, not probabilities"
-    if index.kind == "clip":
+    if index.made["kind"] == "frames":
         end += "; ordered by how far a moment is above unrelated sentences in its video"
     print(end)
 

@@ -6,12 +6,13 @@ Starlette and uvicorn serve the page and the indexed videos (with range requests
 can seek), and nothing else. Only this machine can connect unless --host says otherwise.
 """
 import argparse
+import contextlib
 import functools
 import pathlib
 import socket
 
 from extras import show
-from extras.index import Index, summary
+from extras.index import Index, state_of, summary
 from extras.search import is_found, retriever_of, search
 from support import files, options
 from support.errors import Mistake, reported
@@ -27,39 +28,48 @@ def application(index: Index, retriever, hosts: list[str]):
     responses = files.need("starlette.responses", "serving")
     routing = files.need("starlette.routing", "serving")
     trusted = files.need("starlette.middleware.trustedhost", "serving")
-    folder = pathlib.Path(index.content["folder"])
-    # addresses contain a video's number, not its path, so only indexed files are served
-    names = list(index.content["videos"])
+
+    def latest() -> Index:
+        """The index as it is on disk now: an update may have replaced its table."""
+        nonlocal index
+        if index.is_outdated():
+            with contextlib.suppress(Mistake):          # made again with another checkpoint: keep
+                newer = Index(index.folder, index.made)
+                newer.load()
+                index = newer
+                answer.cache_clear()
+        return index
 
     @functools.lru_cache(maxsize=64)                    # the back button repeats a query
-    def answer(query: str) -> dict:
+    def answer(index: Index, query: str) -> dict:
         hits = search(index, retriever, [query])[0]
         buttons = []
         for hit in hits:
-            number = names.index(hit.video)
+            # addresses contain a fingerprint, not a path: only indexed files are served
+            key = index.entries[hit.video].file
             middle_ms = round(500 * (hit.moment.start_sec + hit.moment.end_sec))
             buttons.append({"moment": hit.moment, "value": hit.order, "name": hit.video,
-                            "source": f"/video/{number}",
-                            "thumbnail": f"/frame/{number}/{middle_ms}"})
+                            "source": f"/video/{key}", "thumbnail": f"/frame/{key}/{middle_ms}"})
         return {"sentence": query, "found": is_found(hits), "buttons": buttons}
 
     def page(request):
+        index = latest()
         query = request.query_params.get("q", "")[:LONGEST].strip()
         sections = []
         note = f"{summary(index)}. Describe what to look for."
         if query:
-            sections = [answer(query)]
+            sections = [answer(index, query)]
             note = f"{summary(index)}. {show.PLAYING}"
         return responses.HTMLResponse(show.fill_page("Moments", note, sections, query=query))
 
     def path_of(request) -> pathlib.Path | None:
-        number = request.path_params["number"]
-        if number >= len(names):                        # Starlette's int is never negative
-            return None
-        path = folder / names[number]
-        if not path.is_file():                          # removed since it was indexed
-            return None
-        return path
+        index = latest()
+        for name, entry in index.entries.items():
+            path = index.path_of(name)
+            # not if it was removed or replaced since it was indexed
+            if entry.file == request.path_params["key"] and path.is_file():
+                return path if state_of(path) == entry.state else None
+        return None
 
     def whole(request):
         path = path_of(request)
@@ -79,8 +89,8 @@ def application(index: Index, retriever, hosts: list[str]):
 
     app = applications.Starlette(routes=[
         routing.Route("/", page),
-        routing.Route("/video/{number:int}", whole),
-        routing.Route("/frame/{number:int}/{ms:int}", frame)])
+        routing.Route("/video/{key}", whole),
+        routing.Route("/frame/{key}/{ms:int}", frame)])
     # DNS rebinding: another site's name could resolve to this machine
     app.add_middleware(trusted.TrustedHostMiddleware, allowed_hosts=hosts)
     return app
@@ -113,8 +123,7 @@ def check_address(host: str, port: int) -> None:
 def run(given: argparse.Namespace) -> None:
     uvicorn = files.need("uvicorn", "serving")
     index = Index(given.index)
-    if not index.rows():
-        raise Mistake(f"{given.index} contains no video; add some with: python -m extras.index")
+    index.load()
     check_address(given.host, given.port)               # before a model is loaded
     # if others may connect, the names by which they reach this machine are unknown
     hosts = LOCAL if given.host in LOCAL + ["::1"] else ["*"]

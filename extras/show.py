@@ -3,7 +3,6 @@
 Shapes: F frames of a video, S sentences, N clips, W windows, P moments of a window.
 """
 import base64
-import fractions
 import mimetypes
 import os
 import pathlib
@@ -22,6 +21,7 @@ from support.text import printable
 PAGE = files.ASSETS / "page.html"
 EMBEDDED = 32 * 2 ** 20         # bytes; a larger video is linked from the page, not embedded in it
 PLAYABLE = {"h264", "vp8", "vp9", "av1"}                # codecs, and suffixes, that browsers play
+UNINDEXED = {".ts", ".mts", ".m2ts", ".mpg", ".mpeg"}   # may be joined: their clocks start again
 CONTAINERS = {".mp4", ".m4v", ".mov", ".webm"}
 PLAYING = ("A button plays its moment and stops at its end. The bar compares scores with the best "
            "and is not a probability.")
@@ -170,12 +170,20 @@ def unplayable(path: str | os.PathLike) -> str:
             f"retrieve.py --clips writes each moment as H.264")
 
 
+def reading_from(path: str | os.PathLike, start_sec: float) -> list[str]:
+    """Options that open a file at an instant."""
+    seek = ["-ss", f"{start_sec:.3f}"]
+    if pathlib.Path(path).suffix.lower() in UNINDEXED:
+        return ffmpeg.reading(path) + seek              # reads what is before it, and drops it
+    # a long film is not decoded, but sought: to the keyframe before the instant
+    return seek + ffmpeg.reading(path)
+
+
 def jpeg(path: str | os.PathLike, time_sec: float, side: int = 160) -> bytes:
     """The frame on screen at an instant, its short side `side` pixels, as a JPEG file. VideoError
     if it cannot be read."""
-    # before "-i", -ss seeks to the keyframe before the instant: a long film is not decoded
     size = f"scale='if(gt(iw,ih),-2,{side})':'if(gt(iw,ih),{side},-2)'"
-    run = ffmpeg.Ffmpeg(["-v", "error", "-ss", f"{time_sec:.3f}"] + ffmpeg.reading(path) + [
+    run = ffmpeg.Ffmpeg(["-v", "error"] + reading_from(path, time_sec) + [
         "-an", "-sn", "-dn", "-frames:v", "1", "-vf", size, "-f", "image2pipe",
         "-c:v", "mjpeg", "-"])
     try:
@@ -220,40 +228,47 @@ def write_page(out: str, encoded, retriever, answers: list) -> None:
 
 def cut(path: str | os.PathLike, start_sec: float, end_sec: float, out: pathlib.Path) -> None:
     """Writes [start, end) of a video, with its sound, as H.264 in mp4."""
-    found = video.inspect(path)
-    begins_sec = found.packets_sec[:, 0]
-    if not ((start_sec <= begins_sec) & (begins_sec < end_sec)).any():
-        # one picture stands for the whole moment: seeking to its start would find none
-        picture = next(video.pictures(found, start_sec, 1.0, 1))
-        picture = picture[:, :found.height // 2 * 2, :found.width // 2 * 2]
-        seconds = max(1, round(end_sec - start_sec))
-        video.write_video(out, picture.repeat(seconds, 1, 1, 1), fractions.Fraction(1))
-        return
-    even = "scale='trunc(iw/2)*2':'trunc(ih/2)*2'"      # H.264 needs even sides
-    run = ffmpeg.Ffmpeg(["-v", "error", "-ss", f"{start_sec:.3f}"] + ffmpeg.reading(path) + [
-        "-t", f"{end_sec - start_sec:.3f}", "-vf", even, "-c:v", "libx264", "-pix_fmt", "yuv420p",
-        "-c:a", "aac", "-sn", "-dn", "-y", "-f", "mp4", "file:" + os.path.abspath(out)],
-        ffmpeg.SILENCE_SEC + 10 * (end_sec - start_sec))        # it prints nothing until the end
+    begins_sec = video.inspect(path).packets_sec[:, 0]
+    seconds = end_sec - start_sec
+    opening = reading_from(path, start_sec)
+    filters = ["scale='trunc(iw/2)*2':'trunc(ih/2)*2'"]         # H.264 needs even sides
+    sound = []
+    if ((start_sec <= begins_sec) & (begins_sec < end_sec)).sum() < seconds:
+        # slides: a seek would skip the picture that stands at the start, so all are decoded
+        opening = ffmpeg.reading(path)
+        part = f"{start_sec:.3f}:{end_sec:.3f}"
+        filters += ["fps=10", "tpad=stop=-1:stop_mode=clone", f"trim={part}",
+                    "setpts=PTS-STARTPTS"]
+        sound = ["-af", f"atrim={part},asetpts=PTS-STARTPTS"]
+    run = ffmpeg.Ffmpeg(["-v", "error"] + opening + [
+        "-t", f"{seconds:.3f}", "-vf", ",".join(filters), "-c:v", "libx264", "-pix_fmt", "yuv420p",
+        "-c:a", "aac", "-sn", "-dn"] + sound + [
+        "-y", "-f", "mp4", "file:" + os.path.abspath(out)],
+        ffmpeg.SILENCE_SEC + 10 * seconds)              # it prints nothing until the end
     if run.finish():
         out.unlink(missing_ok=True)
         raise video.VideoError(f"{out} could not be written: {run.reason()}")
 
 
-def write_clips(folder: str, path: str, answers: list) -> list[pathlib.Path]:
-    """Each moment as an H.264 file named by its time: kitchen-0m08.6s-0m15.1s.mp4."""
+def write_clips(folder: str, encoded, answers: list, padding_sec: float = 0.0
+                ) -> list[pathlib.Path]:
+    """Each moment, with padding before and after it, as an H.264 file named by its time:
+    kitchen-0m08.6s-0m15.1s.mp4."""
     folder = pathlib.Path(folder)
-    moments = {}                                # by file: two sentences may share a moment
+    spans = {}                                  # by file: two sentences may share a moment
     for answer in answers:
         for moment in answer.moments:
-            name = pathlib.Path(path).stem
-            for sec in (moment.start_sec, moment.end_sec):
+            start_sec = max(0.0, moment.start_sec - padding_sec)
+            end_sec = min(encoded.duration_sec, moment.end_sec + padding_sec)
+            name = pathlib.Path(encoded.path).stem
+            for sec in (start_sec, end_sec):
                 name += f"-{int(sec // 60)}m{sec % 60:04.1f}s"
-            moments[folder / f"{name}.mp4"] = moment
+            spans[folder / f"{name}.mp4"] = (start_sec, end_sec)
     # checked before the first clip is written
-    for out in moments:
+    for out in spans:
         if out.exists():
             raise Mistake(f"{out} already exists; choose another folder for --clips")
     folder.mkdir(parents=True, exist_ok=True)
-    for out, moment in tqdm(moments.items(), desc="clips", unit="clip", disable=None):
-        cut(path, moment.start_sec, moment.end_sec, out)
-    return list(moments)
+    for out, (start_sec, end_sec) in tqdm(spans.items(), desc="clips", unit="clip", disable=None):
+        cut(encoded.path, start_sec, end_sec, out)
+    return list(spans)

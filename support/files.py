@@ -7,9 +7,11 @@ import os
 import pathlib
 import pickletools
 import sys
+import unicodedata
 import zipfile
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,6 +101,45 @@ def did_you_mean(dataset: str, root: str | os.PathLike, published: Iterable[str]
     return f"did you mean {near[0]}? If not, "
 
 
+def files_below(folder: str | os.PathLike) -> list[pathlib.Path]:
+    """All files of a folder, sorted. Links to folders are followed, but each folder is entered
+    once; one that cannot be listed is noted."""
+    def note(error: OSError) -> None:
+        print(printable(f"note: {error.filename} cannot be read: {error.strerror}"),
+              file=sys.stderr)
+
+    result = []
+    entered = set()
+    waiting = [os.fspath(folder)]       # links wait, so that a folder goes by its own name
+    while waiting:
+        for where, folders, names in os.walk(waiting.pop(0), onerror=note):
+            real = os.path.realpath(where)
+            if real in entered:
+                folders.clear()
+                continue
+            entered.add(real)
+            paths = [pathlib.Path(where, name) for name in names]
+            result += [path for path in paths if os.path.isfile(path)]
+            below = [os.path.join(where, name) for name in folders]
+            waiting += [path for path in sorted(below) if os.path.islink(path)]
+    return sorted(result)
+
+
+def find_files(folder: str | os.PathLike, endings: set[str]) -> dict[str, pathlib.Path]:
+    """File name without ending -> file, for all such in a folder. Mistake if two share a name."""
+    if not pathlib.Path(folder).is_dir():
+        raise Mistake(f"there is no folder {folder}")
+    result: dict[str, pathlib.Path] = {}
+    for path in files_below(folder):
+        if path.suffix.lower() in endings:
+            # NFC, because a Mac may write an accent as a character of its own
+            other = result.setdefault(unicodedata.normalize("NFC", path.stem), path)
+            if other != path:
+                raise Mistake(f"{other} and {path} have the same name, {path.stem}; remove one of "
+                              f"them from {folder}")
+    return result
+
+
 def sha256(path: str | os.PathLike) -> str:
     """Hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()
@@ -123,6 +164,21 @@ def fetch(address: str, digest: str, path: pathlib.Path) -> pathlib.Path:
         raise Missing(f"{address} could not be downloaded ({error}); run the command again, or "
                       f"download it by hand to {path}") from error
     return path
+
+
+def save_arrays(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
+    """numpy.savez, atomically."""
+    save(path, lambda file: np.savez(file, **arrays))
+
+
+def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """What `save_arrays` wrote. Mistake if it is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except Exception as error:  # numpy raises a dozen types for a damaged or hostile file
+        raise Mistake(f"{path} is damaged ({reason(error)}); remove it and rerun what made "
+                      f"it") from error
 
 
 def read_tensors(path: str | os.PathLike) -> object:

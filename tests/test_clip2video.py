@@ -20,6 +20,7 @@ import video
 from conftest import command
 from clip2video import data, evaluate, model as network, search, train
 from extras.index import Index
+from extras.search import search_moments
 from support.errors import Mistake
 
 HERE = pathlib.Path(__file__).parent.parent
@@ -441,12 +442,12 @@ def test_search_a_folder_of_videos(trained, tmp_path):
     # again: new files are read, removed ones dropped, and another checkpoint is refused
     (tmp_path / "videos" / "test-0001.mp4").unlink()
     shutil.copy(tmp_path / "videos" / "test-0000.mp4", tmp_path / "videos" / "new.mp4")
-    before = (tmp_path / "index" / "clip2video.npz").stat().st_mtime_ns
+    before = (tmp_path / "index" / "clip2video.json").stat().st_mtime_ns
     run("index", root / "run" / "ckpt.pt", tmp_path / "videos", "--out",
         tmp_path / "index")
     again = search.Ranker(tmp_path / "index")
     assert sorted(again.names) == ["new.mp4", "test-0000.mp4", "test-0002.mp4"]
-    assert (tmp_path / "index" / "clip2video.npz").stat().st_mtime_ns > before
+    assert (tmp_path / "index" / "clip2video.json").stat().st_mtime_ns > before
     for name in ("test-0000.mp4", "test-0002.mp4"):
         assert torch.equal(again.vectors[again.names.index(name)],
                            ranker.vectors[ranker.names.index(name)])
@@ -465,7 +466,8 @@ def test_search_a_folder_of_videos(trained, tmp_path):
     with torch.no_grad():
         t = network.joined(ranker.model.encode_text(clip.tokenize("the blue bar falls", 40)))
     assert score == pytest.approx((t @ ranker.vectors[ranker.names.index(name)]).item(), abs=1e-5)
-    assert "no vectors of whole videos" in run("search", tmp_path, "a", status=2)
+    assert "is not an index; make one with: python -m clip2video index" in run(
+        "search", tmp_path, "a", status=2)
 
 
 def test_features_of_another_clip_or_sampling_are_refused(trained, tmp_path):
@@ -541,24 +543,22 @@ def test_a_checkpoint_of_another_kind(trained, world):
 def test_moments_in_chosen_videos_only(tmp_path):
     """With all videos among the chosen the answers are those of the exact search; with some, those
     of these."""
-    index = Index.__new__(Index)
-    index.folder, index.mapped, index.kind, J = tmp_path, None, "checkpoint", 8
-    index.table = tmp_path / "videos.json"
-    index.content = {"joint": J, "videos": {}}
-    generator = torch.Generator().manual_seed(0)
+    index = Index(tmp_path, {"kind": "candidate moments", "checkpoint": "", "sha256": ""})
+    generator, J = torch.Generator().manual_seed(0), 8
     for k in range(6):
-        rows = [F.normalize(torch.randn(20, J, generator=generator), dim=1) for _ in range(2)]
+        iou, contrastive = F.normalize(torch.randn(2, 20, J, generator=generator), dim=2).half()
         spans = (30 * torch.rand(20, 2, generator=generator)).sort(1).values
-        about = {"duration_sec": 30.0, "generic": 0.1, "deviation": 0.2}
-        index.add(f"{k}.mp4", about, [rows[0], spans, rows[1]])
+        index.add(f"{k}.mp4", pathlib.Path(f"{k}.mp4"), [0, 0],
+                  {"iou": iou, "spans": spans, "contrastive": contrastive}, {})
     q = F.normalize(torch.randn(2, J, generator=generator), dim=1)
-    exact = index.search(*q, top_k=8)
-    assert index.search(*q, top_k=8, among={f"{k}.mp4" for k in range(6)}) == exact
-    some = index.search(*q, top_k=8, among={"2.mp4", "5.mp4"})
+    exact = search_moments(index, *q, 8, 3, index.entries)
+    assert search_moments(index, *q, 8, 3, {f"{k}.mp4" for k in range(6)}) == exact
+    some = search_moments(index, *q, 8, 3, {"2.mp4", "5.mp4"})
     assert {hit.video for hit in some} <= {"2.mp4", "5.mp4"} and some
-    mine = [answer for answer in index.search(*q, top_k=100) if answer[0] in ("2.mp4", "5.mp4")]
+    mine = [answer for answer in search_moments(index, *q, 100, 3, index.entries)
+            if answer[0] in ("2.mp4", "5.mp4")]
     assert some == mine[:len(some)]
-    assert index.search(*q, among=set()) == [] == index.search(*q, among={"gone.mp4"})
+    assert search_moments(index, *q, 8, 3, set()) == []
 
 
 def test_short_videos_and_stored_zeros(tmp_path, published):
@@ -685,7 +685,7 @@ def test_train_the_image_tower_resume_and_search(pixels, world, tmp_path):
     x = data.encode_file(model, tmp_path / "videos" / "test-0000.mp4", config).float()[None]
     with torch.no_grad():
         vector = network.joined(model.encode_video(x, (x != 0).any(2)))
-    assert torch.allclose(search.read_vectors(tmp_path / "index")[0]["test-0000.mp4"][0], vector[0],
+    assert torch.allclose(search.Ranker(tmp_path / "index").vectors[0], vector[0],
                           atol=1e-5)
     (root / "shapes-videos/features/clip2video/pixels/test-000-0.npy").write_bytes(b"no frames")
     assert "test-000-0.npy is damaged" in run("evaluate", checkpoint, status=2)

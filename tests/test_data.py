@@ -258,7 +258,7 @@ def test_extraction_resumes_and_adds_missing_patches(tmp_path, world):
     model = clip.load(world / "shapes" / "clip.pt")
     greys(tmp_path / "v", "ab")
     store = data.FeatureStore(tmp_path / "f", MADE)
-    paths = video.find_files(tmp_path / "v", video.VIDEOS)
+    paths = files.find_files(tmp_path / "v", video.VIDEOS)
     failed = features.extract(store, model, paths, ["a", "b", "c"], set())
     assert failed == {"c": "no video file is named c"}
     listed = (store.folder / "failed.txt").read_text(encoding="utf-8")
@@ -274,7 +274,7 @@ def test_a_file_that_was_removed_is_made_again(tmp_path, world):
     """As the message about a damaged one advises."""
     model = clip.load(world / "shapes" / "clip.pt")
     greys(tmp_path / "v", "a")
-    paths = video.find_files(tmp_path / "v", video.VIDEOS)
+    paths = files.find_files(tmp_path / "v", video.VIDEOS)
     features.extract(data.FeatureStore(tmp_path / "f", MADE), model, paths, ["a"], {"a"})
     whole = contents(tmp_path / "f")
     for kind in ("frames", "patches"):
@@ -286,7 +286,7 @@ def test_a_file_that_was_removed_is_made_again(tmp_path, world):
 def test_a_video_that_was_replaced_is_read_again(tmp_path, world):
     model = clip.load(world / "shapes" / "clip.pt")
     greys(tmp_path / "v", "ab")
-    paths = video.find_files(tmp_path / "v", video.VIDEOS)
+    paths = files.find_files(tmp_path / "v", video.VIDEOS)
     features.extract(data.FeatureStore(tmp_path / "f", MADE), model, paths, ["a", "b"], set())
     before = contents(tmp_path / "f")
     make_video(tmp_path / "v" / "a.mp4", range(0, 250, 5))
@@ -307,7 +307,7 @@ def test_names_with_the_ending_of_the_file(tmp_path, capsys):
         {"vid": name, "query": "q", "relevant_windows": [[0, 1]]}) + "\n" for name in names),
         encoding="utf-8")
     prepare.adopt("mine", "train", tmp_path / "a.jsonl",
-                  video.find_files(tmp_path / "v", video.VIDEOS), tmp_path)
+                  files.find_files(tmp_path / "v", video.VIDEOS), tmp_path)
     samples = data.read_annotations("mine", "train", tmp_path)
     assert [sample.video for sample in samples] == ["a", "a", "b.mp4", "c.mp4", "d.v2"]
     assert "5 sentences of 4 videos" in capsys.readouterr().out
@@ -438,7 +438,7 @@ def test_features_do_not_depend_on_batch_mates_or_order(tmp_path, world, batch):
     """Each video alone, and all of them in batches of any size: the same bytes."""
     model = clip.load(world / "shapes" / "clip.pt")
     greys(tmp_path / "v", "abcde")
-    paths = video.find_files(tmp_path / "v", video.VIDEOS)
+    paths = files.find_files(tmp_path / "v", video.VIDEOS)
     alone, together = tmp_path / "alone", tmp_path / "together"
     for name in "ceabd":
         features.extract(data.FeatureStore(alone, MADE), model, paths, [name], {"a"}, batch)
@@ -509,7 +509,7 @@ def test_precomputed_features(tmp_path):
     np.savez(folder / "other.npz", something=x)
     (folder / "text.npy").write_text("not an array", encoding="utf-8")
     store = data.FeatureStore(tmp_path / "f", MADE | {"width": 2, "patch_frames": 0})
-    paths = video.find_files(folder, features.FEATURES)
+    paths = files.find_files(folder, features.FEATURES)
     failed = features.adopt_features(store, paths, [*paths, "none"], dict.fromkeys(paths, 20.0))
     assert sorted(store.manifest["videos"]) == ["a", "b", "c"]
     for name in "abc":
@@ -582,7 +582,7 @@ def test_two_files_of_the_same_name_are_rejected(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.mp4").touch()
     with pytest.raises(Mistake, match="have the same name, a; remove one of them"):
-        video.find_files(tmp_path, video.VIDEOS)
+        files.find_files(tmp_path, video.VIDEOS)
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
@@ -729,7 +729,7 @@ def test_real_videos_by_the_command(published, world, tmp_path):
     made = {key: value for key, value in store.manifest.items() if key != "videos"}
     other = data.FeatureStore(tmp_path / "other", made)
     failed = features.extract(other, clip.load(world / "shapes" / "clip.pt"),
-                              video.find_files(tmp_path / "videos", video.VIDEOS), list(names),
+                              files.find_files(tmp_path / "videos", video.VIDEOS), list(names),
                               set(names), batch=128)
     assert list(failed) == ["broken"]
     arrays = {path.name for path in store.folder.glob("*.npy")}

@@ -26,7 +26,7 @@ import video
 from extras import features as elsewhere
 from extras import bench, index, probe, search, zero_shot
 from simulated_device import BACKEND, DEVICE, NAME, WrongDevice
-from support import errors, parallel, progress
+from support import errors, files, parallel, progress
 
 CPU = torch.device("cpu")
 SENTENCES = ["the green circle blinks", "the maroon heart rises"]
@@ -365,7 +365,7 @@ def test_extraction(world, videos, tmp_path, device):
     def features(kind, folder) -> list:
         model = clip.load(world / "shapes" / "clip.pt", kind)
         store = data.FeatureStore(folder, video.made_by(model, "shapes", "", 8, 2))
-        paths = video.find_files(videos, video.VIDEOS)
+        paths = files.find_files(videos, video.VIDEOS)
         assert elsewhere.extract(store, model, paths, list(paths), set(paths)) == {}
         return [torch.from_numpy(store.read(name, part)) for name in paths
                 for part in ("frames", "patches")]
@@ -373,8 +373,16 @@ def test_extraction(world, videos, tmp_path, device):
     close(features(device, tmp_path / "a"), features(CPU, tmp_path / "b"), 2e-3)
 
 
-def test_retrieval_index_and_search(world, checkpoint, videos, tmp_path, device):
+def one_by_one(paths, read):
+    """As `features.read_all`, in this thread: the simulated device is that of a thread."""
+    for name, path in paths.items():
+        yield name, elsewhere.attempt(read, path)
+
+
+def test_retrieval_index_and_search(world, checkpoint, videos, tmp_path, device, monkeypatch):
     """retrieve.py, extras/index.py and extras/search.py, with a checkpoint and by CLIP alone."""
+    monkeypatch.setattr(index, "read_all", one_by_one)
+
     def all_of_it(kind: str, folder) -> list:
         results = []
         for retriever, made in (
@@ -384,8 +392,8 @@ def test_retrieval_index_and_search(world, checkpoint, videos, tmp_path, device)
             results += [[list(moment) for answer in retrieve.answers_of(
                 retriever, encoded, SENTENCES, 2) for moment in answer.moments],
                 retriever.curve(encoded, SENTENCES)]
-            own = index.Index(folder / retriever.kind, index.made_with(retriever, made))
-            assert own.update(retriever, videos) == {}
+            own, failed = index.update_index(retriever, made, videos, folder / retriever.kind)
+            assert not failed
             results.append([list(hit.moment) for hits in search.search(own, retriever, SENTENCES, 3)
                             for hit in hits])
         return results
@@ -400,6 +408,7 @@ def test_clip2video(world, tmp_path, device, monkeypatch):
     import clip2video.search
     import clip2video.train
     monkeypatch.setattr(clip2video.data, "FAMILIES", {"train": 4, "val": 2, "test": 2})
+    monkeypatch.setattr(index, "read_all", one_by_one)
     (tmp_path / "shapes").symlink_to(world / "shapes")
     shapes.export(tmp_path / "videos", 2)
 

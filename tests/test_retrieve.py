@@ -191,13 +191,18 @@ def test_clips_overwrite_nothing_and_keep_the_duration(videos, tmp_path):
     frame begins in it; and existing files are kept."""
     path = tmp_path / "still: 12:30.mkv"                        # a name that is not a URL
     films.film(path, films.greys([99, 99]), "-c:v", "ffv1", rate="1/20")
-    moments = [retrieve.Answer("a", [retrieve.Moment(2.0, 12.0, 0.5)], 2.0, True)]
-    out, = show.write_clips(tmp_path / "clips", path, moments)
+    encoded = retrieve.Encoded(str(path), 40.0, 1.0, torch.zeros(1, 1), [0])
+    answers = [retrieve.Answer("a", [retrieve.Moment(2.0, 12.0, 0.5)], 2.0, True)]
+    out, = show.write_clips(tmp_path / "clips", encoded, answers)
     assert video.probe_duration(out) == pytest.approx(10, abs=0.2)
     before = out.read_bytes()
     with pytest.raises(Mistake, match="choose another folder"):
-        show.write_clips(tmp_path / "clips", path, moments)
+        show.write_clips(tmp_path / "clips", encoded, answers)
     assert out.read_bytes() == before
+    # padding ends with the video
+    out, = show.write_clips(tmp_path / "clips", encoded, answers, padding_sec=4)
+    assert out.name.endswith("-0m00.0s-0m16.0s.mp4")
+    assert video.probe_duration(out) == pytest.approx(16, abs=0.2)
 
 
 def test_a_damaged_cache_is_made_again(retriever, videos):

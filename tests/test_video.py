@@ -15,7 +15,7 @@ import data
 import films
 import video
 from conftest import HERE, SHARED
-from support import ffmpeg
+from support import ffmpeg, files
 
 CASES = SHARED.parent / "cases" / "videos"
 
@@ -221,7 +221,7 @@ def test_the_stream_that_a_player_picks(tmp_path):
 @pytest.mark.parametrize("ending", [".ts", ".mts", ".m2ts"])
 def test_transport_streams_are_videos(tmp_path, ending):
     ramp(tmp_path / f"a{ending}", "-f", "mpegts", "-c:v", "mpeg2video", seconds=2, rate=25)
-    path = video.find_files(tmp_path, video.VIDEOS)["a"]
+    path = files.find_files(tmp_path, video.VIDEOS)["a"]
     pixels, duration_sec = video.sample_frames(path, 4, 32)
     assert pixels.shape == (4, 3, 32, 32) and duration_sec == pytest.approx(2.0, abs=0.1)
 

@@ -16,7 +16,7 @@ import evaluate
 import retrieve
 from extras import search as search_command
 from extras import serve, show, zero_shot
-from extras.index import Index, made_with
+from extras.index import Index, made_with, update_index
 from support.errors import Mistake
 from test_retrieve import HERE, Browser, run, videos                    # noqa: F401
 
@@ -239,8 +239,8 @@ def index(retriever, videos, tmp_path_factory):                         # noqa: 
     for i in range(4):
         shutil.copy(videos / f"test-000{i}.mp4", folder / f"{i} <b>.mp4")
     (folder / "notes.txt").write_bytes(b"no video")
-    index = Index(tmp_path_factory.mktemp("index") / "i", made_with(retriever, None))
-    assert not index.update(retriever, folder)
+    index, failed = update_index(retriever, None, folder, tmp_path_factory.mktemp("index") / "i")
+    assert not failed
     return index
 
 
@@ -250,14 +250,14 @@ def test_search_without_a_checkpoint_is_exact(index, retriever, top, per_video):
     for sentence in ("the red circle rises", "the pink heart drops"):
         found = search_command.search(index, retriever, [sentence], top, per_video)[0]
         expected, text = [], retriever.text([sentence])
-        for name, about in index.content["videos"].items():
-            first = about["first"]
-            frames = index.map_files()[0][first:first + about["rows"]].float()
-            encoded = retrieve.Encoded(name, about["duration_sec"],
-                                       about["duration_sec"] / len(frames), frames, [0])
+        arrays, slices = index.load()
+        for name, entry in index.entries.items():
+            frames = arrays["frames"][slices[name]].float()
+            encoded = retrieve.Encoded(name, entry.duration_sec, entry.duration_sec / len(frames),
+                                       frames, [0])
             for start, end, score in retriever.search(encoded, text @ frames.T,
                                                       per_video)[0].tolist():
-                expected.append(((score - about["generic"]) / about["deviation"], name, start, end))
+                expected.append(((score - entry.mean) / entry.deviation, name, start, end))
         expected = sorted(expected, reverse=True)[:top]
         assert [hit.video for hit in found] == [name for _, name, *_ in expected]
         assert [hit.z for hit in found] == pytest.approx([z for z, *_ in expected], abs=1e-5)
@@ -307,16 +307,52 @@ def test_the_server_serves_the_page_and_the_indexed_videos_only(client, index):
     assert "&lt;i&gt;red&lt;/i&gt;" in text and "<i>" not in text
     assert text.count("data-source=\"/video/") == 10
     assert client.get("/", params={"q": "x" * 10_000}).text.count("x" * 301) == 0
-    whole = client.get("/video/1")
-    names = list(index.content["videos"])
-    path = f"{index.content['folder']}/{names[1]}"
-    assert whole.content == open(path, "rb").read()
-    part = client.get("/video/1", headers={"Range": "bytes=100-199"})
+    name = list(index.entries)[1]
+    key = index.entries[name].file
+    whole = client.get(f"/video/{key}")
+    assert whole.content == index.path_of(name).read_bytes()
+    part = client.get(f"/video/{key}", headers={"Range": "bytes=100-199"})
     assert part.status_code == 206 and part.content == whole.content[100:200]
-    assert client.get("/frame/0/1500").content[:3] == b"\xff\xd8\xff"
+    assert client.get(f"/frame/{key}/1500").content[:3] == b"\xff\xd8\xff"
     for address in ("/video/4", "/video/-1", "/video/..%2f..%2fetc%2fpasswd", "/notes.txt",
                     "/videos.json", "/frame/9/0"):
         assert client.get(address).status_code == 404, address
+
+
+def test_the_server_notices_an_update(index, retriever, tmp_path):
+    """A video more, one replaced, and an index that was made with other settings: it goes on with
+    what it has read."""
+    testclient = pytest.importorskip("starlette.testclient")
+    folder, own = tmp_path / "videos", tmp_path / "index"
+    shutil.copytree(index.videos_folder, folder)
+    served, _ = update_index(retriever, None, folder, own)
+    client = testclient.TestClient(serve.application(served, retriever, ["127.0.0.1"]),
+                                   base_url="http://127.0.0.1")
+    old = client.get("/", params={"q": "the red circle"}).text
+    first, second = (index.path_of(name).name for name in list(index.entries)[:2])
+    key = served.entries[first].file
+    shutil.copy(folder / second, folder / first)
+    assert client.get(f"/video/{key}").status_code == 404       # it shows another video now
+    shutil.copy(folder / second, folder / "more.mp4")
+    update_index(retriever, None, folder, own)
+    assert client.get(f"/video/{key}").status_code == 404
+    new = client.get("/", params={"q": "the red circle"}).text
+    assert "4 videos" in old and "5 videos" in new
+    content = json.loads((own / "videos.json").read_text(encoding="utf-8"))
+    content["made"]["sha256"] = "0"
+    (own / "videos.json").write_text(json.dumps(content), encoding="utf-8")
+    assert client.get("/", params={"q": "the red circle"}).text == new
+
+
+def test_a_relative_clip_is_found_from_another_folder(world, tmp_path, monkeypatch, videos,  # noqa
+                                                      capsys):
+    monkeypatch.chdir(world)
+    (tmp_path / "videos").mkdir()
+    shutil.copy(videos / "test-0000.mp4", tmp_path / "videos")
+    relative = retrieve.ZeroShot("shapes/clip.pt", "cpu", cache=None)
+    index, _ = update_index(relative, None, tmp_path / "videos", tmp_path / "index")
+    monkeypatch.chdir(tmp_path)
+    assert search_command.retriever_of(Index("index"), "cpu").digest == relative.digest
 
 
 def test_another_host_header_is_refused(client):
@@ -329,11 +365,7 @@ def test_another_host_header_is_refused(client):
                     reason="Chromium and chromedriver are not installed (Debian: chromium-driver)")
 def test_search_and_play_in_a_browser(index, world, tmp_path):
     """Typed with real keys; a click plays the moment; Enter on the next button plays that one."""
-    content = json.loads((index.folder / "videos.json").read_text(encoding="utf-8"))
-    folder = tmp_path / "index"
-    shutil.copytree(index.folder, folder)
-    (folder / "videos.json").write_text(json.dumps(
-        content | {"checkpoint": str(world / "shapes" / "clip.pt")}), encoding="utf-8")
+    folder = index.folder
     server = subprocess.Popen([sys.executable, "-m", "extras.serve", folder, "--port", "8765",
                                "--device", "cpu"], cwd=HERE, stdout=subprocess.PIPE, text=True)
     browser = Browser(tmp_path / "profile")

@@ -189,13 +189,14 @@ def test_videos(published, tmp_path, count, fault):
             paths[str(k)] = tmp_path / f"{k}.mp4"
             paths[str(k)].write_bytes(x)
         read_four = functools.partial(video.sample_frames, count=4, resolution=32)
-        for name, decoded in features.decode_all(paths, read_four):
-            if decoded.frames is None:
+        for name, decoded in features.read_all(paths, read_four):
+            if decoded.value is None:
                 failed += 1
                 assert decoded.reason and "\n" not in decoded.reason.strip()
             else:
                 read += 1
-                assert decoded.frames.shape == (4, 3, 32, 32) and 0 < decoded.duration_sec < 1e7
+                frames, duration_sec = decoded.value
+                assert frames.shape == (4, 3, 32, 32) and 0 < duration_sec < 1e7
             paths[name].unlink()
     assert read and failed and read + failed == count
     fault("a damaged video file", f"random bytes changed: {read} are decoded, {failed} are "

@@ -188,7 +188,7 @@ def test_hostile_files(world, tmp_path, monkeypatch, capsys, fault):
         index.mkdir(exist_ok=True)
         (index / "videos.json").write_bytes(path.read_bytes())
         yield "extras.search", (index, "a door")
-        (index / "clip2video.npz").write_bytes(path.read_bytes())
+        (index / "clip2video.json").write_bytes(path.read_bytes())
         yield "clip2video", ("search", index, "a door")
         answers = tmp_path / "hostile.jsonl"
         answers.write_bytes(path.read_bytes())
@@ -204,7 +204,7 @@ def test_hostile_files(world, tmp_path, monkeypatch, capsys, fault):
             lines = [line for line in shown.splitlines() if line.startswith("error: ")]
             assert status == 2 and len(lines) == 1, (name, module, arguments, shown)
             assert "Traceback" not in shown and len(lines[0]) < 1000, shown
-            read = ("hostile.", "annotations.", "features/v.", "videos.json", "clip2video.npz",
+            read = ("hostile.", "annotations.", "features/v.", "videos.json", "clip2video.json",
                     "the predictions do not match", "not the weights of a CLIP")
             assert any(part in printed + shown for part in read), shown     # it was this file
             assert not list(tmp_path.rglob("exploded")), (name, arguments)
