@@ -10,6 +10,7 @@ import contextlib
 import functools
 import pathlib
 import socket
+import sys
 
 from extras import show
 from extras.index import Index, state_of, summary
@@ -131,6 +132,7 @@ def run(given: argparse.Namespace) -> None:
     host = f"[{given.host}]" if ":" in given.host else given.host       # IPv6
     print(f"{summary(index)}; open http://{host}:{given.port} (stop with Ctrl-C)", flush=True)
     uvicorn.run(app, host=given.host, port=given.port, log_level="warning")
+    sys.exit(130)                                       # it returns after Ctrl-C only
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Moments by CLIP alone: the scores against plain loops, the exact search, the index and its
 server, and what "nothing found" means."""
+import contextlib
 import json
 import math
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -291,6 +293,21 @@ def test_where_nobody_can_listen():
         port = taken.getsockname()[1]
         with pytest.raises(Mistake, match=f"cannot listen on port {port} of 127.0.0.1"):
             serve.check_address("127.0.0.1", port)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT cannot be sent to a process there")
+def test_ctrl_c_ends_the_server(index):
+    pytest.importorskip("uvicorn")
+    server = subprocess.Popen([sys.executable, "-m", "extras.serve", index.folder, "--port", "8766",
+                               "--device", "cpu"], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    assert "open http://127.0.0.1:8766" in server.stdout.readline()
+    while True:
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", 8766)).close()
+            break
+        time.sleep(0.1)
+    server.send_signal(signal.SIGINT)
+    assert server.wait(timeout=30) == 130
 
 
 @pytest.fixture
