@@ -19,6 +19,7 @@ have a cosine near 1, which is what the paper sets out to change.
 Shapes: B images or sentences, L words (77 at most), C width of a tower, D width of the joint space,
 D' channels of the patch features, H x W patch grid, R input resolution.
 """
+import difflib
 import functools
 import gzip
 import html
@@ -32,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support import distilbert, files, hugging_face
+from support import distilbert, files, weights
 from support.errors import Mistake, naming
 
 # ----------------------------------------------------------------------------------- text -> tokens
@@ -200,12 +201,15 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. Heads are 64 wide; any other number of heads is in the state dict."""
+    """A stack of blocks. Two things cannot be read off the weights' shapes, so the state dict has
+    them: a number of heads that are not 64 wide, and that the activation is GELU."""
 
     def __init__(self, width: int, layers: int, heads: int, activation: type[nn.Module]):
         super().__init__()
-        if heads != width // 64:        # cannot be read off the weights' shapes: see `heads_of`
+        if heads != width // 64:
             self.register_buffer("heads", torch.tensor(heads))
+        if activation is nn.GELU:
+            self.register_buffer("gelu", torch.tensor(True))
         self.resblocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
@@ -345,7 +349,15 @@ class TextTower(nn.Module):
         self.text_projection = nn.Parameter(torch.empty(width, output))
         self.output = output
 
-    tokenize = staticmethod(tokenize)                   # sentences -> what `encode_text` reads
+    def tokenize(self, texts: str | list[str], truncate: bool = False) -> Tensor:
+        """Sentences -> what `encode_text` reads: as many tokens as the tower has positions, but 77
+        at most. Mistake for weights that were trained with another tokenizer."""
+        ours = len(vocabulary()[0])
+        theirs = len(self.token_embedding.weight)
+        if not ours <= theirs <= ours + 100:            # a few more are tokens that somebody added
+            raise Mistake(f"this CLIP knows {theirs:,} tokens, not {ours:,}: it was trained with "
+                          f"another tokenizer, which is not available here")
+        return tokenize(texts, min(77, len(self.positional_embedding)), truncate)
 
     def states(self, tokens: Tensor) -> Tensor:
         """Token ids [B, L <= 77] -> the state of every position, [B, L, C]; the feature is
@@ -412,7 +424,7 @@ NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask") 
 
 def sha256(path: str | os.PathLike) -> str:
     """Hexadecimal SHA-256 of a file, or of the weights of a published name."""
-    return PUBLISHED[path][0] if path in PUBLISHED else files.sha256(path)
+    return PUBLISHED[path][0] if path in PUBLISHED else files.sha256(weights.file_in(path))
 
 
 def download(name: str, folder: str | os.PathLike = "~/.cache/clip") -> pathlib.Path:
@@ -426,61 +438,88 @@ def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
     """The state dict of a weight file or a published model, under OpenAI's names. Nothing in the
     file is executed: files.read_tensors reads what torch.save wrote, and a TorchScript archive is
     opened only if its SHA-256 is one of OpenAI's."""
-    path = download(path) if path in PUBLISHED else pathlib.Path(path)
+    path = download(path) if path in PUBLISHED else weights.file_in(path)
     if not path.is_file():
-        raise Mistake(f"{path} is neither a weight file nor the name of a published CLIP: "
-                      f"{', '.join(PUBLISHED)}")
+        near = difflib.get_close_matches(str(path), PUBLISHED, 1)
+        meant = weights.HUB.get(str(path), "".join(near))
+        question = f" (did you mean {meant}?)" if meant else ""
+        raise Mistake(f"{path} is neither a weight file nor the name of a published CLIP"
+                      f"{question}: {', '.join(PUBLISHED)}")
     if zipfile.is_zipfile(path) and any("/code/" in n for n in zipfile.ZipFile(path).namelist()):
         if sha256(path) not in [model[0] for model in PUBLISHED.values()]:
             raise Mistake(f"{path} is a TorchScript archive, which contains code, and its SHA-256 "
                           f"is not that of a published CLIP; save its state dict with torch.save "
                           f"and load that")
         return torch.jit.load(path, map_location="cpu").state_dict()
-    state = files.read_tensors(path)
-    for wrapper in ("state_dict", "model"):             # open_clip's checkpoints, and others'
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise Mistake(f"{path} does not contain a state dict (a dictionary of tensors)")
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    foreign = any(key.startswith("text_model.") for key in state)
-    return hugging_face.renamed(state) if foreign else state
+    return weights.read(path)
 
 
 def load(name_or_path: str | os.PathLike, device: str | torch.device = "cpu",
-         activation: type[nn.Module] = QuickGELU) -> CLIP:
-    """A CLIP in float32 and evaluation mode, by a published name (downloaded once) or from a file:
-    OpenAI's archive, a plain or open_clip state dict, Hugging Face's pytorch_model.bin."""
+         activation: type[nn.Module] | None = None) -> CLIP:
+    """A CLIP in float32 and evaluation mode, by a published name (downloaded once), or from a file
+    or folder: OpenAI's archive, a plain or open_clip state dict, Hugging Face's files (see
+    support/weights.py)."""
     with naming(name_or_path):
         return build(read_state(name_or_path), activation).to(device)
 
 
-def load_text(name: str, state: dict[str, Tensor] | None = None) -> nn.Module:
+def load_text(name: str, state: dict[str, Tensor] | None = None,
+              activation: type[nn.Module] | None = None) -> nn.Module:
     """f^q of a CLIP (as in `load`) or a DistilBERT, with its own weights or with `state`."""
     if distilbert.is_distilbert(name):
         return distilbert.load(name, state)
     with naming(name):
-        return build_text(read_state(name) if state is None else state)
+        return build_text(read_state(name) if state is None else state, activation)
 
 
-def build(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> CLIP:
+def build(state: dict[str, Tensor], activation: type[nn.Module] | None = None) -> CLIP:
     """A CLIP in float32 and evaluation mode, its sizes read off a state dict with OpenAI's keys.
 
     Mistake, naming the key, if the weights are not a CLIP's. The activation cannot be read off the
-    weights: pass nn.GELU for models trained with it (LAION's)."""
-    state = {key: value for key, value in state.items() if key not in NOT_WEIGHTS}
+    weights: pass nn.GELU for models trained with it (LAION's), unless the state dict says so."""
+    state, activation = prepared(state, activation)
     with torch.device("meta"):      # allocate nothing before all shapes are known to agree
         check(untrained(state, activation), state)
     return fill(untrained(state, activation), state)
 
 
-def build_text(state: dict[str, Tensor], activation: type[nn.Module] = QuickGELU) -> TextTower:
+def build_text(state: dict[str, Tensor],
+               activation: type[nn.Module] | None = None) -> TextTower:
     """The text tower alone, from a state dict with or without an image tower; see `build`."""
     state = {key: value for key, value in state.items()
-             if not key.startswith("visual.") and key not in ("logit_scale", *NOT_WEIGHTS)}
+             if not key.startswith("visual.") and key != "logit_scale"}
+    state, activation = prepared(state, activation)
     with torch.device("meta"):
         check(TextTower(**text_sizes(state), activation=activation), state)
     return fill(TextTower(**text_sizes(state), activation=activation), state)
+
+
+def activation_of(made: dict) -> type[nn.Module]:
+    """The activation of the CLIP that made these features (video.made_by)."""
+    return nn.GELU if made.get("activation") == "gelu" else QuickGELU
+
+
+def prepared(state: dict[str, Tensor], activation: type[nn.Module] | None
+             ) -> tuple[dict[str, Tensor], type[nn.Module]]:
+    """The weights with what `Transformer` adds to them, and the activation."""
+    state = {key: value for key, value in state.items() if key not in NOT_WEIGHTS}
+    if activation is None:
+        activation = nn.GELU if "transformer.gelu" in state else QuickGELU
+    towers = {"transformer": ("token_embedding.weight", 1),
+              "visual.transformer": ("visual.conv1.weight", 0)}         # width: in which dimension
+    for tower, (key, dimension) in towers.items():
+        state.pop(f"{tower}.gelu", None)
+        if key not in state or "visual.layer1.0.conv1.weight" in state and tower[:6] == "visual":
+            state.pop(f"{tower}.heads", None)           # a ResNet's attention pool has its own
+            continue
+        if activation is nn.GELU:
+            state[f"{tower}.gelu"] = torch.tensor(True)
+        width = state[key].shape[dimension]
+        heads = heads_of(state, tower, width)
+        state.pop(f"{tower}.heads", None)
+        if heads != width // 64:
+            state[f"{tower}.heads"] = torch.tensor(heads)
+    return state, activation
 
 
 def untrained(state: dict[str, Tensor], activation: type[nn.Module]) -> CLIP:
@@ -502,7 +541,7 @@ def untrained(state: dict[str, Tensor], activation: type[nn.Module]) -> CLIP:
         visual = VisionTransformer(
             resolution=pixels * round((positions - 1) ** 0.5), patch=patch, width=width,
             layers=count(state, "visual.transformer.resblocks."),
-            heads=heads_of(state, "visual.transformer.heads", width), output=output,
+            heads=heads_of(state, "visual.transformer", width), output=output,
             activation=activation, stem=tuple(stem))
     return CLIP(visual, **text_sizes(state), activation=activation)
 
@@ -513,12 +552,24 @@ def text_sizes(state: dict[str, Tensor]) -> dict[str, int]:
     return dict(vocabulary_size=vocabulary_size, width=width,
                 context_length=shape_of(state, "positional_embedding")[0],
                 layers=count(state, "transformer.resblocks."),
-                heads=heads_of(state, "transformer.heads", width),
+                heads=heads_of(state, "transformer", width),
                 output=shape_of(state, "text_projection")[1])
 
 
-def heads_of(state: dict[str, Tensor], key: str, width: int) -> int:
-    heads = int(state.get(key, width // 64))            # 64 wide unless the weights say otherwise
+# heads of the published image towers in which they are not 64 wide: ViT-H/14, g/14, bigG/14, e/14
+WIDE_HEADS = {1280: 16, 1408: 16, 1664: 16, 1792: 16}
+
+
+def heads_of(state: dict[str, Tensor], tower: str, width: int) -> int:
+    """The number of heads of a tower of this width. Mistake if nobody can know it."""
+    heads = width // 64
+    if f"{tower}.heads" in state:
+        heads = int(state[f"{tower}.heads"])
+    elif tower == "visual.transformer" and width > 1024:
+        if width not in WIDE_HEADS:
+            raise Mistake(f"these weights do not tell how many heads an image tower of width "
+                          f"{width} has; put their config.json beside them")
+        heads = WIDE_HEADS[width]
     if heads < 1 or width % heads:
         raise Mistake(f"these are not the weights of a CLIP: {heads} heads of width {width}")
     return heads

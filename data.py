@@ -287,19 +287,35 @@ def clip_file(name: str, root: str | os.PathLike) -> str:
     return str(own) if own.exists() else name
 
 
-def store_folder(dataset: str, clip_name: str, root: str | os.PathLike) -> pathlib.Path:
-    """Features of a dataset by one CLIP. The compositional splits use the original's videos."""
-    is_file = clip_name.endswith((".pt", ".bin"))
-    name = pathlib.Path(clip_name).stem if is_file else clip_name
-    name = name.replace("/", "-").replace("@", "-")
-    return pathlib.Path(root) / dataset.removesuffix("-cg") / "features" / name
+def store_folder(dataset: str, clip_name: str, root: str | os.PathLike,
+                 digest: str = "") -> pathlib.Path:
+    """Features of a dataset by one CLIP. The compositional splits use the original's videos.
+
+    digest    SHA-256 of the CLIP (default: that of its file, if it is there)"""
+    folder = pathlib.Path(root) / dataset.removesuffix("-cg") / "features"
+    if not clip_name.endswith((".pt", ".pth", ".bin", ".safetensors")) \
+            and not os.path.isdir(clip_name):           # a name, not weights
+        return folder / clip_name.replace("/", "-").replace("@", "-")
+    name = pathlib.Path(clip_name).stem
+    if not digest and os.path.exists(clip_name):
+        digest = clip.sha256(clip_name)
+    # two files may have one name, such as pytorch_model.bin
+    own = folder / f"{name}-{digest[:8]}"
+    older = folder / name                               # what an earlier version called it
+    for path in sorted(older.glob("manifest*.json"))[:1]:
+        if not digest or read_manifest(path).get("sha256") == digest:
+            return older
+    if not digest:                                      # the weights are elsewhere: the only one
+        for path in sorted(folder.glob(f"{name}-????????"))[:1]:
+            return path
+    return own
 
 
 def open_store(dataset: str, clip_name: str, root: str | os.PathLike,
-               frames: int | None = None) -> "FeatureStore":
-    """The features of a dataset. Mistake, with the command that makes them, if there are none, or
-    not `frames` per video."""
-    folder = store_folder(dataset, clip_name, root)
+               frames: int | None = None, digest: str = "") -> "FeatureStore":
+    """The features of a dataset by the CLIP of this name (and SHA-256). Mistake, with the command
+    that makes them, if there are none, or not `frames` per video."""
+    folder = store_folder(dataset, clip_name, root, digest)
     if not list(folder.glob("manifest*.json")):
         others = ", ".join(path.name for path in sorted(folder.parent.glob("*")))
         if others:
@@ -365,7 +381,8 @@ class FeatureStore:
                 self.manifest = dict(existing, videos={})
             if not existing["videos"]:                  # every video failed: nothing was made
                 continue
-            for key, value in self.manifest.items():
+            for key in [*self.manifest, "activation"]:          # which only GELU's have
+                value = self.manifest.get(key)
                 if key != "videos" and existing.get(key) != value:
                     raise Mistake(f"the features in {folder} were made with {key} "
                                   f"{existing.get(key)!r}, not {value!r}; remove that folder to "

@@ -148,7 +148,8 @@ def answers(run: Run, splits: list[str] | None = None, query: str = "full",
     root = root or config["root"]
     if splits is None:
         splits = [split for split in data.splits(dataset, root) if split != "train"] or ["train"]
-    store = data.open_store(dataset, config["clip"], root, config["frames"])
+    store = data.open_store(dataset, config["clip"], root, config["frames"],
+                            run.checkpoint["clip_sha256"])
     if store.manifest["sha256"] != run.checkpoint["clip_sha256"]:
         raise Mistake(f"the features in {store.folder} come from another CLIP (SHA-256 "
                       f"{store.manifest['sha256'][:12]}) than this checkpoint was trained with "

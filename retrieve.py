@@ -214,9 +214,10 @@ class ZeroShot:
         if path in clip.PUBLISHED and not (weights / clip.PUBLISHED[path][1]).exists():
             note(f"downloading CLIP {path} to {weights}, once (ViT-B/32: 338 MB)")
         self.device = parallel.pick_device(device)
-        self.model = clip.load(path, self.device, torch.nn.GELU if gelu else clip.QuickGELU)
+        self.model = clip.load(path, self.device, torch.nn.GELU if gelu else None)
         # the activation changes the features, so it is part of what identifies them
-        self.digest = clip.sha256(path) + ("-gelu" if gelu else "")
+        is_gelu = hasattr(self.model.transformer, "gelu")
+        self.digest = clip.sha256(path) + ("-gelu" if is_gelu else "")
         self.generic = generic_sentences(clip_name)
 
     def encode(self, path: str | os.PathLike) -> Encoded:
@@ -235,7 +236,8 @@ class ZeroShot:
     @torch.no_grad()
     def text(self, sentences: list[str]) -> Tensor:
         """x^q of the sentences in the prompt, [S, D]. Mistake for an empty one."""
-        tokens = checked_tokens([self.prompt.replace("{}", sentence) for sentence in sentences])
+        prompts = [self.prompt.replace("{}", sentence) for sentence in sentences]
+        tokens = checked_tokens(prompts, self.model.tokenize)
         return F.normalize(self.model.encode_text(tokens.to(self.device)), dim=1).cpu()
 
     def search(self, encoded: Encoded, similarity: Tensor, top_k: int) -> Tensor:
@@ -420,7 +422,7 @@ class Retriever:
         if actual != digest:
             raise Mistake(f"{path} is not the CLIP this checkpoint was trained with; pass the "
                           f"right file with --clip (its SHA-256 is {actual}, not {digest})")
-        self.image_tower = clip.load(path, self.device)
+        self.image_tower = clip.load(path, self.device, clip.activation_of(self.made))
         return self.image_tower
 
     def encode(self, path: str | os.PathLike) -> Encoded:

@@ -302,7 +302,14 @@ def start(config: Config, made: dict, device: torch.device) -> tuple[Model, torc
         source = config.clip                    # the text tower of the features' own CLIP
     if not made["resolution"] and source == config.clip:
         raise Mistake(f"{config.clip} has no text tower; add --text-clip distilbert-base-uncased")
-    text = clip.load_text(data.clip_file(source, config.root))
+    path = data.clip_file(source, config.root)
+    activation = None
+    if source == config.clip:
+        if clip.sha256(path) != made["sha256"]:
+            raise Mistake(f"{path} is not the CLIP that made these features; pass the right file "
+                          f"with --clip, or make the features again with data.py")
+        activation = clip.activation_of(made)
+    text = clip.load_text(path, activation=activation)
     if config.text_clip == "shuffled":          # the same numbers without any knowledge
         for p in text.parameters():
             p.data = p.data.flatten()[torch.randperm(p.numel())].view_as(p)

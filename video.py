@@ -266,6 +266,9 @@ def made_by(model: clip.CLIP, name: str, digest: str, frames: int, patch_frames:
         patch_width = width                             # a ViT's patches are in the joint space
         if isinstance(model.visual, clip.ModifiedResNet):
             patch_width = model.visual.layer4[-1].conv3.out_channels    # its last feature map
-    return {"clip": name, "sha256": digest, "resolution": model.visual.resolution,
+    made = {"clip": name, "sha256": digest, "resolution": model.visual.resolution,
             "frames": frames, "patch_frames": patch_frames, "width": width,
             "patch_width": patch_width, "grid": grid, "precision": precision}
+    if hasattr(model.transformer, "gelu"):              # OpenAI's have QuickGELU
+        made["activation"] = "gelu"
+    return made

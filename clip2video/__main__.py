@@ -33,6 +33,7 @@ def parse_arguments(argv: list[str] | None = None):
     add("--videos", required=True, help="folder of its video files")
     # features made by 'shapes' are useless on real videos, but show that everything runs
     add("--clip", default=Config.clip, help="a published CLIP, a file, or 'shapes'")
+    add("--gelu", action="store_true", help="its weights were trained with GELU, as LAION's are")
     add("--train-images", action="store_true", help="store pixels, for train --train-images true")
     add = start("evaluate", "compute the metrics of a checkpoint")
     add("checkpoint", help="ckpt.pt of a run")
@@ -64,7 +65,7 @@ def run(given) -> None:
         # frames and stride as in the dataset's preset, which training expects
         config = configure(dataset=given.dataset, clip=given.clip, root=given.root,
                            device=given.device, train_images=given.train_images)
-        data.prepare(config, given.annotations, given.videos)
+        data.prepare(config, given.annotations, given.videos, given.gelu)
     elif given.command == "evaluate":
         results = evaluate.evaluate_checkpoint(given.checkpoint, given.root, device, given.split,
                                                given.allow_missing)

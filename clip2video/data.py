@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm, trange
 
 import clip
@@ -33,7 +33,7 @@ class Split(NamedTuple):
     captions: list[list[str]]
     frames: Tensor                                                      # [V, L, D]
     mask: Tensor                                                        # [V, L]
-    clip_sha256: str                                                    # of the CLIP
+    made: dict                                          # how the features were made: video.made_by
 
 
 def dataset_folder(config: Config) -> pathlib.Path:
@@ -70,7 +70,7 @@ def read_split(config: Config, split: str) -> Split:
         raise Mistake(f"no video in {path} has a caption and features; prepare the dataset again")
     x = torch.stack([torch.from_numpy(store.read(name, "frames")).float() for name in captions])
     mask = (x != 0).any(2)                      # padding frames are zeros, real features never
-    return Split(list(captions), list(captions.values()), x, mask, store.manifest["sha256"])
+    return Split(list(captions), list(captions.values()), x, mask, store.manifest)
 
 
 def candidate_times(duration_sec: float, count: int = 12, stride: int = 2) -> np.ndarray:
@@ -269,7 +269,7 @@ def read_published(dataset: str, folder: str | pathlib.Path) -> Captions:
     return splits
 
 
-def prepare(config: Config, annotations: str, videos: str) -> None:
+def prepare(config: Config, annotations: str, videos: str, gelu: bool = False) -> None:
     """Published annotations and a folder of videos -> captions and features below the root, with
     config.train_images also pixels. Can be interrupted: the next call continues. Mistake if a
     folder lacks what it should contain."""
@@ -280,7 +280,7 @@ def prepare(config: Config, annotations: str, videos: str) -> None:
     if config.clip.startswith("shapes") and path == config.clip:        # no such file was found
         raise Mistake(f"the small CLIP of {config.clip} does not exist; make it with: python "
                       f"shapes.py")
-    model = clip.load(path, parallel.pick_device(config.device))
+    model = clip.load(path, parallel.pick_device(config.device), nn.GELU if gelu else None)
     store = open_store(config, model)
     paths, failed = {}, {}                      # video -> its file; video -> reason
     for name in sorted(set().union(*splits.values())):  # test and test1k5 share videos

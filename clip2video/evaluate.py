@@ -112,7 +112,7 @@ def evaluate_checkpoint(path: str | pathlib.Path, root: str | None, device: torc
         config = dataclasses.replace(config, allow_missing=allow_missing)
     folder = dataset_folder(config)
     part = read_split(config, split)
-    if part.clip_sha256 != clip_sha256:
+    if part.made["sha256"] != clip_sha256:
         raise Mistake(f"the features in {folder} come from another CLIP than the one this "
                       f"checkpoint was trained with; make them with that one")
     texts, videos, video_of = vectors(model.to(device), part, config, device)

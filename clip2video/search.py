@@ -23,7 +23,8 @@ def update_index(checkpoint: str, folder: str, out: str | pathlib.Path, device: 
     images = model                              # what encodes images: its own trained tower,
     if not config.train_images:
         clip_path = data.clip_file(config.clip, config.root)
-        images = clip.load(clip_path, device)   # or the CLIP from which it was trained
+        # or the CLIP from which it was trained
+        images = clip.load(clip_path, device, type(model.text.transformer.resblocks[0].mlp.gelu))
         if clip.sha256(clip_path) != clip_sha256:
             raise Mistake(f"{clip_path} is not the CLIP this checkpoint was trained with; pass its "
                           f"folder with --root")

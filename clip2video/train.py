@@ -15,6 +15,7 @@ from clip2video.data import Split, build_shapes, read_pixels, read_split
 from clip2video.evaluate import evaluate_checkpoint, retrieval_metrics, vectors
 from clip2video.model import MAX_SCALE, VARIANTS, CLIP2Video, Config, logits, loss
 from support import files, parallel, progress
+from support.errors import Mistake
 
 
 class Batch(NamedTuple):
@@ -44,15 +45,21 @@ def batches_of_epoch(split: Split, config: Config, epoch: int) -> list[Batch]:
     return batches
 
 
-def start(config: Config, device: torch.device) -> tuple[CLIP2Video, torch.optim.Optimizer]:
-    """The model before the first step, and its optimiser."""
-    state = clip.read_state(data.clip_file(config.clip, config.root))
-    visual = clip.build(state).visual if config.train_images else None
+def start(config: Config, made: dict,
+          device: torch.device) -> tuple[CLIP2Video, torch.optim.Optimizer]:
+    """The model before the first step, and its optimiser. made: Split.made."""
+    path = data.clip_file(config.clip, config.root)
+    if clip.sha256(path) != made["sha256"]:
+        raise Mistake(f"{path} is not the CLIP that made these features; pass the right file with "
+                      f"--clip, or prepare the dataset again")
+    state = clip.read_state(path)
+    activation = clip.activation_of(made)
+    visual = clip.build(state, activation).visual if config.train_images else None
     # subtle: after the image tower has drawn, so that new modules start the same without it
     torch.manual_seed(config.seed)
     temporal, align = VARIANTS[config.variant]
     scale = min(float(state.get("logit_scale", MAX_SCALE)), MAX_SCALE)  # CLIP's own, if it has one
-    model = CLIP2Video(clip.build_text(state), temporal, align, centres=config.centres,
+    model = CLIP2Video(clip.build_text(state, activation), temporal, align, centres=config.centres,
                        layers=config.layers, scale=scale, visual=visual).to(device)
     groups = []
     for in_tower, lr in ((True, config.text_lr), (False, config.lr)):
@@ -76,7 +83,7 @@ def loop(config: Config, resume: bool) -> None:
     steps = len(batches_of_epoch(training, config, epoch=0))
     print(f"{len(training.videos)} training videos, {sum(map(len, training.captions))} captions, "
           f"{steps} steps per epoch")
-    model, optimiser = start(config, device)
+    model, optimiser = start(config, training.made, device)
     run = progress.Run(config.folder, dataclasses.asdict(config), model, optimiser, config.epochs,
                        lambda row: row["t2v R@1"], resume=resume)
 
@@ -115,7 +122,7 @@ def loop(config: Config, resume: bool) -> None:
             files.save_tensors(config.folder / "ckpt.pt", {
                 "config": dataclasses.asdict(config), "epoch": epoch + 1, "history": run.history,
                 "model": model.state_dict(), "versions": progress.versions(),
-                "clip_sha256": training.clip_sha256})
+                "clip_sha256": training.made["sha256"]})
 
 
 def train(config: Config, resume: bool = False) -> dict:

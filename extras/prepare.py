@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 
 import numpy as np
+from torch import nn
 from tqdm import tqdm
 
 import clip
@@ -227,7 +228,8 @@ def make_features(dataset: str, samples: dict[str, list[Sample]], given: argpars
                                     T)
     else:
         device = parallel.pick_device(given.device)
-        model = clip.load(weights(given), device)
+        model = clip.load(weights(given), device, nn.GELU if given.gelu else None)
+        model.tokenize("")                              # a Mistake for another tokenizer's
         precision = "fp16" if device.type == "cuda" else "float32"
         # DEVIATION: Eq. 3-4 see at most 32 of ActivityNet's 256 frames, which saves 112 GB of disk
         patches, how = min(T, 32), precision
@@ -235,8 +237,8 @@ def make_features(dataset: str, samples: dict[str, list[Sample]], given: argpars
             patches, how = 0, "made elsewhere"
         made = video.made_by(model, given.clip, clip.sha256(weights(given)), T, patches, how)
     # each process writes a manifest of its own, and a store reads all of them
-    store = data.FeatureStore(data.store_folder(dataset, made["clip"], given.root), made,
-                              f"-{rank}" if rank else "")
+    folder = data.store_folder(dataset, made["clip"], given.root)
+    store = data.FeatureStore(folder, made, f"-{rank}" if rank else "")
     names = names[rank::processes]                      # this process's share
     if given.features:
         # from the annotations, as there are no videos to probe
@@ -378,6 +380,8 @@ def main() -> None:
                          help="published name, weight file, or 'shapes'")
     network.add_argument("--backbone", metavar="NAME", help="a name for the network that made the "
                          "--features, if it is not a CLIP; train.py finds them by --clip NAME")
+    add("--gelu", action="store_true", help="the weights were trained with GELU, as LAION's are, "
+                                            "and no config.json beside them says so")
     add("--frames", type=int, help="features per video (default 32; activitynet 256)")
     add("--root", default="data", help="folder of datasets")
     add("--device", **options.DEVICE)

@@ -45,7 +45,7 @@ def run_of(dataset: str, clip_name: str, root: str, device: torch.device) -> eva
     store = data.open_store(dataset, clip_name, root)
     path = data.clip_file(clip_name, root)
     # only the text tower is needed, because the frames are already encoded
-    text = clip.build_text(clip.read_state(path)).to(device)
+    text = clip.load_text(path, activation=clip.activation_of(store.manifest)).to(device)
     parser = data.parser_of(dataset, root)
     num_clips = 16
     if dataset.startswith("activitynet"):       # N as in the presets of train.py

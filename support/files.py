@@ -5,6 +5,7 @@ import importlib
 import io
 import os
 import pathlib
+import pickle
 import pickletools
 import sys
 import unicodedata
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from support.errors import Missing, Mistake, reason
 
+# how a file of torch.save begins that was written before 1.6
+LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, 2)
 ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 
 
@@ -182,26 +185,37 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def read_tensors(path: str | os.PathLike) -> object:
-    """What torch.save wrote: tensors and plain values.
+    """What torch.save wrote, in its present form or that of before 1.6: tensors and plain values.
 
-    Nothing in the file is executed, a changed bit is detected, and reading takes no more memory
-    than twice the size of the file. Mistake for anything else."""
+    Nothing in the file is executed, a changed bit is detected (in the present form), and reading
+    takes no more memory than twice the size of the file. Mistake for anything else."""
+    foreign = ""
     try:
         size = os.path.getsize(path)
-        with zipfile.ZipFile(path) as archive:
-            _check_archive(archive, size)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            if file.read(len(LEGACY)) == LEGACY:
+                foreign = _check_pickles(file, size)
+            else:
+                with zipfile.ZipFile(path) as archive:
+                    foreign = _check_archive(archive, size)
+        with open(path, "rb") as file:                  # torch would believe its name
+            content = torch.load(file, map_location="cpu", weights_only=True)
         if _bytes_of(content, set()) > 2 * size:        # views may share one storage
             raise ValueError("its tensors claim more memory than the file has bytes")
     except OSError:                     # no such file, no permission: its own message says so
         raise
     except Exception as error:  # torch raises a dozen types for a damaged or hostile file
+        if isinstance(error, pickle.UnpicklingError) and foreign:
+            raise Mistake(f"{path} is not a valid weight file: it contains a {foreign}, not only "
+                          f"tensors; save it again with torch.save(model.state_dict(), "
+                          f"FILE)") from error
         raise Mistake(f"{path} is not a valid weight file: {reason(error)}") from error
     return content
 
 
-def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
-    """ValueError for what torch.save never writes and torch.load does not notice."""
+def _check_archive(archive: zipfile.ZipFile, size: int) -> str:
+    """ValueError for what torch.save never writes and torch.load does not notice. Returns as
+    `_foreign`."""
     for part in archive.infolist():
         if part.volume or part.internal_attr or part.external_attr:     # torch misreads it
             raise ValueError("its zip directory was not written by torch.save")
@@ -212,9 +226,36 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
         raise ValueError(f"{damaged} in it is damaged")
     for part in archive.infolist():
         if part.filename.endswith("data.pkl"):
-            for _, argument, _ in pickletools.genops(archive.read(part)):
-                if "bytearray" in str(argument):        # which weights_only allows, of any size
-                    raise ValueError("it allocates memory for data that it does not contain")
+            return _foreign(pickletools.genops(archive.read(part)))
+    return ""
+
+
+def _check_pickles(file, size: int) -> str:
+    """The same for a file of before torch 1.6: after LEGACY, four pickles and the bytes of the
+    tensors."""
+    foreign = ""
+    for _ in range(4):
+        operations = list(pickletools.genops(file))
+        for _, argument, _ in operations:
+            # the number of elements of a storage, for which torch allocates before it reads
+            if isinstance(argument, int) and abs(argument) > max(size, 1 << 20):
+                raise ValueError("its tensors claim more memory than the file has bytes")
+        foreign = foreign or _foreign(operations)
+    return foreign
+
+
+def _foreign(operations: Iterable[tuple]) -> str:
+    """The first class in a pickle that is not torch's for tensors; "" if there is none. ValueError
+    for one that allocates memory."""
+    found = ""
+    for operation, argument, _ in operations:
+        if "bytearray" in str(argument):                # which weights_only allows, of any size
+            raise ValueError("it allocates memory for data that it does not contain")
+        if operation.name == "GLOBAL" and not found:
+            module, name = argument.split(" ", 1)
+            if module not in ("torch", "torch._utils", "torch._tensor", "collections", "_codecs"):
+                found = f"{module}.{name}"
+    return found
 
 
 def _bytes_of(content: object, seen: set[int]) -> int:

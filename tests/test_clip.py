@@ -17,7 +17,7 @@ import torch
 
 import clip
 from conftest import decode
-from support import hugging_face
+from support import weights as hugging_face
 from support.errors import Mistake
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
@@ -249,6 +249,99 @@ def test_file_forms(tmp_path, state, model):
             assert torch.equal(loaded.state_dict()[key], value), (name, key)
     torch.save({k: v.half() for k, v in state.items()}, tmp_path / "half")
     assert clip.load(tmp_path / "half").ln_final.weight.dtype == torch.float32
+
+
+def test_every_form_in_which_weights_are_published(tmp_path, state, model):
+    """Recognised by their first bytes, whatever the name; with the prefixes of wrappers."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    hub = tmp_path / "clip-vit"
+    hub.mkdir()
+    safetensors.save_file(hugging_face_state(), hub / "model.safetensors")
+    (hub / "config.json").write_text(json.dumps({
+        "vision_config": {"num_attention_heads": 2, "hidden_act": "quick_gelu"},
+        "text_config": {"num_attention_heads": 2, "hidden_act": "quick_gelu"}}), encoding="utf-8")
+    safetensors.save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "open.bin")
+    torch.save(state, tmp_path / "old.safetensors", _use_new_zipfile_serialization=False)
+    for i, prefix in enumerate(("module.", "_orig_mod.", "model.", "clip.", "model.module.")):
+        torch.save({prefix + key: value for key, value in state.items()}, tmp_path / f"{i}.pt")
+    paths = [hub, hub / "model.safetensors", tmp_path / "open.bin", tmp_path / "old.safetensors"]
+    for path in paths + sorted(tmp_path.glob("?.pt")):
+        loaded = clip.load(path)
+        for key, value in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], value), (path, key)
+    assert clip.sha256(hub) == clip.sha256(hub / "model.safetensors")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Mistake, match="contains no weights: none of .*model.safetensors"):
+        clip.load(tmp_path / "empty")
+
+
+def test_heads_and_activation_that_the_weights_do_not_show(tmp_path, state):
+    """From the configuration beside them, and then in the state dict; else as published."""
+    image, text = torch.randn(1, 3, 32, 32), make_clip.tokens(400)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    for name, content in (
+            ("config.json", {"vision_config": {"num_attention_heads": 4},
+                             "text_config": {"num_attention_heads": 8, "hidden_act": "gelu"}}),
+            ("open_clip_config.json", {"model_cfg": {
+                "vision_cfg": {"width": 128, "head_width": 32},
+                "text_cfg": {"width": 128, "heads": 8}}})):
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+        model = clip.load(tmp_path)
+        assert model.visual.transformer.resblocks[0].attn.num_heads == 4
+        assert model.transformer.resblocks[0].attn.num_heads == 8
+        assert isinstance(model.transformer.resblocks[0].mlp.gelu, torch.nn.GELU)
+        # the state dict says so, too: a checkpoint of train.py needs no configuration
+        again = clip.build(model.state_dict())
+        with torch.no_grad():
+            assert torch.equal(again.encode_text(text), model.encode_text(text))
+            assert torch.equal(again.encode_image(image)[0], model.encode_image(image)[0])
+            tower = clip.build_text(model.state_dict())
+            assert torch.equal(tower.encode_text(text), model.encode_text(text))
+        (tmp_path / name).unlink()
+    (tmp_path / "config.json").write_text('{"vision_config": {}}', encoding="utf-8")
+    with pytest.raises(Mistake, match="is not the configuration of a CLIP: KeyError"):
+        clip.load(tmp_path)
+
+
+@pytest.mark.parametrize("width, heads", [(384, 6), (768, 12), (1024, 16), (1280, 16), (1408, 16),
+                                          (1664, 16)])
+def test_published_numbers_of_heads(width, heads):
+    """ViT-H/14, g/14 and bigG/14 have 16 heads that are not 64 wide; text towers always are."""
+    assert clip.heads_of({}, "visual.transformer", width) == heads
+    assert clip.heads_of({}, "transformer", 1280) == 20
+    with pytest.raises(Mistake, match="do not tell how many heads .* width 1536"):
+        clip.heads_of({}, "visual.transformer", 1536)
+
+
+def test_another_tokenizer_is_refused_and_fewer_positions_are_used(state):
+    wide = clip.vocabulary()[0]
+    for words in (901_629, 32_000):
+        tower = clip.build_text({**state, "token_embedding.weight": torch.zeros(words, 128)})
+        with pytest.raises(Mistake, match="it was trained with another tokenizer"):
+            tower.tokenize("a door")
+    short = clip.build_text({**state, "token_embedding.weight": torch.zeros(len(wide) + 2, 128),
+                             "positional_embedding": torch.zeros(32, 128)})
+    tokens = short.tokenize("a " * 60, truncate=True)
+    assert tokens.shape == (1, 32) and short.encode_text(tokens).shape == (1, 64)
+
+
+def test_names_that_are_nearly_right():
+    for name, meant in (("ViT-B-32", "ViT-B/32"), ("openai/clip-vit-large-patch14", "ViT-L/14")):
+        with pytest.raises(Mistake, match=f"did you mean {meant}"):
+            clip.load(name)
+
+
+def test_what_is_not_only_weights_is_named(tmp_path):
+    import argparse
+    tensor = torch.zeros(3)
+    for content, name in (({"state_dict": {"a": tensor}, "args": argparse.Namespace(x=1)},
+                           "argparse.Namespace"),
+                          (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+                          ({"a": tensor, "loss": np.float64(3)}, "numpy")):
+        for new in (True, False):
+            torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=new)
+            with pytest.raises(Mistake, match=f"it contains a {name}.*, not only tensors; save"):
+                clip.load(tmp_path / "x.pt")
 
 
 def test_torchscript_only_after_its_checksum_matched(tmp_path, model, monkeypatch):

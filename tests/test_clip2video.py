@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import clip
+import data as root_data
 import shapes
 import video
 from conftest import command
@@ -423,6 +424,11 @@ def test_killed_after_an_epoch(trained, tmp_path):
     assert rows == log_rows(tmp_path / "parts") and len(rows) == 3
 
 
+def made_by(config):
+    """What features of the CLIP of a configuration say about it."""
+    return {"sha256": clip.sha256(root_data.clip_file(config.clip, config.root))}
+
+
 def test_search_a_folder_of_videos(trained, tmp_path):
     """Index, search, and moments in the best videos only."""
     root, _ = trained
@@ -616,7 +622,7 @@ def test_jitter_depends_on_the_draw_only(pixels):
 def test_an_untrained_tower_gives_the_stored_features(pixels):
     """To float16's rounding: the stored ones were computed in batches of 32."""
     _, config = pixels
-    model, _ = train.start(config, torch.device("cpu"))
+    model, _ = train.start(config, made_by(config), torch.device("cpu"))
     split = data.read_split(config, "val")
     for v, name in enumerate(split.videos):
         x = data.encode(model.eval(), data.read_pixels(config, [name]), config).float()
@@ -628,7 +634,7 @@ def test_an_untrained_tower_gives_the_stored_features(pixels):
 def test_the_image_tower_is_clips(pixels):
     """What `encode_image` writes out, to the bit, is clip.VisionTransformer's forward pass."""
     _, config = pixels
-    model, _ = train.start(config, torch.device("cpu"))
+    model, _ = train.start(config, made_by(config), torch.device("cpu"))
     images = clip.normalise(data.read_pixels(config, ["val-000-0"]))
     for one, two in zip(model.encode_image(images), model.visual(images)):
         assert torch.equal(one, two)
@@ -639,7 +645,7 @@ def test_gradients_of_the_image_tower(pixels):
     _, config = pixels
     gradients = []
     for recompute in (True, False):
-        model, optimiser = train.start(config, torch.device("cpu"))
+        model, optimiser = train.start(config, made_by(config), torch.device("cpu"))
         if not recompute:
             model.encode_image = model.visual
         names, mask = ["train-000-0", "train-001-0"], torch.ones(2, 16, dtype=torch.bool)
