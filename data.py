@@ -10,12 +10,14 @@ Shapes: B videos, S sentences in the batch, T frames (T' with patches), N clips,
 joint space, D' channels of the patch features, H x W patch grid.
 """
 import csv
+import hashlib
 import json
 import math
 import os
 import pathlib
 import random
 import time
+import unicodedata
 from typing import NamedTuple
 
 import numpy as np
@@ -38,10 +40,18 @@ class Sample(NamedTuple):
     start_sec: float
     end_sec: float
     duration_sec: float
+    others: tuple[tuple[float, float], ...] = ()        # further true moments (QVHighlights)
+    qid: int | str | None = None                        # its number in the file, if it has one
+
+    @property
+    def moments_sec(self) -> list[tuple[float, float]]:
+        """All true moments."""
+        return [(self.start_sec, self.end_sec), *self.others]
 
 
 class Cleaned(NamedTuple):
-    """How many moments `clean` clamped to their video, and how many it dropped as empty."""
+    """How many sentences' moments `clean` clamped to their video, and how many sentences it dropped
+    because nothing was left of them."""
     clamped: int
     dropped: int
 
@@ -127,12 +137,20 @@ def training_samples(dataset: str, select_on: str, limit: int,
     samples = {split: read_annotations(dataset, split, root)
                for split in ("train", select_on) if split in available}
     validating = {sample.video for sample in samples.get(select_on, [])}
-    names = {}                                  # name -> None: a set that keeps its order
-    for sample in samples["train"]:
-        if sample.video not in validating:      # or the epoch would be chosen on training videos
-            names[sample.video] = None
-    kept = set(list(names)[:limit or None])
-    samples["train"] = [sample for sample in samples["train"] if sample.video in kept]
+    # or the epoch would be chosen on training videos
+    free = [sample for sample in samples["train"] if sample.video not in validating]
+    shared = len(samples["train"]) - len(free)
+    # where `select_on` is a part of the training split, that is its purpose
+    if shared and (dataset not in FILES or select_on in FILES[dataset]):
+        print(f"{shared} of {len(samples['train'])} training sentences are left out, because their "
+              f"videos are in {select_on}, too; divide your videos, not your sentences, into the "
+              f"two")
+        if not free:
+            raise Mistake(f"every training video of {dataset} is in {select_on}, too; divide the "
+                          f"videos into two files")
+    names = list(dict.fromkeys(sample.video for sample in free))        # each once, in order
+    kept = set(names[:limit or None])
+    samples["train"] = [sample for sample in free if sample.video in kept]
     return samples
 
 
@@ -142,10 +160,18 @@ def read_file(path: str | os.PathLike) -> list[Sample]:
     if not path.is_file():
         raise Mistake(f"there is no annotation file {path}")
     if path.suffix == ".txt":
-        return read_charades(path)
-    if path.suffix == ".jsonl":
-        return read_jsonl(path)
-    return read_json(path)
+        samples = read_charades(path)
+    elif path.suffix == ".jsonl":
+        samples = read_jsonl(path)
+    else:
+        samples = read_json(path)
+    durations_sec: dict[str, float] = {}
+    for sample in samples:
+        first_sec = durations_sec.setdefault(sample.video, sample.duration_sec)
+        if abs(sample.duration_sec - first_sec) > 0.01 * first_sec:     # false for nan
+            raise Mistake(f"{path} says that {sample.video} is {first_sec} s long, and that it is "
+                          f"{sample.duration_sec} s long; correct one of them")
+    return samples
 
 
 def read_charades(path: pathlib.Path) -> list[Sample]:
@@ -155,7 +181,7 @@ def read_charades(path: pathlib.Path) -> list[Sample]:
         table = path.parent / name
         if not table.exists():
             raise Mistake(f"{table} of the Charades dataset is missing; it has the durations")
-        with open(table, newline="", encoding="utf-8") as file:
+        with open(table, newline="", encoding="utf-8-sig") as file:
             try:
                 durations_sec |= {row["id"]: float(row["length"]) for row in csv.DictReader(file)}
             except (KeyError, TypeError, ValueError) as error:
@@ -169,22 +195,34 @@ def read_charades(path: pathlib.Path) -> list[Sample]:
     return read_lines(path, files.numbered_lines(path), samples)
 
 
+def json_lines(path: pathlib.Path) -> list[tuple[int, str]]:
+    """The numbered lines of a jsonl file. Mistake for a json array."""
+    lines = files.numbered_lines(path)
+    if lines and lines[0][1].lstrip().startswith("["):
+        raise Mistake(f"{path} contains a json array; write one object per line")
+    return lines
+
+
 def read_jsonl(path: pathlib.Path) -> list[Sample]:
-    """QVHighlights lines; {"vid", "query", "relevant_windows"} is enough. One sample per window."""
+    """QVHighlights lines; {"vid", "query", "relevant_windows"} is enough."""
     def samples(line: str) -> list[Sample]:
         row = json.loads(line)
         if not row["relevant_windows"]:
             raise ValueError("it has no moment (relevant_windows)")
-        duration_sec = row.get("duration", math.nan)
-        result = []
+        duration_sec = row.get("duration")
+        if duration_sec is None:
+            duration_sec = math.nan
+        moments = []
         for window in row["relevant_windows"]:
             sample = to_sample(str(row["vid"]), row["query"], window, duration_sec)
+            moments.append((sample.start_sec, sample.end_sec))
             if sample.end_sec <= sample.start_sec:
-                raise ValueError(f"[{sample.start_sec}, {sample.end_sec}] ends before it begins")
-            result.append(sample)
-        return result
+                raise ValueError(f"{list(moments[-1])} ends before it begins")
+        (start, end), *others = moments
+        return [sample._replace(start_sec=start, end_sec=end, others=tuple(others),
+                                qid=row.get("qid"))]
 
-    return read_lines(path, files.numbered_lines(path), samples)
+    return read_lines(path, json_lines(path), samples)
 
 
 def read_json(path: pathlib.Path) -> list[Sample]:
@@ -212,11 +250,13 @@ def to_sample(name: str, sentence: str, window, duration_sec) -> Sample:
         raise ValueError("the sentence is empty")
     if not math.isfinite(start) or not math.isfinite(end) or math.isinf(duration) or duration <= 0:
         raise ValueError(f"[{start}, {end}] of {duration} s is not a valid moment")
-    return Sample(name, " ".join(sentence.split()), start, end, duration)
+    # NFC: a Mac may write an accent in a name as a character of its own
+    return Sample(unicodedata.normalize("NFC", name), " ".join(sentence.split()), start, end,
+                  duration)
 
 
 def read_lines(path: pathlib.Path, lines, read) -> list[Sample]:
-    """The samples of all (number or name, line). Mistake that lists every invalid one."""
+    """The samples of all (number or name, line). Mistake that lists the first invalid ones."""
     samples = []
     bad = []
     for number, line in lines:
@@ -233,8 +273,9 @@ def read_lines(path: pathlib.Path, lines, read) -> list[Sample]:
             label = f"line {number}" if isinstance(number, int) else number
             bad.append(f"\n  {label}: {what}")
     if bad:
+        more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise Mistake(f"{path} has {len(bad)} invalid entries; correct or remove them:"
-                      f"{''.join(bad)}")
+                      f"{''.join(bad[:10])}{more}")
     return samples
 
 
@@ -245,11 +286,13 @@ def clean(samples: list[Sample]) -> tuple[list[Sample], Cleaned]:
     for sample in samples:
         is_known = not math.isnan(sample.duration_sec)
         limit = sample.duration_sec if is_known else math.inf
-        start = max(0.0, min(sample.start_sec, limit))
-        end = max(0.0, min(sample.end_sec, limit))
-        clamped += (start, end) != (sample.start_sec, sample.end_sec)
-        if end > start:
-            kept.append(sample._replace(start_sec=start, end_sec=end))
+        inside = [(max(0.0, min(start, limit)), max(0.0, min(end, limit)))
+                  for start, end in sample.moments_sec]
+        clamped += inside != sample.moments_sec
+        left = [(start, end) for start, end in inside if end > start]
+        if left:
+            (start, end), *others = left
+            kept.append(sample._replace(start_sec=start, end_sec=end, others=tuple(others)))
     return kept, Cleaned(clamped, len(samples) - len(kept))
 
 
@@ -257,9 +300,9 @@ def write_jsonl(path: pathlib.Path, samples: list[Sample]) -> None:
     """Samples as QVHighlights lines, atomically."""
     lines = []
     for i, sample in enumerate(samples):
-        row = {"qid": i, "query": sample.sentence, "vid": sample.video,
-               "duration": sample.duration_sec,
-               "relevant_windows": [[sample.start_sec, sample.end_sec]]}
+        row = {"qid": i if sample.qid is None else sample.qid, "query": sample.sentence,
+               "vid": sample.video, "duration": sample.duration_sec,
+               "relevant_windows": sample.moments_sec}
         lines.append(json.dumps(row) + "\n")
     files.save(path, "".join(lines))
 
@@ -403,6 +446,8 @@ class FeatureStore:
         after `save_manifest`, called here every ten seconds."""
         if not (torch.isfinite(frames).all() and math.isfinite(duration_sec)):
             raise VideoError(f"{video}: its features or its duration are not finite")
+        if not frames.any():
+            raise VideoError(f"{video}: its features are all 0")
         files.save(self.path(video, "frames"), lambda file: np.save(file, frames.numpy()))
         if patches is not None:
             files.save(self.path(video, "patches"), lambda file: np.save(file, patches.numpy()))
@@ -467,6 +512,23 @@ class Batch(NamedTuple):
         return self._replace(**moved)
 
 
+def windows_of(samples: list[Sample]) -> Tensor:
+    """All true moments of sentences in seconds, [S, M, 2]; who has fewer repeats the first."""
+    most = max((len(sample.others) for sample in samples), default=0)
+    rows = []
+    for sample in samples:
+        moments = sample.moments_sec
+        rows.append(moments + moments[:1] * (1 + most - len(moments)))
+    return torch.tensor(rows).view(len(samples), 1 + most, 2)
+
+
+def best_iou(windows_sec: Tensor, durations_sec: Tensor, num_clips: int) -> Tensor:
+    """Eq. 7's IoU of every cell with the true moment that it overlaps most: [S, N, N]."""
+    maps = [mmn.iou_map(moments_sec, durations_sec, num_clips)
+            for moments_sec in windows_sec.unbind(1)]
+    return torch.stack(maps).amax(0)
+
+
 class Videos(Dataset):
     """The videos of a split, each with all its sentences. Features are read when they are needed.
 
@@ -506,12 +568,13 @@ class Videos(Dataset):
             spoken.append([parse.has_word(query) for query in column])
         self.tokens = torch.stack(tokens)                               # [3, S, 77]
         self.spoken = torch.tensor(spoken)                              # [3, S]
-        self.moments_sec = torch.tensor([[s.start_sec, s.end_sec] for s in self.samples])
+        self.windows_sec = windows_of(self.samples)                     # [S, M, 2]
+        self.moments_sec = self.windows_sec[:, 0]                       # [S, 2]
         self.durations_sec = torch.tensor([sample.duration_sec for sample in self.samples])
 
     def iou(self, index: Tensor) -> Tensor:
         """[len(index), N, N] of sentences by place in `samples`: too large for all of them."""
-        return mmn.iou_map(self.moments_sec[index], self.durations_sec[index], self.num_clips)
+        return best_iou(self.windows_sec[index], self.durations_sec[index], self.num_clips)
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -553,6 +616,17 @@ class Videos(Dataset):
                 device: torch.device | str = "cpu") -> loading.Loader:
         """Batches of `size` videos, on the CPU, for `device`: see loading.batches."""
         return loading.batches(self, self.collate, size, generator, workers, device)
+
+
+def digest_of(videos: dict[str, Videos]) -> str:
+    """A fingerprint of the sentences and features of some splits: a run cannot go on with others.
+    """
+    content = []
+    for split, part in videos.items():
+        manifest = part.store.manifest
+        content.append([split, part.samples, manifest["sha256"],
+                        [manifest["videos"][name] for name in part.videos]])
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
 def training_videos(config, store: FeatureStore, tokenize) -> tuple[dict[str, Videos], str]:

@@ -46,9 +46,10 @@ def recall(predicted: Tensor, truth: Tensor, ks: tuple[int, ...] = (1, 5),
     first k; and the mean IoU of the first moment, in percent.
 
     predicted  [S, K, 2] seconds, best first; K may be less than k
-    truth      [S, 2] seconds
+    truth      [S, 2] seconds, or [S, M, 2] if a sentence has several: the best one counts
     """
-    iou = mmn.interval_iou(predicted, truth[:, None])                   # [S, K]
+    windows = truth.view(len(truth), 1, -1, 2)                          # [S, 1, M, 2]
+    iou = mmn.interval_iou(predicted[:, :, None], windows).amax(2)      # [S, K]
     # DEVIATION: an IoU of exactly mu is a hit, as in MMN's code; the paper says "larger than mu"
     result = {}
     for k in ks:
@@ -190,10 +191,9 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
     train = data.read_annotations(dataset, "train", root)
     if not train:
         raise Mistake(f"the training split of {dataset} contains no moment; add some")
-    moments_sec = torch.tensor([[s.start_sec, s.end_sec] for s in train])
     durations_sec = torch.tensor([s.duration_sec for s in train])
     candidates = run.retriever.cells.cpu()                              # [P]
-    iou = mmn.iou_map(moments_sec, durations_sec, run.retriever.num_clips)      # [S, N, N]
+    iou = data.best_iou(data.windows_of(train), durations_sec, run.retriever.num_clips)
     prior = best_prior(iou.flatten(1)[:, candidates])
     events = shapes.read_events(dataset, root)                          # None for a real dataset
     top_k = 10 if predictions else 5            # QVHighlights' mAP looks at ten
@@ -211,7 +211,7 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
             metrics["trained on"] = True
         if videos.missing:
             metrics |= {"videos missing": len(videos.missing), "queries missing": videos.lost}
-        metrics |= recall(predicted[..., :2], videos.moments_sec)
+        metrics |= recall(predicted[..., :2], videos.windows_sec)
         if events:
             metrics |= shapes.event_accuracy(predicted[..., :2], videos.samples, events)
         results[split] = metrics | {"random moment": cell_recall(iou),
@@ -221,20 +221,23 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
 
 def write_predictions(path: str, rows: list[data.Sample], samples: list[data.Sample],
                       predicted: Tensor) -> None:
-    """Answers [S, K, 3] to `samples`, the `rows` grouped by video; qid is the index in `rows`."""
+    """Answers [S, K, 3] to `samples`, the `rows` grouped by video; a qid that the annotations do
+    not have is the index in `rows`."""
     numbers: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         numbers.setdefault(row.video, []).append(i)
     lines = {}
     for sample, moments in zip(samples, predicted.tolist()):
-        qid = numbers[sample.video].pop(0)
-        lines[qid] = submission(qid, sample.sentence, sample.video, moments)
-    files.save(path, "".join(lines[qid] for qid in sorted(lines)))
+        i = numbers[sample.video].pop(0)
+        qid = i if sample.qid is None else sample.qid
+        lines[i] = submission(qid, sample.sentence, sample.video, moments)
+    files.save(path, "".join(lines[i] for i in sorted(lines)))
 
 
 def submission(qid: int, sentence: str, name: str, moments: list) -> str:
     """A line of QVHighlights' submission form. moments: (start_sec, end_sec, score), best first."""
-    windows = [[round(v, 4) for v in moment] for moment in moments if moment[2] > -math.inf]
+    # subtle: with all digits, because a rounded time may cross the IoU of a hit
+    windows = [moment for moment in moments if moment[2] > -math.inf]
     return json.dumps({"qid": qid, "query": sentence, "vid": name,
                        "pred_relevant_windows": windows}) + "\n"
 

@@ -64,7 +64,8 @@ class Parser:
         self.name = "{lang}_{name} {version}".format(**self.pipeline.meta)
         if cache:
             # one file per pipeline and version: other versions find other chunks
-            self.cache = cache / f"chunks-{self.name.replace(' ', '-').replace('/', '-')}.json"
+            version = self.name.replace(" ", "-").replace("/", "-")
+            self.cache = cache / f"chunks-{version}-lower.json"
             with contextlib.suppress(OSError, ValueError):      # missing or damaged: made again
                 self.known = dict(json.loads(self.cache.read_text(encoding="utf-8")))
 
@@ -78,8 +79,7 @@ class Parser:
         unknown = list(dict.fromkeys(s for s in sentences if s not in self.known))
         if unknown and self.pipeline is None:
             self.pipeline = load(None)
-        # subtle: spaCy cannot encode lone surrogates; as "?" they leave the offsets right
-        texts = [sentence.encode("utf-8", "replace").decode() for sentence in unknown]
+        texts = [lowered(sentence) for sentence in unknown]
         for sentence, doc in zip(unknown, self.pipeline.pipe(texts) if texts else []):
             if sentence.strip() and not doc.has_annotation("DEP"):
                 raise Mistake(f"the spaCy pipeline {self.name!r} has no dependency parser, which "
@@ -156,6 +156,14 @@ def load(model):
     except (OSError, ImportError) as error:
         raise Mistake(f"spaCy cannot load the pipeline {model!r} ({error}); install one with: pip "
                       f"install -r requirements.txt") from error
+
+
+def lowered(sentence: str) -> str:
+    """What spaCy reads: lower case, as CLIP does, in which it would divide "The Dog" otherwise."""
+    # subtle: with the same places of all characters; a few would become two in lower case
+    letters = [c.lower() if len(c.lower()) == 1 else c for c in sentence]
+    # spaCy cannot encode lone surrogates
+    return "".join(letters).encode("utf-8", "replace").decode()
 
 
 def has_word(words: str) -> bool:

@@ -329,7 +329,7 @@ def validate(model: Model, videos: dict[str, data.Videos], config: Config,
     if config.select_on in videos:
         split = videos[config.select_on]
         predicted = evaluate.predict(model.text, model.retriever, split, config.batch, device)
-        row |= evaluate.recall(predicted[..., :2], split.moments_sec)
+        row |= evaluate.recall(predicted[..., :2], split.windows_sec)
     return row
 
 
@@ -344,8 +344,9 @@ def algorithm_1(config: Config, resume: bool) -> None:
     store = data.open_store(config.dataset, config.clip, config.root, config.frames)
     model, optimiser = start(config, store.manifest, device)
     videos, parser = data.training_videos(config, store, model.text.tokenize)
-    run = progress.Run(config.folder, dataclasses.asdict(config), model, optimiser, config.epochs,
-                       quality, config.patience, resume)
+    fixed = dataclasses.asdict(config) | {"data": data.digest_of(videos)}   # what cannot change
+    run = progress.Run(config.folder, fixed, model, optimiser, config.epochs, quality,
+                       config.patience, resume)
     if run.is_new and config.method == "vdi-staged":
         run.begin_with(staged.adapt_text_tower(model.text, videos["train"], config, device))
 

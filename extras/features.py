@@ -142,61 +142,93 @@ def extract(store: FeatureStore, model: clip.CLIP, videos: dict[str, pathlib.Pat
 
 # -------------------------------------------------------------------------- features made elsewhere
 
-FEATURES = {".npy", ".npz", ".pt"}
+FEATURES = {".npy", ".npz", ".pt", ".hdf5", ".h5"}
 LARGEST = 1 << 30   # bytes of a packed file of features, when unpacked
 
 
 class Entry(NamedTuple):
     """The features of one video in an open hdf5 file: a dataset [L, D], as 2D-TAN and MMN publish
-    Charades-STA's, or a group with the dataset c3d_features, as they publish ActivityNet's."""
+    Charades-STA's, or a group with one, as they publish ActivityNet's."""
     file: Mapping
     name: str
 
     def __str__(self) -> str:
-        return f"{self.name} in {self.file.filename}"
+        return f"{self.name} in {self.file.file.filename}"      # of the group's file
 
-    def read(self) -> np.ndarray:
-        x = self.file[self.name]
-        if isinstance(x, Mapping):                      # a group
-            x = x["c3d_features"]
-        if x.nbytes > LARGEST:
-            raise ValueError(f"it unpacks to more than {LARGEST >> 20} MiB")
-        return np.asarray(x[()])
+
+def open_hdf5(path: str | os.PathLike) -> Mapping:
+    h5py = files.need("h5py", "reading hdf5")
+    try:
+        return h5py.File(path, "r")
+    except Exception as error:  # several types for a damaged or hostile file
+        raise Mistake(f"{path} cannot be read as hdf5: {reason(error)}") from error
 
 
 def find_features(path: str | os.PathLike) -> dict[str, pathlib.Path | Entry]:
     """Video -> its features: the files of a folder, or the entries of an hdf5 file."""
     if pathlib.Path(path).suffix.lower() not in (".hdf5", ".h5"):
         return files.find_files(path, FEATURES)
-    h5py = files.need("h5py", "reading hdf5")
-    try:
-        file = h5py.File(path, "r")
-        return {name: Entry(file, name) for name in file}
-    except Exception as error:  # several types for a damaged or hostile file
-        raise Mistake(f"{path} cannot be read as hdf5: {reason(error)}") from error
+    file = open_hdf5(path)
+    if len(file) == 1:                                  # a group of all videos
+        (only,) = file.values()
+        if isinstance(only, Mapping) and all(isinstance(x, Mapping) or x.ndim == 2
+                                             for x in only.values()) and len(only) > 1:
+            return {name: Entry(only, name) for name in only}
+    return {name: Entry(file, name) for name in file}
+
+
+def only_array(arrays: Mapping, what: str):
+    """The features among named arrays: those called features or c3d_features, or the only ones.
+    ValueError that lists what is there."""
+    while isinstance(arrays, Mapping):
+        names = [name for name in ("features", "c3d_features") if name in arrays]
+        names = names or list(arrays)
+        if len(names) != 1:
+            found = ", ".join(f"{name} {list(getattr(arrays[name], 'shape', []))}"
+                              for name in names[:10])
+            raise ValueError(f"{what} contains several arrays, none of which is called features: "
+                             f"{found or 'nothing'}")
+        arrays = arrays[names[0]]
+    return arrays
 
 
 def read_features(path: pathlib.Path | Entry) -> np.ndarray:
-    """Precomputed features [L, D]: .npy, .npz (its array `features`), .pt, or an hdf5 entry."""
+    """Precomputed features [L, D]: an array, or the only one, of a .npy, .npz, .pt or hdf5 file.
+    VideoError for anything else."""
     try:
         if isinstance(path, Entry):
-            x = path.read()
+            x = unpacked(only_array(path.file[path.name], str(path)))
+        elif path.suffix.lower() in (".hdf5", ".h5"):
+            with open_hdf5(path) as file:
+                x = unpacked(only_array(file, path.name))
         elif path.suffix.lower() == ".pt":
-            x = files.read_tensors(path).float().numpy()
+            x = only_array(files.read_tensors(path), path.name)
+            if not isinstance(x, Tensor):
+                raise ValueError(f"it contains a {type(x).__name__}, not a tensor")
+            x = x.detach().float().numpy()              # a saved tensor may require gradients
         elif path.suffix.lower() == ".npz":
             with zipfile.ZipFile(path) as archive:      # before numpy unpacks a zip bomb
                 if sum(part.file_size for part in archive.infolist()) > LARGEST:
                     raise ValueError(f"it unpacks to more than {LARGEST >> 20} MiB")
             with np.load(path, allow_pickle=False) as file:
-                x = file["features"]
+                x = only_array({name: file[name] for name in file.files}, path.name)
         else:
             # memory-mapped, so that a header cannot claim more than the file holds
             x = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+    except ValueError as error:                         # ours, or numpy's
+        raise VideoError(f"{path} cannot be read as features: {error}") from error
     except Exception as error:  # a dozen types for a damaged or hostile file
         raise VideoError(f"{path} cannot be read as features: {reason(error)}") from error
     if x.ndim != 2 or not len(x) or x.dtype.kind not in "fiu" or not np.isfinite(x).all():
         raise VideoError(f"{path} contains {x.dtype} {list(x.shape)}, not finite numbers [L, D]")
     return x
+
+
+def unpacked(x) -> np.ndarray:
+    """A dataset of an hdf5 file."""
+    if x.nbytes > LARGEST:
+        raise ValueError(f"it unpacks to more than {LARGEST >> 20} MiB")
+    return np.asarray(x[()])
 
 
 def made_elsewhere(name: str, path: str | os.PathLike, features: dict[str, pathlib.Path | Entry],
@@ -262,6 +294,9 @@ def adopt_features(store: FeatureStore, paths: dict[str, pathlib.Path | Entry], 
             else:
                 # the rows at the centres of T equal parts, which is how `extract` samples a video
                 x = x[frame_centres(len(x), T).astype(int)]             # [T, D]
+            largest = np.abs(x).max()
+            if 0 < largest < 1e-3 or largest > 1e4:     # float16 would lose them
+                x = x / largest
             store.write(name, torch.from_numpy(x.astype(np.float16)), None, durations_sec[name])
         except VideoError as error:
             failed[name] = str(error)

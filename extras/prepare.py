@@ -135,21 +135,26 @@ def describe(dataset: str, root: str | os.PathLike) -> str:
                     "moments per video", "clamped", "dropped"], lines, 2)
 
 
-def plain_name(name: str, videos: dict[str, pathlib.Path]) -> str:
-    """The name of a video as features are stored under it: "a" for "a.mp4" if that is a file."""
-    stem = pathlib.Path(name).stem
-    if name not in videos and stem in videos and videos[stem].name == name:
-        return stem
-    return name
+def plain_name(name: str, known: dict) -> str:
+    """The name of a video as features are stored under it: "a" for "a.mp4" if that is meant.
+
+    known   the names of video files, or of precomputed features"""
+    stem, suffix = os.path.splitext(name)
+    if name in known or stem not in known or suffix.lower() not in video.VIDEOS:
+        return name
+    path = pathlib.Path(str(known[stem]))
+    if path.suffix.lower() in video.VIDEOS and path.name != name:       # b.mp4 is not b.mkv
+        return name
+    return stem
 
 
 def adopt(dataset: str, split: str, path: str, videos: dict[str, pathlib.Path], root: str,
-          features: bool = False) -> None:
+          features: dict | None = None) -> None:
     """Your own annotation file becomes <root>/<dataset>/<split>.jsonl: videos lose their file
     suffixes, missing durations are probed, moments cleaned, and the counts printed. A video that
     cannot be read is assumed to end with its last moment."""
     rows = data.read_file(path)
-    rows = [row._replace(video=plain_name(row.video, videos)) for row in rows]
+    rows = [row._replace(video=plain_name(row.video, videos or features or {})) for row in rows]
     unknown = {row.video for row in rows if math.isnan(row.duration_sec)}   # not in the file
     if unknown and not videos:
         # with --features, --videos cannot be given
@@ -164,6 +169,11 @@ def adopt(dataset: str, split: str, path: str, videos: dict[str, pathlib.Path], 
             durations_sec[name] = max(row.end_sec for row in rows if row.video == name)
     rows = [row._replace(duration_sec=durations_sec.get(row.video, row.duration_sec))
             for row in rows]
+    # clamping forgives a rounded end
+    outside = sum(row.end_sec > 1.5 * row.duration_sec for row in rows)
+    if outside > len(rows) / 2:
+        raise Mistake(f"{outside} of {len(rows)} moments in {path} lie outside their video; are "
+                      f"they frame numbers? They must be seconds")
     kept, counts = data.clean(rows)
     if not kept:
         raise Mistake(f"{path} contains no moment; add some")
@@ -172,8 +182,8 @@ def adopt(dataset: str, split: str, path: str, videos: dict[str, pathlib.Path], 
           f"{counts.clamped} moments clamped to their video, {counts.dropped} empty ones dropped")
 
 
-def prepare(dataset: str, given: argparse.Namespace,
-            videos: dict[str, pathlib.Path]) -> dict[str, list[Sample]]:
+def prepare(dataset: str, given: argparse.Namespace, videos: dict[str, pathlib.Path],
+            features: dict) -> dict[str, list[Sample]]:
     """Installs the annotations, prints their counts, and returns them by dataset and split."""
     # the compositional splits are other sentences on the same videos: one store for both
     original = dataset.removesuffix("-cg")
@@ -192,7 +202,7 @@ def prepare(dataset: str, given: argparse.Namespace,
     if not family:                                      # a dataset of your own
         family = [dataset]
         if given.annotations:
-            adopt(dataset, given.split, given.annotations, videos, given.root, bool(given.features))
+            adopt(dataset, given.split, given.annotations, videos, given.root, features)
     samples = {}
     for name in family:
         for split in data.splits(name, given.root):
@@ -325,6 +335,8 @@ def file_problems(store: data.FeatureStore) -> Iterator[str]:
                     yield f"{path.name} is {x.dtype}, not float16"
                 elif not np.isfinite(x).all():
                     yield f"{path.name} is not finite"
+                elif not x.any():
+                    yield f"{path.name} is all 0"
             except data.VideoError as error:
                 yield str(error)
     # subtle: features are written before the manifest, so an interruption leaves unlisted files
@@ -426,7 +438,7 @@ def run(given: argparse.Namespace) -> None:
         features = features_of.find_features(given.features)
     # under torchrun, one process prints the counts
     with contextlib.redirect_stdout(None if parallel.number_from("RANK", 0) else sys.stdout):
-        samples = prepare(dataset, given, videos)
+        samples = prepare(dataset, given, videos, features)
     if videos or given.features:
         family = dataset.removesuffix("-cg") if dataset in data.FILES else dataset
         make_features(family, samples, given, videos, features)

@@ -23,7 +23,6 @@ from torch import Tensor
 
 import data
 import mmn
-from support import files
 from support.errors import Mistake
 
 MAP_IOUS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))   # 0.5:0.05:0.95
@@ -132,8 +131,7 @@ def read_rows(path: str | pathlib.Path, key: str) -> list[dict]:
             raise Mistake(f"{path} is not a file of predictions, which are json lines (.jsonl)")
         samples, _ = data.clean(data.read_file(path))
         return [{"qid": i, "vid": sample.video, "query": sample.sentence,
-                 "relevant_windows": [[sample.start_sec, sample.end_sec]]}
-                for i, sample in enumerate(samples)]
+                 "relevant_windows": sample.moments_sec} for i, sample in enumerate(samples)]
 
     def row(place: tuple[int, str]) -> list[dict]:
         index, line = place
@@ -142,6 +140,8 @@ def read_rows(path: str | pathlib.Path, key: str) -> list[dict]:
         for window in windows:
             if len(window) < 2 or not all(math.isfinite(value) for value in window):
                 raise ValueError(f"{key} contains an invalid moment")
+            if key == "relevant_windows" and window[1] <= window[0]:
+                raise ValueError(f"{window[:2]} ends before it begins")
         if key == "relevant_windows" and not windows:
             raise ValueError("the sentence has no true moment")
         kept = {name: content[name] for name in ("vid", "query") if name in content}
@@ -149,7 +149,7 @@ def read_rows(path: str | pathlib.Path, key: str) -> list[dict]:
         kept[key] = windows
         return [kept]
 
-    numbered = enumerate(files.numbered_lines(path))
+    numbered = enumerate(data.json_lines(path))
     return data.read_lines(path, [(number, (index, line)) for index, (number, line) in numbered],
                            row)
 

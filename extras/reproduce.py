@@ -423,7 +423,7 @@ def hits(checkpoint: evaluate.Run, config: train.Config, splits: list[str],
     for split, videos, predicted in evaluate.answers(checkpoint, splits, query, config.root, device,
                                                      allow_missing=True, top_k=1):
         # predicted [S, 1, 3]: start, end, score
-        iou = mmn.interval_iou(predicted[:, 0, :2], videos.moments_sec)         # [S]
+        iou = mmn.interval_iou(predicted[:, :1, :2], videos.windows_sec).amax(1)        # [S]
         reached = sum((iou >= mu).int() for mu in HITS)                         # [S]
         digits[split] = "".join(str(number) for number in reached.tolist())
     return digits

@@ -80,9 +80,9 @@ def save_tensors(path: str | os.PathLike, content: object) -> None:
 
 
 def read_text(path: pathlib.Path) -> str:
-    """The text of a UTF-8 file. Mistake for another encoding."""
+    """The text of a UTF-8 file, without a byte-order mark. Mistake for another encoding."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise Mistake(f"{path} is not UTF-8 text") from error
 

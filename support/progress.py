@@ -35,6 +35,8 @@ ELSEWHERE = ("device", "root", "out", "workers", "allow_missing")       # may ch
 def new_folder(folder: pathlib.Path, resume: bool) -> None:
     """Mistake if the folder of a run already holds one that is not to be resumed. It is created
     with its first file, so that a run which fails before leaves nothing behind."""
+    if folder.is_file():
+        raise Mistake(f"{folder} is a file; name a folder with --out")
     if not resume and folder.exists() and any(folder.iterdir()):
         raise Mistake(f"{folder} already holds a run; continue it with --resume, or choose another "
                       f"--out")
@@ -46,6 +48,9 @@ def same_configuration(theirs: dict, ours: dict, folder: pathlib.Path) -> None:
     """Mistake if the run in `folder` has another configuration than the one that resumes it."""
     different = [name for name in ours if name in theirs        # a newer field has its default
                  and theirs[name] != ours[name] and name not in ELSEWHERE]
+    if different == ["data"]:
+        raise Mistake(f"the sentences or features have changed since the run in {folder} began; "
+                      f"choose another --out")
     if different:
         raise Mistake(f"{folder} holds a run with another {', '.join(different)}; resume it with "
                       f"its own settings, or choose another --out")

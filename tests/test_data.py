@@ -2,6 +2,7 @@
 and real videos."""
 import http.server
 import json
+import math
 import os
 import pathlib
 import pickle
@@ -16,9 +17,11 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import clip
 import data
+import evaluate
 import films
 import mmn
 import parse
@@ -185,7 +188,7 @@ def test_chunks_are_cached(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     parser = data.parser_of("mine", tmp_path)
     expected = parser.all_chunks(sentences)
-    cache = tmp_path / "mine" / f"chunks-{parser.name.replace(' ', '-')}.json"
+    cache = tmp_path / "mine" / f"chunks-{parser.name.replace(' ', '-')}-lower.json"
     assert list((tmp_path / "mine").iterdir()) == [cache]
     again = data.parser_of("mine", tmp_path, mask="something")
     monkeypatch.setattr(again.pipeline, "pipe", lambda texts: 1 / 0)
@@ -506,21 +509,174 @@ def test_precomputed_features(tmp_path):
     np.save(folder / "empty.npy", x[:0])
     np.save(folder / "nan.npy", x * np.nan)
     np.save(folder / "objects.npy", np.array([{}, []], dtype=object))
-    np.savez(folder / "other.npz", something=x)
+    np.savez(folder / "d.npz", something=x)             # the only one, whatever its name
+    torch.save(torch.nn.Parameter(torch.from_numpy(x)), folder / "e.pt")
+    np.savez(folder / "other.npz", one=x, two=x[:3])
     (folder / "text.npy").write_text("not an array", encoding="utf-8")
     store = data.FeatureStore(tmp_path / "f", MADE | {"width": 2, "patch_frames": 0})
     paths = files.find_files(folder, features.FEATURES)
     failed = features.adopt_features(store, paths, [*paths, "none"], dict.fromkeys(paths, 20.0))
-    assert sorted(store.manifest["videos"]) == ["a", "b", "c"]
-    for name in "abc":
+    assert sorted(store.manifest["videos"]) == ["a", "b", "c", "d", "e"]
+    for name in "abcde":
         assert np.array_equal(store.read(name, "frames"), x[[1, 3, 6, 8]])
     for name, reason in dict(wide="width 4, but this CLIP's width is 2", flat=r"float32 \[10\]",
                              text="text", empty=r"\[0, 2\]", nan="finite", objects="Python objects",
-                             other="features", none="no feature file is named none").items():
+                             other=r"several arrays.*one \[10, 2\], two \[3, 2\]", none="no feature file is named none").items():
         assert re.search(reason, failed[name]), failed[name]
     with pytest.raises(Mistake, match="no patches, which the spatial dynamics .* --method mmn"):
         data.Videos([data.Sample("a", "q", 0, 1, 20.0)], store, 2,
                     parse.Parser(known={"q": []}), True)
+
+
+def test_features_that_float16_would_lose(tmp_path):
+    """Tiny ones are scaled before they are rounded; zeros are refused."""
+    (tmp_path / "v").mkdir()
+    x = np.random.default_rng(0).normal(size=(4, 2))
+    np.save(tmp_path / "v" / "tiny.npy", x * 1e-9)
+    np.save(tmp_path / "v" / "huge.npy", x * 1e9)
+    np.save(tmp_path / "v" / "zero.npy", x * 0)
+    store = data.FeatureStore(tmp_path / "f", MADE | {"width": 2, "patch_frames": 0})
+    paths = files.find_files(tmp_path / "v", features.FEATURES)
+    failed = features.adopt_features(store, paths, list(paths), dict.fromkeys(paths, 4.0))
+    assert failed == {"zero": "zero: its features are all 0"}
+    direction = F.normalize(torch.from_numpy(x), dim=1)
+    for name in ("tiny", "huge"):
+        stored = torch.from_numpy(store.read(name, "frames")).double()
+        assert torch.allclose(F.normalize(stored, dim=1), direction, atol=2e-3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_other_forms_of_hdf5(tmp_path, packed):
+    """A file for each video, and a file whose only group has all videos."""
+    h5py = pytest.importorskip("h5py")
+    x = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
+    path = tmp_path / "v"
+    if packed:
+        path = tmp_path / "all.h5"
+        with h5py.File(path, "w") as file:
+            file["charades/a"], file["charades/b"] = x, x
+    else:
+        path.mkdir()
+        for name in "ab":
+            with h5py.File(path / f"{name}.hdf5", "w") as file:
+                file["group/anything"] = x
+    found = features.find_features(path)
+    assert found.keys() == {"a", "b"}
+    for each in found.values():
+        assert np.array_equal(features.read_features(each), x)
+
+
+def own(path, *rows):
+    """An annotation file of rows (video, moments, duration); returns its path."""
+    lines = [json.dumps({"vid": name, "query": f"q{i}", "relevant_windows": moments, "duration": sec,
+                         "qid": f"x{i}"}) for i, (name, moments, sec) in enumerate(rows)]
+    path.write_text("\ufeff" + "\n".join(lines), encoding="utf-8")       # as Windows' editor
+    return path
+
+
+def test_several_moments_of_a_sentence(tmp_path):
+    """They stay together, in the file too, with the file's own numbers; the best one counts."""
+    path = own(tmp_path / "a.jsonl", ("a", [[0, 2], [4, 6], [9, 12]], 10.0), ("b", [[1, 3]], 10.0))
+    rows, counts = data.clean(data.read_file(path))
+    assert [row.moments_sec for row in rows] == [[(0, 2), (4, 6), (9, 10)], [(1, 3)]]
+    assert counts == (1, 0)
+    data.write_jsonl(tmp_path / "b.jsonl", rows)
+    assert data.read_file(tmp_path / "b.jsonl") == rows and rows[0].qid == "x0"
+    windows = data.windows_of(rows)
+    assert windows.tolist() == [[[0, 2], [4, 6], [9, 10]], [[1, 3]] * 3]
+    durations = torch.tensor([10.0, 10.0])
+    each = [mmn.iou_map(windows[:, m], durations, 5) for m in range(3)]
+    assert torch.equal(data.best_iou(windows, durations, 5), torch.stack(each).amax(0))
+    predicted = torch.tensor([[[4.0, 6.0]], [[5.0, 6.0]]])
+    assert evaluate.recall(predicted, windows) == {
+        "R@1,IoU=0.5": 50, "R@1,IoU=0.7": 50, "R@5,IoU=0.5": 50, "R@5,IoU=0.7": 50, "mIoU": 50}
+
+
+def test_another_true_moment_is_no_negative():
+    """L_cl with two true moments: the gradient pushes neither of them away from the sentence."""
+    windows = torch.tensor([[[0.0, 2.0], [6.0, 8.0]]])
+    iou = data.best_iou(windows, torch.tensor([8.0]), 4)                # 4 clips of 2 s
+    cells = torch.ones(4, 4).triu().bool()
+    moments = F.normalize(torch.randn(1, 8, 10, generator=torch.Generator().manual_seed(0)), dim=1)
+    moments.requires_grad_()
+    text = F.normalize(torch.ones(1, 8), dim=1)
+    mmn.contrastive_loss(moments, text, iou[:, cells], torch.tensor([0]),
+                         windows[:, 0]).sum().backward()
+    pushed = (moments.grad[0].T @ text[0]) > 0                          # [10]
+    true = iou[0][cells] >= 0.5
+    assert true.sum() >= 2 and not pushed[true].any() and pushed[~true].all()
+
+
+def test_annotations_that_cannot_be_right(tmp_path):
+    """Each is one sentence, and at most ten lines are listed."""
+    many = own(tmp_path / "many.jsonl", *[("a", [[3, 1]], 9.0)] * 25)
+    with pytest.raises(Mistake) as caught:
+        data.read_file(many)
+    assert str(caught.value).count("ends before") == 10 and "and 15 more" in str(caught.value)
+    two = own(tmp_path / "two.jsonl", ("a", [[0, 1]], 9.0), ("a", [[0, 1]], 12.0))
+    with pytest.raises(Mistake, match="says that a is 9.0 s long, and that it is 12.0 s long"):
+        data.read_file(two)
+    (tmp_path / "array.jsonl").write_text('[{"vid": "a"}]', encoding="utf-8")
+    with pytest.raises(Mistake, match="contains a json array; write one object per line"):
+        data.read_file(tmp_path / "array.jsonl")
+    numbers = own(tmp_path / "frames.jsonl", ("a", [[250, 400]], 20.0), ("b", [[100, 180]], 20.0))
+    with pytest.raises(Mistake, match="2 of 2 moments .* are they frame numbers"):
+        prepare.adopt("mine", "train", numbers, {}, tmp_path)
+    unknown = own(tmp_path / "null.jsonl", ("a", [[0, 1]], None))
+    assert math.isnan(data.read_file(unknown)[0].duration_sec)
+
+
+def test_names_in_another_form_and_with_an_ending(tmp_path):
+    """NFD for NFC, and ID.mp4 where precomputed features are called ID."""
+    path = own(tmp_path / "a.jsonl", ("cafe\u0301.mp4", [[0, 1]], 9.0))
+    prepare.adopt("mine", "train", path, {}, tmp_path, {"caf\u00e9": tmp_path / "caf\u00e9.npy"})
+    assert data.read_annotations("mine", "train", tmp_path)[0].video == "caf\u00e9"
+
+
+def test_splits_that_share_videos(tmp_path, capsys):
+    own(tmp_path / "a.jsonl", ("a", [[0, 1]], 9.0), ("b", [[0, 1]], 9.0))
+    (tmp_path / "mine").mkdir()
+    for split, names in (("train", "aab"), ("val", "ac")):
+        data.write_jsonl(tmp_path / "mine" / f"{split}.jsonl",
+                         [data.Sample(name, "q", 0.0, 1.0, 9.0) for name in names])
+    samples = data.training_samples("mine", "val", 0, tmp_path)
+    assert [sample.video for sample in samples["train"]] == ["b"]
+    assert "2 of 3 training sentences are left out, because their videos are in val" in \
+        capsys.readouterr().out
+    shutil.copy(tmp_path / "mine" / "train.jsonl", tmp_path / "mine" / "val.jsonl")
+    with pytest.raises(Mistake, match="every training video of mine is in val, too"):
+        data.training_samples("mine", "val", 0, tmp_path)
+
+
+def test_two_clips_of_one_file_name(tmp_path, world):
+    """Their features lie side by side, and a text tower is trained on those of its own CLIP; GELU
+    is recorded, and not mixed with QuickGELU."""
+    greys(tmp_path / "v", "ab")
+    annotations = own(tmp_path / "a.jsonl", ("a", [[0, 1]], None), ("b", [[0, 1]], None))
+    state = clip.read_state(world / "shapes" / "clip.pt")
+    for folder, change in (("A", 0.0), ("B", 0.1)):
+        (tmp_path / folder).mkdir()
+        changed = {key: x + change if x.is_floating_point() else x for key, x in state.items()}
+        torch.save(changed, tmp_path / folder / "pytorch_model.bin")
+    common = ("--root", tmp_path / "root", "--device", "cpu")
+    a, b = (tmp_path / folder / "pytorch_model.bin" for folder in "AB")
+    command("data.py", "mine", "--annotations", annotations, "--videos", tmp_path / "v", "--clip",
+            a, "--gelu", *common)
+    train = ("train.py", "--dataset", "mine", "--method", "mmn", "--epochs", 1, *common, "--clip")
+    assert "there are no features in" in command(*train, b, "--out", tmp_path / "run", status=2)
+    error = command("data.py", "mine", "--videos", tmp_path / "v", "--clip", a, *common, status=2)
+    assert "made with activation 'gelu', not None" in error
+    command("data.py", "mine", "--videos", tmp_path / "v", "--clip", b, *common)
+    assert len(list((tmp_path / "root/mine/features").iterdir())) == 2
+    command(*train, a, "--out", tmp_path / "run")
+    run = evaluate.load(tmp_path / "run" / "ckpt.pt")
+    assert isinstance(run.text.transformer.resblocks[0].mlp.gelu, torch.nn.GELU)
+    # a store that somebody has renamed
+    one, other = sorted((tmp_path / "root/mine/features").iterdir())
+    swapped = tmp_path / "swapped"
+    one.rename(swapped), other.rename(one), swapped.rename(other)
+    error = command(*train, a, "--out", tmp_path / "run2", status=2)
+    assert "is not the CLIP that made these features" in error
 
 
 def test_check_lists_every_problem(tmp_path, capsys):

@@ -22,6 +22,17 @@ def test_scores_of_predictions_are_the_golden_ones():
     assert scores == pytest.approx(golden, abs=1e-6)
 
 
+def test_moment_detr_through_a_dataset_of_ours(published, tmp_path):
+    """Several true moments of a sentence, and the numbers of the file, survive data.py."""
+    folder = published / "predictions"
+    rows, _ = data.clean(data.read_file(folder / "qvhighlights_val.jsonl"))
+    data.write_jsonl(tmp_path / "val.jsonl", rows)
+    scores = qvhighlights.score_predictions(
+        qvhighlights.read_rows(folder / "moment_detr_val_preds.jsonl", "pred_relevant_windows"),
+        qvhighlights.read_rows(tmp_path / "val.jsonl", "relevant_windows"))
+    assert round(scores["R@1,IoU=0.5"], 2) == 53.94 and round(scores["R@1,IoU=0.7"], 2) == 34.84
+
+
 def test_average_precision_by_hand():
     """Two true moments; the answers hit the first, miss, hit the second: precision 1, 1/2, 2/3 at
     recall 1/2, 1/2, 1, so 1/2 * 1 + 1/2 * 2/3 = 0.8333. A second hit of a moment that is taken is a
@@ -90,10 +101,15 @@ def test_a_checkpoint_writes_what_scores_the_same(world, tmp_path):
     evaluate.write_predictions(str(tmp_path / "p.jsonl"), rows, by_video, predicted)
     lines = (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()
     written = [json.loads(line) for line in lines]
-    assert [line["qid"] for line in written] == list(range(len(rows)))
+    assert [line["qid"] for line in written] == [row.qid for row in rows]
     for row, line in zip(rows, written):
         assert (line["vid"], line["query"]) == (row.video, row.sentence)
         assert line["pred_relevant_windows"] == [pytest.approx([row.start_sec, row.end_sec, 0.9])]
+    # with all digits: the same scores as the tensors
+    direct = evaluate.recall(predicted[..., :2], data.windows_of(by_video))
+    scored = qvhighlights.score_predictions(
+        written, [{"qid": row.qid, "relevant_windows": row.moments_sec} for row in rows])
+    assert all(scored[name] == pytest.approx(value, abs=1e-4) for name, value in direct.items())
 
 
 def test_details_of_the_benchmarks_definition():

@@ -146,7 +146,7 @@ def test_damaged_and_hostile_hdf5(root, tmp_path):
     assert list(store.manifest["videos"]) == ["good"]
     assert failed.keys() == set(names) - {"good"}
     assert "width 5, but that of the others is 4" in failed["wide"]
-    assert "MiB" in failed["huge"] and "c3d_features" in failed["empty"]
+    assert "MiB" in failed["huge"] and "nothing" in failed["empty"]
     assert all("\n" not in text for text in failed.values())
     whole = (root / "features.hdf5").read_bytes()
     for cut in range(1, 20):
