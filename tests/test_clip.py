@@ -303,6 +303,24 @@ def test_heads_and_activation_that_the_weights_do_not_show(tmp_path, state):
         clip.load(tmp_path)
 
 
+def test_wide_towers_with_gelu_equal_hugging_face(tmp_path):
+    """One block of a tower of width 1280: 16 heads without a word, and GELU by its config.json."""
+    golden = GOLDEN["wide"]
+    state = make_clip.fill({key: torch.empty(shape) for key, shape in golden["shapes"].items()})
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    for content, activation in (({"vision_config": make_clip.WIDE_IMAGE,
+                                  "text_config": make_clip.WIDE_TEXT}, None),
+                                (None, torch.nn.GELU)):
+        if content:
+            (tmp_path / "config.json").write_text(json.dumps(content), encoding="utf-8")
+        else:
+            (tmp_path / "config.json").unlink()
+        model = clip.load(tmp_path, activation=activation)
+        with torch.no_grad():
+            close(model.encode_image(make_clip.images(2, 32))[0], golden["image"])
+            close(model.encode_text(make_clip.tokens(400)), golden["text"])
+
+
 @pytest.mark.parametrize("width, heads", [(384, 6), (768, 12), (1024, 16), (1280, 16), (1408, 16),
                                           (1664, 16)])
 def test_published_numbers_of_heads(width, heads):

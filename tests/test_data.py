@@ -671,6 +671,13 @@ def test_two_clips_of_one_file_name(tmp_path, world):
     command(*train, a, "--out", tmp_path / "run")
     run = evaluate.load(tmp_path / "run" / "ckpt.pt")
     assert isinstance(run.text.transformer.resblocks[0].mlp.gelu, torch.nn.GELU)
+    # the run does not go on with other sentences
+    path = tmp_path / "root/mine/train.jsonl"
+    before = path.read_text(encoding="utf-8")
+    path.write_text(before.replace("q1", "q2"), encoding="utf-8")
+    error = command(*train, a, "--out", tmp_path / "run", "--resume", status=2)
+    assert "sentences or features have changed since the run" in error
+    path.write_text(before, encoding="utf-8")
     # a store that somebody has renamed
     one, other = sorted((tmp_path / "root/mine/features").iterdir())
     swapped = tmp_path / "swapped"

@@ -294,6 +294,8 @@ def test_mistakes_are_one_sentence(run, world, tmp_path):
     before = (folder / "ckpt.pt").read_bytes()
     assert "--resume" in command("train.py", "--root", world, "--out", folder, status=2)
     assert (folder / "ckpt.pt").read_bytes() == before
+    assert "is a file; name a folder" in command("train.py", "--root", world, "--out",
+                                                 folder / "ckpt.pt", status=2)
     assert "python data.py charades" in command("train.py", "--dataset", "charades", "--root",
                                                 tmp_path, "--out",
                                                 tmp_path / "r", status=2)

@@ -33,6 +33,12 @@ STRINGS = ["", "a person opens the door", "A PERSON'S  dog isn't\there!",
            "&#39;quoted&#39;"]
 VIT = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2,
            projection_dim=64)
+# one block of a tower as in ViT-H/14: 16 heads that are not 64 wide, and GELU; text width 1280 has 20
+WIDE_IMAGE = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=1,
+                  num_attention_heads=16, hidden_act="gelu", image_size=32, patch_size=16)
+WIDE_TEXT = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=1,
+                 num_attention_heads=20, hidden_act="gelu", vocab_size=400,
+                 max_position_embeddings=77, eos_token_id=2)
 RESNET = dict(layers=(1, 2, 1, 1), output_dim=32, heads=8, image_size=64, width=16)
 
 
@@ -97,6 +103,16 @@ def main() -> None:
         "shapes": shapes,
         "image": model.visual_projection(seen.pooler_output).tolist(), "patches": patches.tolist(),
         "text": model.text_projection(model.text_model(tokens(400)).pooler_output).tolist()}}
+
+    config = CLIPConfig(text_config=WIDE_TEXT, vision_config=WIDE_IMAGE, projection_dim=64)
+    model = CLIPModel(config).eval()
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()
+              if "position_ids" not in key}
+    model.load_state_dict(fill(model.state_dict()))
+    result["wide"] = {
+        "shapes": shapes,
+        "image": model.visual_projection(model.vision_model(images(2, 32)).pooler_output).tolist(),
+        "text": model.text_projection(model.text_model(tokens(400)).pooler_output).tolist()}
 
     resnet = load_open_clip("modified_resnet").ModifiedResNet(**RESNET).eval()
     resnet.load_state_dict(fill(resnet.state_dict()))
