@@ -249,7 +249,7 @@ class VisionTransformer(nn.Module):
         x = self.conv1(x).flatten(2).transpose(1, 2)                    # [B, HW, C]
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)       # [B, 1 + HW, C]
         x = self.transformer(self.ln_pre(x + self.positional_embedding))
-        # OpenAI projects the class token only; the paper's X~^v needs the patches, too
+        # UNSPECIFIED: which patch features; the last layer's, treated as the class token is
         x = self.ln_post(x) @ self.proj                                 # [B, 1 + HW, D]
         return x[:, 0], x[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))
 

@@ -26,8 +26,9 @@ class VisualContext(nn.Module):
         x^qs = f^q(Q^s),   x~^qs = TransDecoder(x^qs, X^v, X^v)
 
     and `project`, the FC of Eq. (2). UNSPECIFIED: depth, heads, positions. One layer, no dropout,
-    and no positions: the context is which entities there are, not when. `probe` replaces the query
-    in Table 3's row without one."""
+    and no positions: the context is which entities there are, not when. UNSPECIFIED: the form of
+    the layer; torch's: post-norm, with self-attention of the one query. UNSPECIFIED: what attends
+    in Table 3's row without a query; `probe`, a learned one."""
 
     def __init__(self, width: int, heads: int, layers: int = 1):
         super().__init__()
@@ -60,9 +61,10 @@ def visual_context_loss(projected: Tensor, context: Tensor) -> Tensor:
 class SpatialDynamic(nn.Module):
     """Eq. (3), (4), Sec. 3.1: where the salient entities are in each frame, read in temporal order.
 
-    The FCs of Eq. (3), (4), SeqModel, and `project`, the FC of Eq. (5). UNSPECIFIED: depth, heads,
-    positions. One layer, no dropout, learned positions, because the dynamics lie in the order of
-    the frames. `lstm`: SeqModel is an LSTM instead (Table 3)."""
+    The FCs of Eq. (3), (4), SeqModel, and `project`, the FC of Eq. (5). UNSPECIFIED: whether the
+    paper's one symbol FC is one layer; each is one of its own here, with a bias. UNSPECIFIED:
+    depth, heads, positions. One layer, no dropout, learned positions, because the dynamics lie in
+    the order of the frames. `lstm`: SeqModel is an LSTM instead (Table 3)."""
 
     def __init__(self, width: int, patch_width: int, grid: int, frames: int, heads: int,
                  lstm: bool = False, layers: int = 1):

@@ -133,6 +133,7 @@ class MomentMap(nn.Module):
         ValueError for a number of frames that does not pool to N clips."""
         x = self.project(frames).transpose(1, 2)                        # [B, D, T]
         x = F.avg_pool1d(x, self.pool_kernel, self.pool_stride)         # [B, D, N]
+        # UNSPECIFIED: the feature of a segment; the maximum over its clips, as in MMN's code
         if x.shape[2] != self.num_clips:
             raise ValueError(f"{frames.shape[1]} frames pool to {x.shape[2]} clips, but this model "
                              f"has {self.num_clips}; sample as many frames as in training")
@@ -188,6 +189,7 @@ class MMN(MomentMap):
 
     def sentences(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Unit vectors of every sentence for both heads: [S, D] -> two of [S, J]."""
+        # DEVIATION: a LayerNorm before the FC of Eq. (6) and (8), as in MMN's code
         text = self.text_norm(text)
         return (F.normalize(self.iou_text(text), dim=1),
                 F.normalize(self.contrastive_text(text), dim=1))

@@ -104,7 +104,8 @@ class Parser:
     def halve(self, sentence: str) -> Query:
         """Q -> (Q, Q^h, the rest): a random half of the words, always the same for a sentence."""
         words = [word.span() for word in re.finditer(r"\S+", sentence)]
-        # seeded by the sentence: the same half in every epoch and on every machine
+        # UNSPECIFIED: whether the half of suppl. Table 5 is drawn anew in each epoch; seeded by the
+        # sentence, it is the same in every epoch and on every machine
         seed = hashlib.sha256(sentence.encode("utf-8", "replace")).hexdigest()
         chosen = sorted(random.Random(seed).sample(range(len(words)), (len(words) + 1) // 2))
         spans = []

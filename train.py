@@ -83,6 +83,7 @@ class Config:
     batch: int = option(48, "videos in a batch, each with all its sentences", least=1)
     epochs: int = option(18, "passes over the training videos", least=1)
     milestones: tuple[int, ...] = option((8, 13), "epochs that cut lr to a tenth; none: cosine")
+    # UNSPECIFIED: when to stop early
     patience: int = option(5, "epochs without a better validation result before the run stops")
     stage_steps: int = option(800, "steps of stage 1", least=1, only=STAGED)
     stage_target: str = option("change", "target (staged.py)", staged.TARGETS, only=STAGED)
@@ -103,6 +104,7 @@ class Config:
         return pathlib.Path(self.out or f"runs/{self.dataset}-{self.method}")
 
 
+# UNSPECIFIED: lambda_iou, lambda_cl, epochs, milestones, betas, decay, clipping: MMN's settings
 LAMBDA_IOU = 1.0                            # weight of Eq. 7 (MMN's published settings)
 CLIP_NORM = 5.0                             # largest norm of the gradient (the same)
 ADAMW = dict(betas=(0.9, 0.99), weight_decay=1e-5, fused=True)          # (the same)
@@ -152,6 +154,7 @@ class Model(nn.Module):
         self.sizes = dict(width=width, num_clips=config.num_clips, pool_kernel=pool,
                           pool_stride=pool, pool_counts=config.pool_counts, kernel=config.kernel,
                           layers=config.layers, hidden=config.hidden, joint=config.joint)
+        # UNSPECIFIED: how separated networks of different widths meet: MMN's linear layer
         if not made["resolution"] or made["width"] != width:    # resolution 0: another network
             self.sizes["features"] = made["width"]
         self.text = text                                                # f^q
@@ -185,6 +188,7 @@ def encode_queries(model: Model, batch: data.Batch, config: Config) -> Queries:
     x = x.unflatten(0, (len(tokens), -1))                               # [3 or 1, S, D]
     if not injects:
         return Queries(x[0], None, None, None, None)
+    # UNSPECIFIED: whether x^qs is of the adapted tower (it is), with a gradient (it has one)
     row = staged.QUERIES[config.context_query]          # Table 3; Q^h is in the place of Q^s
     asking = None if row is None else x[row]
     row = staged.QUERIES[config.inject_into]            # suppl. Table 4
@@ -360,6 +364,8 @@ def algorithm_1(config: Config, resume: bool) -> None:
             batch = batch.to(device)
             set_learning_rate(optimiser, config, epoch + step / len(loader))
 
+            # DEVIATION: Eq. 11, one sum and one step; Algorithm 1 first adapts f^q by Eq. 2 and 5,
+            # then encodes Q again and optimises f^g
             losses = terms(model, batch, config)                # Eq. 2, 5, 7, 8
             loss = total_loss(losses, config, epoch)            # Eq. 11
 

@@ -205,6 +205,7 @@ def frames_every(video: VideoFile, first_sec: float, step_sec: float,
 
 def centre_frames(video: VideoFile, count: int) -> Iterator[Tensor]:
     """The frames on screen at the centres of `count` equal parts, see `frames_every`."""
+    # UNSPECIFIED: which frames; MMN averages the features of all frames of a part
     step_sec = video.duration_sec / count
     return frames_every(video, step_sec / 2, step_sec, count)
 

@@ -108,6 +108,7 @@ def triplet_scores(model: clip.CLIP, triplets: list, batch: int = 256) -> dict[s
             frames = torch.cat([pixels(triplet[k]) for triplet in part]).to(device)
             x, _ = model.encode_image(clip.normalise(frames))                       # [batch, D]
             scores.append(F.cosine_similarity(q, x))
+        # UNSPECIFIED: how suppl. Table 1 makes scores of cosines; CLIP's softmax over both images
         logits = model.logit_scale.exp() * torch.stack(scores, 1)                   # [batch, 2]
         right.append(logits.softmax(1)[:, 0].cpu())
     right = torch.cat(right)
@@ -171,6 +172,7 @@ def word_weights(text: clip.TextTower, sentences: list[str], words_of) -> dict[s
                 size = len(clip.encode(word))
                 shares.append((kind, row[place:place + size].sum().item()))
                 place += size
+            # UNSPECIFIED: what suppl. Fig. 1 calls the weight of a word; see above
             total = sum(share for _, share in shares)   # without start and end token
             for kind, share in shares:
                 weights[kind].append(share / total * len(shares))
