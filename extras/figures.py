@@ -1,4 +1,5 @@
-"""The figures of the paper and of docs/results.md: each function draws one into a file."""
+"""The figures of the paper and of docs/results.md: each function draws one into a file. Those that
+docs/reading.ipynb shows are drawn into given axes."""
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,66 @@ def collapse(path, names: list[str], logs: dict[str, list[list[dict]]]) -> None:
              title="vdi: variance over a batch, share of the squared norm")
     right.set(xlabel="epoch (vdi-staged: after stage 1)", title="mean cosine between verbs, x^qd")
     save(figure, path)
+
+
+# ---------------------------------------------------------------------------------- docs/reading.ipynb
+
+def strip(axes, pictures: torch.Tensor, title: str = "") -> None:
+    """Pictures side by side: uint8 [n, 3, h, w], or maps [n, H, W]."""
+    if pictures.ndim == 4:
+        pictures = pictures.permute(0, 2, 3, 1)                         # [n, h, w, 3]
+    axes.imshow(np.hstack(pictures.numpy()), cmap="inferno")
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.axis("off")
+
+
+def chunks(axes, sentences: list[str], spans: list[list[tuple[int, int]]]) -> None:
+    """Sentences with their noun chunks in colour; spans: start and end of each, in characters."""
+    for row, (sentence, places) in enumerate(zip(sentences, spans)):
+        colours = ["black"] * len(sentence)
+        for start, end in places:
+            colours[start:end] = ["C0"] * (end - start)
+        for k, (letter, colour) in enumerate(zip(sentence, colours)):
+            axes.text(k, -row, letter, family="monospace", color=colour)
+    axes.set(xlim=(0, 80), ylim=(-len(sentences), 1))
+    axes.axis("off")
+
+
+def moments(axes, spans_sec: list, names: list[str], duration_sec: float) -> None:
+    """Bars below a film strip, one row for each moment [start, end)."""
+    for k, (start, end) in enumerate(spans_sec):
+        axes.barh(-k, end - start, 0.7, left=start, color=f"C{k}")
+        # beside the bar, on the side that has more room
+        place, side = (end, "left") if end < 0.7 * duration_sec else (start, "right")
+        axes.text(place, -k, f" {names[k]} ", va="center", ha=side, fontsize=9)
+    axes.set(xlim=(0, duration_sec), yticks=[], xlabel="seconds")
+
+
+def matrix(axes, values: torch.Tensor, names: list[str], title: str) -> None:
+    """Cosines between all pairs of `names`, [n, n]."""
+    axes.imshow(values.numpy(), vmin=-0.2, vmax=1, cmap="viridis")
+    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_title(title, fontsize=10)
+
+
+def score_map(axes, values: torch.Tensor, candidates: torch.Tensor, title: str) -> None:
+    """A 2D map [N, N], blank where there is no candidate; its best cell is marked."""
+    shown = values.masked_fill(~candidates, torch.nan)
+    axes.imshow(shown.numpy(), cmap="viridis")
+    first, last = divmod(int(values.masked_fill(~candidates, -torch.inf).argmax()), len(values))
+    axes.plot(last, first, "s", markersize=9, markerfacecolor="none", color="red")
+    axes.set(xlabel="last clip", ylabel="first clip")
+    axes.set_title(title, fontsize=10)
+
+
+def curves(axes, rows: list[dict], names: list[str], title: str, log: bool = False) -> None:
+    """The values of a run's log over its epochs."""
+    for name in names:
+        axes.plot(range(1, len(rows) + 1), [row[name] for row in rows], label=name)
+    axes.set(xlabel="epoch", yscale="log" if log else "linear")
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8)
 
 
 # Fig. 2: name -> its place on a canvas of 112 x 68, its text, and what kind of box it is
