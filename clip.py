@@ -12,9 +12,8 @@ use autocast). The activation is not guessed from a file's name: it is an argume
     x, patches = model.encode_image(clip.preprocess(frames, 224))       # frames: uint8 [T, 3, h, w]
     q = model.encode_text(clip.tokenize("a person opens the door"))
 
-`python -m extras.walk clip IMAGE "the red circle rises" "the red circle falls"` prints the cosines
-of an image with texts, and of the texts with each other: two sentences that differ only in the verb
-have a cosine near 1, which is what the paper sets out to change.
+Two sentences that differ only in the verb have a cosine near 1, which is what the paper sets out to
+change: docs/reading.ipynb shows it.
 
 Shapes: B images or sentences, L words (77 at most), C width of a tower, D width of the joint space,
 D' channels of the patch features, H x W patch grid, R input resolution.
@@ -505,20 +504,21 @@ def prepared(state: dict[str, Tensor], activation: type[nn.Module] | None
     state = {key: value for key, value in state.items() if key not in NOT_WEIGHTS}
     if activation is None:
         activation = nn.GELU if "transformer.gelu" in state else QuickGELU
-    towers = {"transformer": ("token_embedding.weight", 1),
-              "visual.transformer": ("visual.conv1.weight", 0)}         # width: in which dimension
-    for tower, (key, dimension) in towers.items():
+    widths = {}
+    if "token_embedding.weight" in state:
+        widths["transformer"] = state["token_embedding.weight"].shape[1]
+    is_resnet = "visual.layer1.0.conv1.weight" in state         # which has no transformer
+    if "visual.conv1.weight" in state and not is_resnet:
+        widths["visual.transformer"] = len(state["visual.conv1.weight"])
+    heads = {tower: heads_of(state, tower, width) for tower, width in widths.items()}
+    for tower in ("transformer", "visual.transformer"):
+        state.pop(f"{tower}.heads", None)
         state.pop(f"{tower}.gelu", None)
-        if key not in state or "visual.layer1.0.conv1.weight" in state and tower[:6] == "visual":
-            state.pop(f"{tower}.heads", None)           # a ResNet's attention pool has its own
-            continue
+    for tower, width in widths.items():
+        if heads[tower] != width // 64:
+            state[f"{tower}.heads"] = torch.tensor(heads[tower])
         if activation is nn.GELU:
             state[f"{tower}.gelu"] = torch.tensor(True)
-        width = state[key].shape[dimension]
-        heads = heads_of(state, tower, width)
-        state.pop(f"{tower}.heads", None)
-        if heads != width // 64:
-            state[f"{tower}.heads"] = torch.tensor(heads)
     return state, activation
 
 

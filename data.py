@@ -336,22 +336,17 @@ def store_folder(dataset: str, clip_name: str, root: str | os.PathLike,
 
     digest    SHA-256 of the CLIP (default: that of its file, if it is there)"""
     folder = pathlib.Path(root) / dataset.removesuffix("-cg") / "features"
-    if not clip_name.endswith((".pt", ".pth", ".bin", ".safetensors")) \
-            and not os.path.isdir(clip_name):           # a name, not weights
+    is_file = clip_name.endswith((".pt", ".pth", ".bin", ".safetensors"))
+    if not is_file and not os.path.isdir(clip_name):    # the name of a CLIP
         return folder / clip_name.replace("/", "-").replace("@", "-")
     name = pathlib.Path(clip_name).stem
     if not digest and os.path.exists(clip_name):
         digest = clip.sha256(clip_name)
-    # two files may have one name, such as pytorch_model.bin
-    own = folder / f"{name}-{digest[:8]}"
-    older = folder / name                               # what an earlier version called it
-    for path in sorted(older.glob("manifest*.json"))[:1]:
-        if not digest or read_manifest(path).get("sha256") == digest:
-            return older
-    if not digest:                                      # the weights are elsewhere: the only one
-        for path in sorted(folder.glob(f"{name}-????????"))[:1]:
-            return path
-    return own
+    # an earlier version had the name alone, but two files may both be called pytorch_model.bin
+    for path in sorted(folder.glob(f"{name}/manifest.json")):
+        if digest in ("", read_manifest(path).get("sha256")):
+            return path.parent
+    return folder / f"{name}-{digest[:8]}"
 
 
 def open_store(dataset: str, clip_name: str, root: str | os.PathLike,
@@ -619,14 +614,13 @@ class Videos(Dataset):
 
 
 def digest_of(videos: dict[str, Videos]) -> str:
-    """A fingerprint of the sentences and features of some splits: a run cannot go on with others.
-    """
+    """A fingerprint of the sentences and features of a run, which cannot go on with others."""
     content = []
     for split, part in videos.items():
         manifest = part.store.manifest
         content.append([split, part.samples, manifest["sha256"],
                         [manifest["videos"][name] for name in part.videos]])
-    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def training_videos(config, store: FeatureStore, tokenize) -> tuple[dict[str, Videos], str]:

@@ -11,7 +11,7 @@ the sentence (fitted on the training split). If the dataset knows all its events
 says how often the answer lies in an event of the right actor, and of the right verb.
 
 Inference needs the text tower and the retriever only; no injection module is loaded or needed.
-`python -m extras.walk evaluate` computes IoU, NMS and R@5 of three moments by hand.
+docs/reading.ipynb computes IoU, NMS and R@5 of three moments by hand.
 
 A hit is IoU >= mu. R@1 uses the best cell, R@5 the five best after greedy NMS (moments with
 IoU > 0.5 are dropped). Shapes: S sentences, K retrieved moments, N clips, P candidate moments.
@@ -48,8 +48,9 @@ def recall(predicted: Tensor, truth: Tensor, ks: tuple[int, ...] = (1, 5),
     predicted  [S, K, 2] seconds, best first; K may be less than k
     truth      [S, 2] seconds, or [S, M, 2] if a sentence has several: the best one counts
     """
-    windows = truth.view(len(truth), 1, -1, 2)                          # [S, 1, M, 2]
-    iou = mmn.interval_iou(predicted[:, :, None], windows).amax(2)      # [S, K]
+    if truth.ndim == 2:
+        truth = truth[:, None]                                          # [S, 1, 2]
+    iou = mmn.interval_iou(predicted[:, :, None], truth[:, None]).amax(2)       # [S, K]
     # DEVIATION: an IoU of exactly mu is a hit, as in MMN's code; the paper says "larger than mu"
     result = {}
     for k in ks:

@@ -7,7 +7,7 @@ dynamic query Q^d, the sentence without its noun chunks:
     spatial dynamic  (Eq. 3-5)   two sentences should be as similar as the motion in their videos
 
 This file is the paper as printed; staged.py is our variant that cannot collapse. Nothing here is
-needed, or loaded, at inference. `python -m extras.walk inject` walks two videos through Eq. 1-5.
+needed, or loaded, at inference. docs/reading.ipynb walks a video through Eq. 1-5, with pictures.
 
 Shapes: B videos, S sentences in the batch, T frames (in Eq. 3-5 those with patches), D width of
 CLIP's joint space, D' channels of the patch features, H x W patch grid. `video_of` [S] is the video

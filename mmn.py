@@ -8,7 +8,7 @@ moments and other sentences (Eq. 8, 9). The product of their scores is the answe
 MMN is the Mutual Matching Network of "Negative Sample Matters" (AAAI 2022). As in the paper, its
 linear layer before the pooling is left out, so that the map holds CLIP's features as they are; only
 the frames of another network need it.
-`python -m extras.walk mmn` shows a small map and how Eq. (10) reads the answers off it.
+docs/reading.ipynb draws the maps of a video and shows how Eq. (10) reads the answer off them.
 
 Shapes: B videos, S sentences in the batch, T frames, N clips, P candidate moments, D width of
 CLIP's joint space, C width of the convolutions, J joint space of the two heads. Intervals are
@@ -133,10 +133,10 @@ class MomentMap(nn.Module):
         ValueError for a number of frames that does not pool to N clips."""
         x = self.project(frames).transpose(1, 2)                        # [B, D, T]
         x = F.avg_pool1d(x, self.pool_kernel, self.pool_stride)         # [B, D, N]
-        # UNSPECIFIED: the feature of a segment; the maximum over its clips, as in MMN's code
         if x.shape[2] != self.num_clips:
             raise ValueError(f"{frames.shape[1]} frames pool to {x.shape[2]} clips, but this model "
                              f"has {self.num_clips}; sample as many frames as in training")
+        # UNSPECIFIED: the feature of a segment; the maximum over its clips, as in MMN's code
         diagonals = [x]
         for level, count in enumerate(self.pool_counts):
             for step in range(count):

@@ -30,7 +30,6 @@ from torch import Tensor
 import clip
 from data import VideoError
 from support import ffmpeg
-from support.errors import Mistake
 from support.text import printable
 
 VIDEOS = {".mp4", ".mkv", ".avi", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp",

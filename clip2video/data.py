@@ -281,6 +281,7 @@ def prepare(config: Config, annotations: str, videos: str, gelu: bool = False) -
         raise Mistake(f"the small CLIP of {config.clip} does not exist; make it with: python "
                       f"shapes.py")
     model = clip.load(path, parallel.pick_device(config.device), nn.GELU if gelu else None)
+    model.tokenize("")                          # a Mistake if it has another tokenizer
     store = open_store(config, model)
     paths, failed = {}, {}                      # video -> its file; video -> reason
     for name in sorted(set().union(*splits.values())):  # test and test1k5 share videos

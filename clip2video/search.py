@@ -50,8 +50,8 @@ class Ranker:
     def __init__(self, folder: str | pathlib.Path, device: torch.device | str = "cpu",
                  root: str | None = None):
         index = Index(folder, part="clip2video")
-        checkpoint = index.made["checkpoint"]
-        if not pathlib.Path(checkpoint).exists() or files.sha256(checkpoint) != index.made["sha256"]:
+        checkpoint = pathlib.Path(index.made["checkpoint"])
+        if not checkpoint.exists() or files.sha256(checkpoint) != index.made["sha256"]:
             raise Mistake(f"the checkpoint of this index was removed or changed: {checkpoint}; "
                           f"pass its new path: {index.command} CKPT DIR --out {folder}")
         self.names, self.device = list(index.entries), torch.device(device)

@@ -1,6 +1,5 @@
 """Beside the paper: everything that neither training nor evaluation needs. `python -m extras.NAME`.
 
-    walk          the equations on a small example
     prepare       annotations and features of a dataset (the command of data.py)
     features      features of many videos: extracted, or made elsewhere
     qvhighlights  scores of any system's predictions (evaluate.py --truth)

@@ -12,7 +12,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import math
 import os
 import pathlib
 import time
@@ -294,9 +293,10 @@ def adopt_features(store: FeatureStore, paths: dict[str, pathlib.Path | Entry], 
             else:
                 # the rows at the centres of T equal parts, which is how `extract` samples a video
                 x = x[frame_centres(len(x), T).astype(int)]             # [T, D]
-            largest = np.abs(x).max()
-            if 0 < largest < 1e-3 or largest > 1e4:     # float16 would lose them
-                x = x / largest
+            # rows that float16 would lose; their direction is what counts (data.Videos)
+            largest = np.abs(x).max(1, keepdims=True)                   # [T, 1]
+            is_lost = (0 < largest) & (largest < 1e-3) | (largest > 1e4)
+            x = x / np.where(is_lost, largest, 1)                       # [T, D]
             store.write(name, torch.from_numpy(x.astype(np.float16)), None, durations_sec[name])
         except VideoError as error:
             failed[name] = str(error)

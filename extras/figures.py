@@ -61,7 +61,7 @@ def collapse(path, names: list[str], logs: dict[str, list[list[dict]]]) -> None:
     save(figure, path)
 
 
-# ---------------------------------------------------------------------------------- docs/reading.ipynb
+# ------------------------------------------------------------------------------ docs/reading.ipynb
 
 def strip(axes, pictures: torch.Tensor, title: str = "") -> None:
     """Pictures side by side: uint8 [n, 3, h, w], or maps [n, H, W]."""

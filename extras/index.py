@@ -79,7 +79,8 @@ class Index:
                           f"{folder}")
 
     def read_table(self) -> None:
-        """Mistake if it is damaged, or if the index was made with something else."""
+        """Reads the table. Mistake if it is damaged, or if the index was made with another
+        checkpoint or setting than `made`."""
         self.version = state_of(self.table)                     # before it is read
         try:
             content = json.loads(self.table.read_text(encoding="utf-8"))
@@ -88,7 +89,7 @@ class Index:
             self.entries = {name: Entry(**about) for name, about in content["videos"].items()}
             for entry in self.entries.values():
                 check_entry(entry)
-            if not {"kind", "checkpoint", "sha256"} <= made.keys():
+            if not all(isinstance(made[name], str) for name in ("kind", "checkpoint", "sha256")):
                 raise ValueError("it does not say what made it")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Mistake(f"{self.table} is damaged or of an earlier version ({error}); remove "
@@ -105,6 +106,7 @@ class Index:
         return self.table.exists() and state_of(self.table) != self.version
 
     def save(self) -> None:
+        """Replaces the table."""
         videos = {name: entry._asdict() for name, entry in self.entries.items()}
         files.save(self.table, json.dumps({"made": self.made, "folder": str(self.videos_folder),
                                            "videos": videos}, indent=1))
@@ -239,7 +241,8 @@ def check_entry(entry: Entry) -> None:
 def only_update(folder: pathlib.Path) -> Iterator[None]:
     """Waits until no other process updates the index in this folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")          # the system opens it if a process dies
+    # the operating system releases the lock of a process that was killed
+    lock = filelock.FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:

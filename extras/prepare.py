@@ -239,7 +239,7 @@ def make_features(dataset: str, samples: dict[str, list[Sample]], given: argpars
     else:
         device = parallel.pick_device(given.device)
         model = clip.load(weights(given), device, nn.GELU if given.gelu else None)
-        model.tokenize("")                              # a Mistake for another tokenizer's
+        model.tokenize("")                              # a Mistake if it has another tokenizer
         precision = "fp16" if device.type == "cuda" else "float32"
         # DEVIATION: Eq. 3-4 see at most 32 of ActivityNet's 256 frames, which saves 112 GB of disk
         patches, how = min(T, 32), precision

@@ -183,16 +183,27 @@ def jpeg(path: str | os.PathLike, time_sec: float, side: int = 160) -> bytes:
     """The frame on screen at an instant, its short side `side` pixels, as a JPEG file. VideoError
     if it cannot be read."""
     size = f"scale='if(gt(iw,ih),-2,{side})':'if(gt(iw,ih),{side},-2)'"
-    run = ffmpeg.Ffmpeg(["-v", "error"] + reading_from(path, time_sec) + [
-        "-an", "-sn", "-dn", "-frames:v", "1", "-vf", size, "-f", "image2pipe",
+    content, reason = first_picture(reading_from(path, time_sec), size)
+    if not content:
+        # no picture begins after it, as at the end of slides: decoded from the start, and the last
+        # picture stands
+        standing = f"fps=10,tpad=stop=-1:stop_mode=clone,trim=start={time_sec:.3f}"
+        filters = f"{standing},{video.inspect(path).filters},{size}"
+        content, reason = first_picture(ffmpeg.reading(path), filters)
+    if not content:
+        raise video.VideoError(f"{path} has no picture at {time_sec:.1f} s: {reason}")
+    return content
+
+
+def first_picture(opening: list[str], filters: str) -> tuple[bytes, str]:
+    """The first frame that the filters give, as a JPEG file; if there is none, the reason."""
+    run = ffmpeg.Ffmpeg(["-v", "error"] + opening + [
+        "-an", "-sn", "-dn", "-frames:v", "1", "-vf", filters, "-f", "image2pipe",
         "-c:v", "mjpeg", "-"])
     try:
-        content = run.read_all()
+        return run.read_all(), run.reason()
     finally:
         run.close()
-    if not content:
-        raise video.VideoError(f"{path} has no picture at {time_sec:.1f} s: {run.reason()}")
-    return content
 
 
 def address_of(path: pathlib.Path, out: str | os.PathLike) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from support.errors import Missing, Mistake, reason
+from support.text import printable
 
 # how a file of torch.save begins that was written before 1.6
 LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, 2)

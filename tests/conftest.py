@@ -33,7 +33,7 @@ def pytest_addoption(parser):
                           "the CPU (default: a simulated one)")
 
 
-INSIDE = ("evaluate.py", "retrieve.py", "-m extras.walk", "-m extras.index", "-m extras.search",
+INSIDE = ("evaluate.py", "retrieve.py", "-m extras.index", "-m extras.search",
           "-m clip2video evaluate", "-m clip2video index", "-m clip2video search")
 
 

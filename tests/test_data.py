@@ -521,7 +521,8 @@ def test_precomputed_features(tmp_path):
         assert np.array_equal(store.read(name, "frames"), x[[1, 3, 6, 8]])
     for name, reason in dict(wide="width 4, but this CLIP's width is 2", flat=r"float32 \[10\]",
                              text="text", empty=r"\[0, 2\]", nan="finite", objects="Python objects",
-                             other=r"several arrays.*one \[10, 2\], two \[3, 2\]", none="no feature file is named none").items():
+                             other=r"several arrays.*one \[10, 2\], two \[3, 2\]",
+                             none="no feature file is named none").items():
         assert re.search(reason, failed[name]), failed[name]
     with pytest.raises(Mistake, match="no patches, which the spatial dynamics .* --method mmn"):
         data.Videos([data.Sample("a", "q", 0, 1, 20.0)], store, 2,
@@ -529,11 +530,11 @@ def test_precomputed_features(tmp_path):
 
 
 def test_features_that_float16_would_lose(tmp_path):
-    """Tiny ones are scaled before they are rounded; zeros are refused."""
+    """Rows that are tiny or huge are scaled before they are rounded; zeros are refused."""
     (tmp_path / "v").mkdir()
     x = np.random.default_rng(0).normal(size=(4, 2))
     np.save(tmp_path / "v" / "tiny.npy", x * 1e-9)
-    np.save(tmp_path / "v" / "huge.npy", x * 1e9)
+    np.save(tmp_path / "v" / "huge.npy", x * [[1e9], [1], [1e-9], [1]])
     np.save(tmp_path / "v" / "zero.npy", x * 0)
     store = data.FeatureStore(tmp_path / "f", MADE | {"width": 2, "patch_frames": 0})
     paths = files.find_files(tmp_path / "v", features.FEATURES)
@@ -568,8 +569,9 @@ def test_other_forms_of_hdf5(tmp_path, packed):
 
 def own(path, *rows):
     """An annotation file of rows (video, moments, duration); returns its path."""
-    lines = [json.dumps({"vid": name, "query": f"q{i}", "relevant_windows": moments, "duration": sec,
-                         "qid": f"x{i}"}) for i, (name, moments, sec) in enumerate(rows)]
+    lines = [json.dumps({"qid": f"x{i}", "vid": name, "query": f"q{i}", "duration": sec,
+                         "relevant_windows": moments})
+             for i, (name, moments, sec) in enumerate(rows)]
     path.write_text("\ufeff" + "\n".join(lines), encoding="utf-8")       # as Windows' editor
     return path
 
@@ -631,6 +633,12 @@ def test_names_in_another_form_and_with_an_ending(tmp_path):
     path = own(tmp_path / "a.jsonl", ("cafe\u0301.mp4", [[0, 1]], 9.0))
     prepare.adopt("mine", "train", path, {}, tmp_path, {"caf\u00e9": tmp_path / "caf\u00e9.npy"})
     assert data.read_annotations("mine", "train", tmp_path)[0].video == "caf\u00e9"
+
+
+def test_a_closed_folder_is_noted(tmp_path, capsys):
+    """Here one that vanishes while its parent is listed: nothing is closed to root."""
+    assert files.files_below(tmp_path / "gone") == []
+    assert re.match("note: .*gone cannot be read: ", capsys.readouterr().err)
 
 
 def test_splits_that_share_videos(tmp_path, capsys):

@@ -156,7 +156,7 @@ def test_an_update_of_real_videos(retriever, checkpoint, folder, videos, tmp_pat
         assert [hit.video for hit in hits] == [name for name, _ in expected]
 
 
-# ------------------------------------------------------------------------- updates of small "videos"
+# ----------------------------------------------------------------------- updates of small "videos"
 
 def encode(path):
     """The content of a file as its only row, which tells whose rows they are."""

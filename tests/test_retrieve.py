@@ -8,7 +8,6 @@ import subprocess
 import time
 import urllib.request
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -199,6 +198,8 @@ def test_clips_overwrite_nothing_and_keep_the_duration(videos, tmp_path):
     with pytest.raises(Mistake, match="choose another folder"):
         show.write_clips(tmp_path / "clips", encoded, answers)
     assert out.read_bytes() == before
+    # a thumbnail of an instant after which no picture begins
+    assert all(show.jpeg(path, time_sec)[:2] == b"\xff\xd8" for time_sec in (1.0, 39.9))
     # padding ends with the video
     out, = show.write_clips(tmp_path / "clips", encoded, answers, padding_sec=4)
     assert out.name.endswith("-0m00.0s-0m16.0s.mp4")

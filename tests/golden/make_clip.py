@@ -33,7 +33,8 @@ STRINGS = ["", "a person opens the door", "A PERSON'S  dog isn't\there!",
            "&#39;quoted&#39;"]
 VIT = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2,
            projection_dim=64)
-# one block of a tower as in ViT-H/14: 16 heads that are not 64 wide, and GELU; text width 1280 has 20
+# one block of a tower as in ViT-H/14: 16 heads that are not 64 wide, and GELU; the text tower's 20
+# heads are 64 wide
 WIDE_IMAGE = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=1,
                   num_attention_heads=16, hidden_act="gelu", image_size=32, patch_size=16)
 WIDE_TEXT = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=1,
