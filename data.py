@@ -346,6 +346,9 @@ def store_folder(dataset: str, clip_name: str, root: str | os.PathLike,
     for path in sorted(folder.glob(f"{name}/manifest.json")):
         if digest in ("", read_manifest(path).get("sha256")):
             return path.parent
+    made = sorted(folder.glob(f"{name}-????????"))
+    if not digest and len(made) == 1:                   # the weights are on another machine
+        return made[0]
     return folder / f"{name}-{digest[:8]}"
 
 

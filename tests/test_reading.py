@@ -26,7 +26,7 @@ def test_the_notebook_is_short_and_has_every_equation():
     for cell in notebook.cells:
         if cell.cell_type == "code":
             assert len(cell.source.splitlines()) <= 15, cell.source
-            assert cell.outputs or "figure" not in cell.source
+            assert cell.outputs or "plt.subplots" not in cell.source
             assert all(output.output_type != "error" for output in cell.outputs)
 
 
