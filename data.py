@@ -80,7 +80,8 @@ FILES = {
 SHARED_SPLITS = ("novel-word", "novel-composition", "trivial", "train-cg")
 LEAKING = {"charades": SHARED_SPLITS, "activitynet": SHARED_SPLITS}
 CSV = ("Charades_v1_train.csv", "Charades_v1_test.csv")                 # durations of Charades
-OWN_SPLITS = ("train", "val", "val-novel-word", "test", "novel-word", "novel-composition")
+OWN_SPLITS = ("train", "val", "val-novel-word", "test", "novel-word", "novel-composition",
+              "coupled-novel-word")
 
 
 def annotation_file(dataset: str, split: str, root: str | os.PathLike) -> pathlib.Path:

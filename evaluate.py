@@ -77,8 +77,10 @@ def best_prior(iou: Tensor) -> int:
 
 @torch.no_grad()
 def predict(tower: clip.TextTower, retriever: mmn.MomentMap, videos: data.Videos, batch: int,
-            device: torch.device | str, query: str = "full", top_k: int = 5) -> Tensor:
-    """Moments of all sentences, in the order of `videos.samples`: [S, top_k, 3], see mmn.decode."""
+            device: torch.device | str, query: str = "full", top_k: int = 5,
+            frozen: clip.TextTower | None = None, weight: float = 0.0) -> Tensor:
+    """Moments of all sentences, in the order of `videos.samples`: [S, top_k, 3], see mmn.decode.
+    frozen: CLIP's own text tower, to fuse with its scores at this weight."""
     was_training = retriever.training
     tower.eval()                                # BatchNorm uses its running statistics
     retriever.eval()
@@ -90,6 +92,12 @@ def predict(tower: clip.TextTower, retriever: mmn.MomentMap, videos: data.Videos
         if not torch.isfinite(scores).all():
             raise Mistake(f"scores are not finite for a video among {', '.join(b.videos[:5])} ...; "
                           f"check the features with: python data.py check")
+        if frozen is not None:
+            x = F.normalize(frozen.encode_text(b.tokens[QUERIES[query]]), dim=1)
+            similarity = torch.einsum("sd,std->st", x, b.frames[b.video_of])    # [S, T]
+            alone = mmn.contrast_map(similarity, retriever.num_clips)           # [S, N, N]
+            scores = retriever.to_map(mmn.fuse_with_clip(
+                retriever.at_candidates(scores), retriever.at_candidates(alone), weight))
         result.append(mmn.decode(scores, b.durations_sec, top_k,
                                  candidates=retriever.candidates).cpu())
     tower.train(was_training)
@@ -106,6 +114,7 @@ class Run:
     text: clip.TextTower                                        # f^q
     retriever: mmn.MomentMap                                    # f^g
     checkpoint: dict                                            # everything else that was saved
+    frozen: clip.TextTower | None = None                        # to be fused with: `add_clip`
 
 
 def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
@@ -136,6 +145,39 @@ def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
         raise Mistake(f"{path} is not a checkpoint of train.py: {reason(error)}") from error
     rest = {key: value for key, value in saved.items() if key not in ("retriever", "text")}
     return Run(config, tower.to(device), cropped.speed_up(retriever).to(device), rest)
+
+
+WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0)        # of CLIP alone, from which validation chooses
+
+
+def can_add_clip(run: Run) -> bool:
+    """Are the frames and the tokens those of one CLIP?"""
+    own_tower = run.config.get("text_clip", "") in ("", "shuffled", run.config["clip"])
+    return own_tower and bool(run.checkpoint["features"]["resolution"])
+
+
+def add_clip(run: Run, root: str | None, device: torch.device | str) -> None:
+    """Gives `run` the text tower of its CLIP as it was before training. Mistake if it has none."""
+    if not can_add_clip(run):
+        raise Mistake("CLIP alone can be fused only with a retriever of CLIP's own frames and text")
+    path = data.clip_file(run.config["clip"], root or run.config["root"])
+    if clip.sha256(path) != run.checkpoint["clip_sha256"]:
+        raise Mistake(f"{path} is not the CLIP that this checkpoint was trained with")
+    activation = clip.activation_of(run.checkpoint["features"])
+    run.frozen = clip.load_text(path, activation=activation).to(device)
+
+
+def choose_weight(run: Run, split: str, device: torch.device | str) -> float:
+    """The weight of CLIP alone with the highest R@1 0.5 + R@1 0.7 on a validation split."""
+    add_clip(run, None, device)
+    reached = {}
+    for weight in WEIGHTS:
+        run.checkpoint["clip_weight"] = weight
+        [(_, videos, predicted)] = answers(run, [split], device=device, allow_missing=True)
+        metrics = recall(predicted[..., :2], videos.windows_sec)
+        reached[weight] = metrics["R@1,IoU=0.5"] + metrics["R@1,IoU=0.7"]
+    run.frozen = None
+    return max(reached, key=reached.get)
 
 
 def answers(run: Run, splits: list[str] | None = None, query: str = "full",
@@ -178,7 +220,8 @@ def answers(run: Run, splits: list[str] | None = None, query: str = "full",
                           f"{split} have no features (see {store.folder / 'failed.txt'}); "
                           f"--allow-missing skips their {videos.lost} sentences")
         yield split, videos, predict(run.text, run.retriever, videos, config["batch"], device,
-                                     query, top_k)
+                                     query, top_k, run.frozen,
+                                     run.checkpoint.get("clip_weight", 0.0))
 
 
 def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
@@ -276,6 +319,8 @@ def parse_arguments():
         help="QVHighlights' form: written with a checkpoint and one --split, scored with --truth")
     add("--truth", metavar="FILE", help="jsonl in QVHighlights' form, or published annotations")
     add("--split", action="append", help="may be repeated (default: all but train)")
+    add("--fuse-clip", action="store_true",
+        help="add the scores of CLIP alone, at the weight that validation chose in training")
     add("--query", choices=QUERIES, default="full", help="what to retrieve by (Fig. 3)")
     add("--root", help="folder of datasets (default: the one used in training)")
     add("--device", **options.DEVICE)
@@ -299,6 +344,8 @@ def evaluate_all(given) -> None:
     methods = set()
     for path in paths:
         run = load(path, device)
+        if given.fuse_clip:
+            add_clip(run, given.root, device)
         results = evaluate(run, given.split, given.query, given.root, device, given.allow_missing,
                            given.predictions)
         all_results.append(results)

@@ -80,52 +80,19 @@ class Encoded(NamedTuple):
 
 # --------------------------------------------------------------------------------- without training
 
-POWER = 0.5             # exponent of the moment's size, see `contrast`
-
-
-def contrast(total: Tensor, inside: Tensor, length: Tensor, count: Tensor | int,
-             power: float = POWER) -> Tensor:
-    """How much better the frames of a moment fit than all others of the video.
-
-        phi   = mean of s_t inside - mean of s_t outside,     s_t = cos(x_t, x^q)
-        score = phi * (n_in n_out / n) ^ power
-
-    phi (power 0) is what published methods without training score a moment by (TFVTG, ECCV 2024;
-    TAG, 2025). With power 1/2 it is the scan statistic for a change of mean: phi in units of its
-    standard error, which stops a single odd frame from winning.
-
-    total [S, 1...], inside [S, ...] sums of s_t over all frames and over the moment's; length [...]
-    its frames, of `count`. Returns [S, ...]; -inf for moments of no frame or of all frames."""
-    outside = count - length                                            # frames outside
-    # subtle: clamped, so that moments without an inside or outside do not divide by 0
-    mean_inside = inside / length.clamp(min=1)                          # [S, ...]
-    mean_outside = (total - inside) / outside.clamp(min=1)              # [S, ...]
-    score = (mean_inside - mean_outside) * (length * outside / count).clamp(min=0) ** power
-    return score.masked_fill((length < 1) | (outside < 1), float("-inf"))
-
-
-def zero_shot_scores(frames: Tensor, text: Tensor, num_clips: int, power: float = POWER) -> Tensor:
-    """`contrast` of every cell of the 2D map with frozen CLIP features, by cumulative sums.
+def zero_shot_scores(frames: Tensor, text: Tensor, num_clips: int,
+                     power: float = mmn.POWER) -> Tensor:
+    """`mmn.contrast_map` of a video with frozen CLIP features.
 
     frames   [T, D] unit vectors at the centres of T equal parts of the video, T >= N
     text     [S, D] unit vectors
     returns  [S, N, N]; -inf below the diagonal and for the whole video, which has no outside
     """
-    T = len(frames)
-    if T < num_clips:
-        raise ValueError(f"{T} frames cannot be divided into {num_clips} clips")
-    # float64, because differences of long sums lose digits; on the CPU, because mps lacks it
-    similarity = text.cpu().double() @ frames.cpu().double().T                  # [S, T]
-    sums = F.pad(similarity.cumsum(1), (1, 0))                                  # [S, T + 1]
-    edges = (torch.arange(num_clips + 1) * T / num_clips).round().long()        # [N + 1]
-    length = edges[None, 1:] - edges[:-1, None]                                 # [N, N]
-    inside = sums[:, None, edges[1:]] - sums[:, edges[:-1], None]               # [S, N, N]
-    scores = contrast(sums[:, -1, None, None], inside, length, T, power)        # [S, N, N]
-    return scores.to(frames.dtype).to(frames.device)
+    return mmn.contrast_map(text @ frames.T, num_clips, power)
 
 
 def search_intervals(similarity: Tensor, shortest: int, longest: Tensor | int, top_k: int = 1,
-                     counts: Tensor | None = None, power: float = POWER,
+                     counts: Tensor | None = None, power: float = mmn.POWER,
                      block: int = 1 << 22) -> Tensor:
     """The best moments among all intervals of `shortest` to `longest` frames, by greedy NMS: exact,
     and in bounded memory for videos of any length.
@@ -154,7 +121,7 @@ def search_intervals(similarity: Tensor, shortest: int, longest: Tensor | int, t
             start = torch.arange(first, min(first + step, n))[:, None]          # [B, 1]
             end = start + length                                                # [B, L]
             inside = sums[:, end.clamp(max=n)] - sums[:, start]                 # [S, B, L]
-            score = contrast(total, inside, length, counts, power)
+            score = mmn.contrast(total, inside, length, counts, power)
             # subtle: intervals that run past the end have clamped, meaningless sums; drop them
             score = score.masked_fill((end > counts) | (length > longest), float("-inf"))
             spans = torch.stack([start.expand_as(end), end], -1).double()       # [B, L, 2]
@@ -169,7 +136,7 @@ def search_intervals(similarity: Tensor, shortest: int, longest: Tensor | int, t
     return result
 
 
-def best_at(similarity: Tensor, shortest: int, longest: int, power: float = POWER) -> Tensor:
+def best_at(similarity: Tensor, shortest: int, longest: int, power: float = mmn.POWER) -> Tensor:
     """The best score of an interval of `shortest` to `longest` frames that contains each frame.
     similarity [S, F]; returns [S, F]."""
     S, n = similarity.shape
@@ -182,7 +149,7 @@ def best_at(similarity: Tensor, shortest: int, longest: int, power: float = POWE
         best = torch.maximum(best[:, 1:], best[:, :-1])                 # [S, F - length + 1]
         if length >= shortest:
             inside = sums[:, length:] - sums[:, :-length]               # [S, F - length + 1]
-            score = contrast(sums[:, -1:], inside, torch.tensor(length), n, power)
+            score = mmn.contrast(sums[:, -1:], inside, torch.tensor(length), n, power)
             best = torch.maximum(best, score)
     return best
 
@@ -387,11 +354,13 @@ class Retriever:
 
     clip_file  the weights of its CLIP, if they are not found by name
     cache      folder for the features of videos; None: no cache
+    fuse_clip  add the scores of CLIP alone (mmn.fuse_with_clip)
     """
 
     def __init__(self, checkpoint: str | os.PathLike, device: str = "auto",
-                 clip_file: str | None = None, cache: str | os.PathLike | None = CACHE):
-        self.kind, self.cache = "checkpoint", cache
+                 clip_file: str | None = None, cache: str | os.PathLike | None = CACHE,
+                 fuse_clip: bool = False):
+        self.kind, self.cache, self.fuse_clip = "checkpoint", cache, fuse_clip
         self.device = parallel.pick_device(device)
         self.run = evaluate.load(checkpoint, self.device)
         self.made = self.run.checkpoint["features"]
@@ -403,6 +372,9 @@ class Retriever:
         self.clip_file = clip_file
         self.image_tower = None                             # see load_image_tower
         self.generic = generic_sentences(self.run.config["dataset"])
+        if fuse_clip and not (evaluate.can_add_clip(self.run)
+                              and "clip_weight" in self.run.checkpoint):
+            raise Mistake(f"{checkpoint} has no weight for CLIP alone; omit --fuse-clip")
 
     def load_image_tower(self) -> clip.CLIP:
         """The checkpoint's CLIP, loaded when first needed. Mistake for missing or other weights."""
@@ -489,7 +461,11 @@ class Retriever:
         """The spans of all moments [W * P, 2] in seconds and their scores [S, W * P]."""
         model = self.run.retriever
         text = self.text(sentences)                                     # [S, D]
-        all_spans, all_scores = [], []
+        if self.fuse_clip:
+            original = self.load_image_tower()
+            tokens = checked_tokens(sentences, original.tokenize).to(self.device)
+            untrained = F.normalize(original.encode_text(tokens), dim=1)        # [S, D]
+        all_spans, all_scores, all_alone = [], [], []
         for frames, spans in self.windows(encoded):                     # [w, T, D], [w, P, 2]
             # pair every sentence with every window
             pairs = text.repeat_interleave(len(frames), 0)              # [S * w, D]
@@ -498,7 +474,16 @@ class Retriever:
             scores = model.at_candidates(scores).view(len(text), -1)    # [S, w * P]
             all_spans.append(spans.flatten(0, 1))
             all_scores.append(scores.cpu())
-        return torch.cat(all_spans), torch.cat(all_scores, 1)
+            if self.fuse_clip:
+                similarity = torch.einsum("sd,wtd->swt", untrained, frames)     # [S, w, T]
+                alone = mmn.contrast_map(similarity.flatten(0, 1), self.N)      # [S * w, N, N]
+                alone = model.at_candidates(alone).view(len(text), -1)          # [S, w * P]
+                all_alone.append(alone.cpu())
+        scores = torch.cat(all_scores, 1)                               # [S, W * P]
+        if self.fuse_clip:
+            weight = self.run.checkpoint["clip_weight"]
+            scores = mmn.fuse_with_clip(scores, torch.cat(all_alone, 1), weight)
+        return torch.cat(all_spans), scores
 
     def predict(self, encoded: Encoded, sentences: str | list[str],
                 top_k: int = 5) -> list[Moment] | list[list[Moment]]:
@@ -525,7 +510,8 @@ class Retriever:
         spans, scores = self.scores(encoded, sentences)                 # [W * P, 2], [S, W * P]
         at_sec = (torch.arange(len(encoded.frames)) + 0.5) * encoded.each_sec       # [F]
         inside = (spans[:, :1] <= at_sec) & (at_sec < spans[:, 1:])     # [W * P, F]
-        return torch.stack([torch.where(inside, row[:, None], 0).amax(0) for row in scores])
+        return torch.stack([torch.where(inside, row[:, None], row.min()).amax(0)
+                            for row in scores])
 
 
 def greedy_nms(spans: Tensor, scores: Tensor, top_k: int, video_of: list | None = None,
@@ -563,10 +549,13 @@ def add_options(arguments) -> None:
     add("--gelu", action="store_true", help="the weights were trained with GELU, as LAION's are")
 
 
-def retriever_of(given, checkpoint: str | None, cache: str | None) -> Retriever | ZeroShot:
+def retriever_of(given, checkpoint: str | None, cache: str | None,
+                 fuse_clip: bool = False) -> Retriever | ZeroShot:
     """The retriever that the options name."""
     if checkpoint:
-        return Retriever(checkpoint, given.device, given.clip, cache)
+        return Retriever(checkpoint, given.device, given.clip, cache, fuse_clip)
+    if fuse_clip:
+        raise Mistake("--fuse-clip adds CLIP to a checkpoint; without one, CLIP is alone already")
     return ZeroShot(given.clip or "ViT-B/32", given.device, given.rate, given.shortest,
                     given.longest, cache=cache, gelu=given.gelu)
 
@@ -580,6 +569,7 @@ def main() -> None:
     add("inputs", nargs="+", metavar="INPUT",
         help="a checkpoint (or none: CLIP alone), a video file, and what to look for")
     add("--checkpoint", help="ckpt.pt of a run")
+    add("--fuse-clip", action="store_true", help="add the scores of CLIP alone to a checkpoint's")
     add("--top", type=int, default=5, help="moments per sentence")
     add("--cache", default=CACHE, help="folder for the features of videos; '': no cache")
     add("--json", action="store_true", help="print JSON")
@@ -607,7 +597,7 @@ def run(given) -> None:
     sentences = inputs[1:]
     checked_video(path)                                     # before a download starts
     checked_tokens(sentences)
-    retriever = retriever_of(given, checkpoint, given.cache or None)
+    retriever = retriever_of(given, checkpoint, given.cache or None, given.fuse_clip)
     encoded = retriever.encode(path)
     answers = answers_of(retriever, encoded, sentences, given.top)
     if given.json:

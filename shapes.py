@@ -6,8 +6,9 @@ motions each, in random order: nouns alone match every second event, and so do v
 
     python shapes.py                                    # data/shapes: small CLIP, videos, features
     python shapes.py --seed 1                           # data/shapes-1: another world, another CLIP
+    python shapes.py --coupling 0.9                     # data/shapes-p90: motions go with shapes
     python shapes.py --show world.png                   # a contact sheet of videos and stills
-    python shapes.py --pretrain assets/small-clip.pt    # retrain world 0's small CLIP
+    python shapes.py --pretrain FILE                    # retrain a world's small CLIP
 
 The small CLIP is pre-trained as CLIP was, on captioned images. A still cannot show a motion, so the
 verbs in its captions are random and its text tower learns to ignore verbs, which is the premise of
@@ -15,8 +16,12 @@ the paper (Sec. 1). Three colours and three shapes occur in stills only; videos 
 novel-word split. Two in seven verb-shape pairs occur in no training video; they are the
 novel-composition split. All files have the same formats as those of a real dataset.
 
-Rounding differs between machines, and pre-training amplifies the difference. Every run on world 0
-therefore starts from the shipped CLIP (assets/small-clip.pt).
+In real sentences nouns go with verbs: doors open, sandwiches are eaten. With --coupling p, every
+shape goes with two motions, and with probability p the actors of a video perform those of their
+shapes. novel-composition and novel-word are as without; coupled-novel-word is coupled, too.
+
+Rounding differs between machines, and pre-training amplifies the difference. Every run on worlds 0
+to 4 therefore starts from a shipped CLIP (assets/small-clip-0.pt to -4.pt).
 
 Lengths are in pixels of a 32 x 32 frame, y pointing down. Times in a script are in frame lengths,
 32 per video; names that end in `_sec`, and the function `seconds`, are in seconds.
@@ -61,12 +66,18 @@ NOVEL_SHAPES = ("ring", "diamond", "pillar")
 VERBS = (("rises", "climbs"), ("falls", "drops"), ("advances", "proceeds"),
          ("retreats", "withdraws"), ("grows", "expands"), ("shrinks", "contracts"),
          ("blinks", "flashes"))                         # two synonyms per motion
+SYNONYMS = {second: first for first, second in VERBS}
 MOVES = {"rises": (0, -1), "falls": (0, 1), "advances": (1, 0), "retreats": (-1, 0)}
 SIZES = {"grows": (2.5, 6.5), "shrinks": (6.5, 2.5)}    # first and last radius
 SPLITS = {"train": 800, "val": 150, "test": 150, "novel-word": 150, "novel-composition": 300,
           "val-novel-word": 150}  # videos; hyperparameters are chosen on the two val splits only
-SHIPPED = files.ASSETS / "small-clip.pt"                # the small CLIP of world 0
-SHIPPED_SHA256 = "6cb068bec2c625764e0e0de4d6dfbef280c2083fcdd0cc05548c17a68424f705"
+COUPLED_SPLITS = SPLITS | {"coupled-novel-word": 150}   # of a world whose motions go with shapes
+SHIPPED_SHA256 = (                                      # assets/small-clip-<seed>.pt
+    "6cb068bec2c625764e0e0de4d6dfbef280c2083fcdd0cc05548c17a68424f705",
+    "e4cd9166d9b08ad55d999a706246caf163c6ad5617dc80e9f8774139e1868269",
+    "a87c32c875de3c17fb230c6ba6d9a1e480ea6b3b533e009008070b6693f91dd0",
+    "1b68c58ccae805d9c30d1a85c3b89701137c71b6ee9bff18beac5c3987fc1a38",
+    "8d62a9449b95f837154907fd6dbc28a700bc0f7270f29626a3852115d9fe1378")
 
 
 # ------------------------------------------------------------------------------------------ drawing
@@ -312,14 +323,24 @@ def held_out(verb: int, shape: str) -> bool:
     return (verb + 2 * SHAPES.index(shape)) % 7 in (0, 1)
 
 
-def plan_of(seed: int, split: str, i: int) -> dict:
+def goes_with(verb: int, shape: str) -> bool:
+    """Does this motion go with this shape? True for two in seven, none of which is held out."""
+    return (verb + 2 * SHAPES.index(shape)) % 7 in (3, 4)
+
+
+def plan_of(seed: int, split: str, i: int, coupling: float = 0.0) -> dict:
     """The script of video i of a split, which does not depend on any other video's."""
-    return script(split, np.random.default_rng([seed, list(SPLITS).index(split) + 1, i]))
+    rng = np.random.default_rng([seed, list(COUPLED_SPLITS).index(split) + 1, i])
+    if split in ("novel-word", "val-novel-word", "novel-composition"):
+        coupling = 0.0                                  # the same videos as in the world without
+    return script(split, rng, coupling)
 
 
-def script(split: str, rng: np.random.Generator) -> dict:
+def script(split: str, rng: np.random.Generator, coupling: float = 0.0) -> dict:
     """One video, before it is drawn: two actors, two verbs, four events in random order. Between
-    them a bystander is visible, which does nothing. A frame length is "frame_sec" seconds."""
+    them a bystander is visible, which does nothing. A frame length is "frame_sec" seconds.
+
+    With probability `coupling`, each actor performs the two verbs that go with its shape."""
     old_colours = [c for c in COLOURS if c not in NOVEL_COLOURS]
     old_shapes = [s for s in SHAPES if s not in NOVEL_SHAPES]
     novel = split.endswith("novel-word")                # its val split, too
@@ -331,6 +352,9 @@ def script(split: str, rng: np.random.Generator) -> dict:
         wanted = unseen >= 2 if split == "novel-composition" else unseen == 0
         if novel or wanted:
             break
+    verbs_of = [verbs, verbs]                           # of each actor
+    if coupling and rng.random() < coupling:
+        verbs_of = [[v for v in range(len(VERBS)) if goes_with(v, s)] for s in shapes]
     # the bystander shares neither colour nor shape with an actor, so no query can mean it
     others = [(c, s) for c in old_colours for s in old_shapes
               if c not in colours and s not in shapes]
@@ -349,7 +373,7 @@ def script(split: str, rng: np.random.Generator) -> dict:
     clock = 0
     for k, which in enumerate(rng.permutation(4)):      # each actor performs each verb once
         actor = which // 2
-        verb = int(verbs[which % 2])
+        verb = int(verbs_of[actor][which % 2])
         enter = clock + int(gaps[k])
         start = enter + int(linger[k, 0])
         end = start + int(action[k])
@@ -468,30 +492,37 @@ def event_accuracy(predicted: Tensor, samples: list[data.Sample],
 
 # -------------------------------------------------------------------------------------- the dataset
 
-def seed_of(dataset: str) -> int:
-    """"shapes" -> 0, "shapes-3" -> 3. Mistake for any other name."""
-    match = re.fullmatch(r"shapes(?:-(\d+))?", dataset, re.ASCII)
+def world_of(dataset: str) -> tuple[int, float]:
+    """Seed and coupling: "shapes" -> (0, 0.0), "shapes-3-p90" -> (3, 0.9). Mistake for any other
+    name."""
+    match = re.fullmatch(r"shapes(?:-(\d+))?(?:-p(\d\d))?", dataset, re.ASCII)
     if not match or int(match[1] or 0) > options.LARGEST:
         raise Mistake(f"{dataset!r} is not a shapes world; use shapes, shapes-1, shapes-2, ...")
-    return int(match[1] or 0)
+    return int(match[1] or 0), int(match[2] or 0) / 100
 
 
-def name_of(seed: int) -> str:
-    """The name of a world's dataset; the inverse of `seed_of`."""
-    return f"shapes-{seed}" if seed else "shapes"
+def name_of(seed: int, coupling: float = 0.0) -> str:
+    """The name of a world's dataset; the inverse of `world_of`."""
+    name = "shapes"
+    if seed:
+        name += f"-{seed}"
+    if coupling:
+        name += f"-p{round(100 * coupling):02d}"
+    return name
 
 
 def build(dataset: str = "shapes", root: str | os.PathLike = "data") -> None:
     """Writes <root>/<dataset> unless it exists (one minute, and two more to pre-train a CLIP). The
     folder gets its name when it is complete, so an interrupted build is simply repeated."""
-    seed = seed_of(dataset)
+    seed, coupling = world_of(dataset)
     target = pathlib.Path(root) / dataset
     if (target / "chunks.json").exists():               # earlier versions wrote none
         return
     if target.exists():
         raise Mistake(f"{target} was built by an earlier version; remove it to build it again")
     print(f"building {target}: drawing and encoding videos")
-    write(target, pretrained(seed), seed, SPLITS)
+    counts = COUPLED_SPLITS if coupling else SPLITS
+    write(target, pretrained(seed), seed, counts, coupling)
 
 
 def build_for(config) -> None:
@@ -502,19 +533,19 @@ def build_for(config) -> None:
             build(name, config.root)
     name = f"{config.dataset}-resnet"
     if config.clip == name:                             # same videos, another image tower
-        seed = seed_of(config.dataset)
+        seed, coupling = world_of(config.dataset)
         file = pathlib.Path(config.root) / name / "clip.pt"
         if not file.exists():
             files.save_tensors(file, pretrained(seed, resnet=True).state_dict())
         folder = data.store_folder(config.dataset, name, config.root)
-        encode(folder, file, name, seed, SPLITS)
+        encode(folder, file, name, seed, SPLITS, coupling)
 
 
 def pretrained(seed: int, resnet: bool = False) -> clip.CLIP:
     """The small CLIP of a world: the shipped one, or trained now. Prints its zero-shot accuracy.
     Mistake if it misses a gate."""
-    if seed == 0 and not resnet:
-        model = shipped()
+    if seed < len(SHIPPED_SHA256) and not resnet:
+        model = shipped(seed)
     else:
         print("pre-training a small CLIP on stills")
         model = pretrain(seed, resnet=resnet)
@@ -540,12 +571,13 @@ def ship(path: str, model: clip.CLIP) -> None:
     files.save_tensors(path, {"used": used, "state": state})
 
 
-def shipped() -> clip.CLIP:
-    """The small CLIP of world 0. Words that never occur have zero embeddings."""
-    if files.sha256(SHIPPED) != SHIPPED_SHA256:
-        raise Mistake(f"{SHIPPED} is damaged: its SHA-256 is not {SHIPPED_SHA256}; restore it with "
-                      f"git checkout")
-    content = files.read_tensors(SHIPPED)
+def shipped(seed: int) -> clip.CLIP:
+    """The small CLIP of a world. Words that never occur have zero embeddings."""
+    path = files.ASSETS / f"small-clip-{seed}.pt"
+    if files.sha256(path) != SHIPPED_SHA256[seed]:
+        raise Mistake(f"{path} is damaged: its SHA-256 is not {SHIPPED_SHA256[seed]}; restore it "
+                      f"with git checkout")
+    content = files.read_tensors(path)
     state = content["state"]
     rows = state["token_embedding.weight"]                              # [some 60, D]
     whole = torch.zeros(len(clip.vocabulary()[0]), rows.shape[1])       # [49408, D]
@@ -555,7 +587,7 @@ def shipped() -> clip.CLIP:
 
 
 def encode(folder: pathlib.Path, file: pathlib.Path, name: str, seed: int,
-           counts: dict[str, int]) -> None:
+           counts: dict[str, int], coupling: float = 0.0) -> None:
     """Draws the videos of a world and stores their features by the CLIP in `file`, named `name`."""
     model = clip.load(file)
     store = data.FeatureStore(folder, video.made_by(model, name, clip.sha256(file), FRAMES, FRAMES))
@@ -563,7 +595,7 @@ def encode(folder: pathlib.Path, file: pathlib.Path, name: str, seed: int,
         for i in trange(count, desc=f"videos: {split}", disable=None):
             if f"{split}-{i:04d}" in store:             # by a build that was interrupted
                 continue
-            plan = plan_of(seed, split, i)
+            plan = plan_of(seed, split, i, coupling)
             pixels = clip.crop(film(plan), model.visual.resolution)
             frames, patches = video.encode_frames(model, pixels)
             if split != "train":                        # Eq. 3 is part of training only
@@ -572,20 +604,22 @@ def encode(folder: pathlib.Path, file: pathlib.Path, name: str, seed: int,
     store.save_manifest()
 
 
-def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, int]) -> None:
+def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, int],
+          coupling: float = 0.0) -> None:
     """The dataset of a small CLIP: clip.pt, <split>.jsonl, events.json, chunks.json, features.
     counts: videos per split."""
     folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     folder.mkdir(parents=True)
     try:
         files.save_tensors(folder / "clip.pt", model.state_dict())
-        encode(folder / "features" / target.name, folder / "clip.pt", target.name, seed, counts)
+        encode(folder / "features" / target.name, folder / "clip.pt", target.name, seed, counts,
+               coupling)
         events, chunks = {}, {}
         for split, count in counts.items():
             samples = []
             for i in range(count):
                 name = f"{split}-{i:04d}"
-                plan = plan_of(seed, split, i)
+                plan = plan_of(seed, split, i, coupling)
                 samples += samples_of(name, split, plan)
                 events[name] = [Event(seconds(e["start"], plan), seconds(e["end"], plan),
                                       f"{e['colour']} {e['shape']}", VERBS[e["verb"]][0])
@@ -656,7 +690,8 @@ def main() -> None:
     add("--show", metavar="PNG", help="draw a contact sheet instead of building")
     add("--export", metavar="DIR", help="write test videos as mp4, with sentences, instead")
     add("-n", type=int, default=5, help="number of videos that --export writes")
-    add("--pretrain", metavar="FILE", help="train world 0's small CLIP instead")
+    add("--coupling", type=float, default=0.0, help="probability that motions go with shapes")
+    add("--pretrain", metavar="FILE", help="train the world's small CLIP instead, into FILE")
     given = arguments.parse_args()
     with reported():
         if not 0 <= given.seed <= options.LARGEST:
@@ -668,10 +703,10 @@ def main() -> None:
             export(given.export, given.n, given.seed)
             print(f"wrote {given.n} videos and annotations.jsonl to {given.export}")
         elif given.pretrain:
-            ship(given.pretrain, pretrain(0))
+            ship(given.pretrain, pretrain(given.seed))
             print(f"wrote {given.pretrain}, SHA-256 {files.sha256(given.pretrain)}")
         else:
-            build(name_of(given.seed), given.root)
+            build(name_of(given.seed, given.coupling), given.root)
 
 
 if __name__ == "__main__":

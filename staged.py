@@ -16,8 +16,8 @@ what changes in the video) and departs from the paper as follows:
     L^sd (Eq. 3-5)                    left out                           it starts minimised
     masked words are dropped          replaced by "something"            the rest keeps its place
 
-The labelled moments are those that MMN is trained with anyway. The control is the target `random`,
-which has never seen a video.
+The labelled moments are those that MMN is trained with anyway. The controls have never seen a
+video: `random`, a code for each query, and `motions`, which gives synonyms the same code.
 
 Shapes: S sentences, T frames, D width of CLIP's joint space.
 """
@@ -29,10 +29,11 @@ from tqdm import tqdm
 import clip
 import data
 import inject
+import shapes
 from support import parallel, progress
 from support.errors import Mistake
 
-TARGETS = ("change", "whole", "random")
+TARGETS = ("change", "whole", "random", "motions")
 LR = 1e-3                           # of stage 1
 BATCH = 64                          # sentences
 QUERIES = {"full": 0, "none": None, "static": 1, "half": 1, "dynamic": 2}   # rows of Videos.tokens
@@ -85,8 +86,9 @@ def stage_targets(text: clip.TextTower, videos: data.Videos, config,
 
     `temporal_change` (or the control), standardised over those sentences: minus its mean, divided
     by its root mean square."""
-    if config.stage_target == "random":
-        target = random_codes(videos, config.seed).to(device)           # [S, D]
+    if config.stage_target in ("random", "motions"):
+        alike = shapes.SYNONYMS if config.stage_target == "motions" else {}
+        target = random_codes(videos, config.seed, alike).to(device)    # [S, D]
     else:
         target = video_targets(text, videos, config, device)            # [S, D]
     into = QUERIES[config.inject_into]
@@ -116,15 +118,19 @@ def video_targets(text: clip.TextTower, videos: data.Videos, config,
     return torch.cat(targets)
 
 
-def random_codes(videos: data.Videos, seed: int) -> Tensor:
-    """The control, which uses no video at all: a random code for each dynamic query, [S, D]."""
+def random_codes(videos: data.Videos, seed: int, alike: dict[str, str]) -> Tensor:
+    """The controls, which use no video at all: a random code for each dynamic query, [S, D].
+    alike: words whose queries share the code of another word's."""
     generator = torch.Generator().manual_seed(seed)
-    number_of = {}                      # dynamic query -> its number, in order of appearance
+    queries = []
     for query in videos.queries:
-        number_of.setdefault(query.dynamic, len(number_of))
+        queries.append(" ".join(alike.get(word, word) for word in query.dynamic.split()))
+    number_of = {}                      # dynamic query -> its number, in order of appearance
+    for query in queries:
+        number_of.setdefault(query, len(number_of))
     width = videos.store.manifest["width"]                              # D
     codes = torch.randn(len(number_of), width, generator=generator)
-    return codes[[number_of[query.dynamic] for query in videos.queries]]
+    return codes[[number_of[query] for query in queries]]
 
 
 @torch.no_grad()

@@ -404,6 +404,10 @@ def train(config: Config, resume: bool = False) -> dict[str, dict]:
         return {}
     device = parallel.pick_device(config.device)
     run = evaluate.load(config.folder / "ckpt.pt", device)
+    if quality(run.checkpoint["metrics"]) is not None and evaluate.can_add_clip(run):
+        saved = files.read_tensors(config.folder / "ckpt.pt")
+        saved["clip_weight"] = evaluate.choose_weight(run, config.select_on, device)
+        files.save_tensors(config.folder / "ckpt.pt", saved)
     results = evaluate.evaluate(run, device=device, allow_missing=True)
     files.save(config.folder / "results.json", json.dumps(results, indent=1))
     selected = f"best on {config.select_on}"

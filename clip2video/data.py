@@ -393,7 +393,7 @@ def build_shapes(config: Config) -> None:
     for number, (split, count) in enumerate(FAMILIES.items()):
         captions = {}                           # video -> its only caption
         for i in trange(count, desc=f"whole videos: {split}", disable=None):
-            rng = np.random.default_rng([shapes.seed_of(config.dataset), 100 + number, i])
+            rng = np.random.default_rng([shapes.world_of(config.dataset)[0], 100 + number, i])
             for k, plan in enumerate(family(rng)):
                 name = f"{split}-{i:03d}-{k}"
                 frames = shapes.film(plan, candidates[chosen])

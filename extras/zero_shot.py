@@ -3,7 +3,7 @@
     python -m extras.zero_shot --dataset shapes --clip shapes
     python -m extras.zero_shot --dataset charades               # with ViT-B/32
 
-`retrieve.zero_shot_scores` takes the place of a trained retriever; evaluate.py does the rest.
+`mmn.contrast_map` takes the place of a trained retriever; evaluate.py does the rest.
 docs/zero-shot.md says how the score and the threshold FOUND were chosen.
 
 Shapes: B videos, S sentences, T frames, N clips, D width of CLIP's joint space.
@@ -15,13 +15,12 @@ import clip
 import data
 import evaluate
 import mmn
-import retrieve
 from support import options, parallel
 from support.errors import reported
 
 
 class Contrast(mmn.MomentMap):
-    """`retrieve.zero_shot_scores` behind the interface of a retriever. The candidates are all
+    """`mmn.contrast_map` behind the interface of a retriever. The candidates are all
     moments of up to half the video, as in retrieve.py."""
 
     def __init__(self, num_clips: int):
@@ -32,12 +31,10 @@ class Contrast(mmn.MomentMap):
     def scores(self, frames: Tensor, text: Tensor, video_of: Tensor) -> Tensor:
         """frames [B, T, D] and text [S, D] unit vectors, video_of [S] -> [S, N, N], 0 outside the
         candidates."""
-        maps = []
-        for x, video in zip(text, video_of):    # `zero_shot_scores` takes one video
-            score_map = retrieve.zero_shot_scores(frames[video], x[None], self.num_clips)
-            maps.append(score_map[0])                                   # [N, N]
+        similarity = torch.einsum("sd,std->st", text, frames[video_of])         # [S, T]
+        scores = mmn.contrast_map(similarity, self.num_clips)           # [S, N, N]
         # -inf marks moments without a score; 0, as in MMN, keeps the whole map finite
-        return self.to_map(self.at_candidates(torch.stack(maps)))       # [S, N, N]
+        return self.to_map(self.at_candidates(scores))
 
 
 def run_of(dataset: str, clip_name: str, root: str, device: torch.device) -> evaluate.Run:

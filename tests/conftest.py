@@ -93,7 +93,7 @@ def world(tmp_path_factory) -> pathlib.Path:
     """A root that holds a world of 24 training videos, with the shipped small CLIP."""
     root = tmp_path_factory.mktemp("data")
     counts = {"train": 24, "val": 6, "test": 6, "novel-word": 4, "novel-composition": 6}
-    shapes.write(root / "shapes", shapes.shipped(), 0, counts)
+    shapes.write(root / "shapes", shapes.shipped(0), 0, counts)
     return root
 
 

@@ -109,7 +109,7 @@ def test_there_is_no_float64(simulated):
 
 def test_what_waits_is_counted(simulated):
     """encode_text reads the length of the longest sentence."""
-    model = shapes.shipped().to(NAME)
+    model = shapes.shipped(0).to(NAME)
     model.encode_text(clip.tokenize(SENTENCES).to(NAME))
     assert simulated.synchronisations == {"clip.py:encode_text": 1}
 
@@ -124,7 +124,7 @@ def is_real(request) -> bool:
 
 
 def encoded_by_both_towers(device: torch.device, is_real: bool) -> list[torch.Tensor]:
-    model = (bench.random_clip() if is_real else shapes.shipped()).to(device)
+    model = (bench.random_clip() if is_real else shapes.shipped(0)).to(device)
     R = model.visual.resolution
     images = torch.randint(0, 256, (4, 3, R, R), dtype=torch.uint8,
                            generator=torch.Generator().manual_seed(0))

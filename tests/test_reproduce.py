@@ -91,8 +91,10 @@ def test_a_field_that_is_added_later_changes_no_name(options, monkeypatch):
 def test_every_row_is_a_configuration(options):
     """And no table has two rows that are one."""
     for what in reproduce.TABLES:
-        configs = list(filter(None, reproduce.configs_of(what, 0, options)))
-        assert len(set(map(reproduce.name_of, configs))) == len(configs) >= 3, what
+        configs = reproduce.configs_of(what, 0, options)
+        paths = [reproduce.file_of(config, row.fused)
+                 for row, config in zip(reproduce.TABLES[what].rows, configs) if config]
+        assert len(set(paths)) == len(paths) >= 3, what
 
 
 def real(dataset: str, *more: str) -> argparse.Namespace:
@@ -241,7 +243,7 @@ def test_what_could_not_be_shown_is_refused_before_training(rehearse, rehearsed,
         with pytest.raises(AssertionError, match="trained"):
             rehearse("table2", "--allow-missing")
         stored = {"coverage": {"test": [2, 4, 1, 3]}}
-        monkeypatch.setattr(reproduce, "stored", lambda config: stored)
+        monkeypatch.setattr(reproduce, "stored", lambda *_: stored)
         with pytest.raises(Mistake, match=r"1 videos \(3 sentences\) of test have no features"):
             rehearse("table2")                          # also of what is stored
     finally:
@@ -283,25 +285,28 @@ def test_the_overall_column_weighs_kinds_by_their_triplets(options, monkeypatch)
 
 # -------------------------------------------------------------------------------------- differences
 
-def test_paired_bootstrap_by_hand():
-    """Two seeds of 4 sentences: +2 of 4 and -1 of 4 hits, so +50 and -25 points, +12.5 in the mean;
-    rows that are equal sentence by sentence have the interval [0, 0]."""
-    ours, theirs = ([{"hits": {"full": {"test": digits}}} for digits in both]
-                    for both in (("2101", "0001"), ("0002", "0101")))
-    mean, low, high, each = reproduce.paired(ours, theirs, "test")
-    assert (mean, each) == (12.5, [50.0, -25.0]) and low <= 12.5 <= high and low < high
-    assert reproduce.paired(ours, ours, "test") == (0.0, 0.0, 0.0, [0.0, 0.0])
+def runs_of(*digits: str) -> list[dict]:
+    return [{"hits": {"full": {"test": of_a_seed}}} for of_a_seed in digits]
 
 
-def test_bootstrap_interval_is_that_of_the_normal_approximation():
-    """1,000 sentences, of which 100 are gained and 50 lost: +5 points, standard error
-    sqrt((0.15 - 0.05^2) / 1000) = 1.21 points."""
-    digits = np.array(["1"] * 100 + ["0"] * 900), np.array(["0"] * 100 + ["1"] * 50 + ["0"] * 850)
-    ours, theirs = ([{"hits": {"full": {"test": "".join(d)}}}] for d in digits)
-    mean, low, high, _ = reproduce.paired(ours, theirs, "test")
-    error = 100 * math.sqrt((0.15 - 0.05 ** 2) / 1000)
-    assert mean == pytest.approx(5.0)
-    assert (low, high) == pytest.approx((5 - 1.96 * error, 5 + 1.96 * error), abs=0.3)
+def test_a_difference_by_hand():
+    """Two worlds of 4 sentences: +2 of 4 and -1 of 4 hits, so +50 and -25 points, +12.5 in the mean,
+    standard deviation 75 / sqrt(2), and 12.71 * 75 / sqrt(2) / sqrt(2) = 476.6."""
+    mean, half, worlds = reproduce.paired(runs_of("2101", "0001"), runs_of("0002", "0101"), "test")
+    assert (mean, worlds) == (12.5, [50.0, -25.0]) and half == pytest.approx(12.71 * 37.5)
+    assert reproduce.paired(runs_of("12"), runs_of("00"), "test")[0] == 100.0
+    assert math.isnan(reproduce.paired(runs_of("12"), runs_of("00"), "test")[1])
+
+
+def test_the_seeds_of_a_world_are_averaged():
+    """Ten seeds on five worlds: seeds 0 and 5 share a world."""
+    ours = runs_of("11", "00", "00", "00", "00", "00", "00", "00", "00", "10")
+    mean, half, worlds = reproduce.paired(ours, runs_of(*["00"] * 10), "test")
+    assert worlds == [50.0, 0.0, 0.0, 0.0, 25.0] and mean == 15.0
+    assert half == pytest.approx(2.78 * np.std(worlds, ddof=1) / math.sqrt(5))
+    assert reproduce.world_of("shapes", 7) == "shapes-2"
+    assert reproduce.world_of("shapes-p87", 5) == "shapes-p87"
+    assert reproduce.world_of("charades", 7) == "charades"
 
 
 def test_an_incomplete_table_is_refused(options, monkeypatch):
@@ -310,7 +315,7 @@ def test_an_incomplete_table_is_refused(options, monkeypatch):
     monkeypatch.setitem(reproduce.TABLES, "main", reproduce.TABLES["main"]._replace(rows=rows))
     ran = {(rows[0].name, 0), (rows[0].name, 1), (rows[1].name, 0)}
     monkeypatch.setattr(reproduce, "config_of", lambda row, dataset, seed, *_: (row.name, seed))
-    monkeypatch.setattr(reproduce, "stored", lambda config: config if config in ran else None)
+    monkeypatch.setattr(reproduce, "stored", lambda config, _: config if config in ran else None)
     assert reproduce.collect("main", options) == [[(rows[0].name, 0)], [(rows[1].name, 0)]]
     options.seeds = 2
     with pytest.raises(Mistake, match="main is incomplete; run: python -m extras.reproduce main"):

@@ -14,13 +14,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import clip
 import evaluate
+import mmn
 import retrieve
 from extras import search as search_command
 from extras import serve, show, zero_shot
 from extras.index import Index, made_with, update_index
 from support.errors import Mistake
-from test_retrieve import HERE, Browser, run, videos                    # noqa: F401
+from test_retrieve import HERE, Browser, checkpoint, run, videos        # noqa: F401
 
 
 def unit(*shape, seed=0):
@@ -143,6 +145,54 @@ def test_the_row_of_the_evaluation(world, capsys, monkeypatch):
     results = evaluate.evaluate(run)
     assert lines == evaluate.table(results).splitlines()
     assert results["test"]["queries"] == 24 and "train" not in results
+
+
+def test_the_fusion_by_hand():
+    """Three moments: z = (-1, 0, 1) and, with -inf as the lowest, (0.577, 0.577, -1.155)."""
+    trained = torch.tensor([[0.1, 0.2, 0.3]])
+    alone = torch.tensor([[4.0, 4.0, float("-inf")]])
+    assert torch.allclose(mmn.fuse_with_clip(trained, alone, 0.0), torch.tensor([[-1.0, 0, 1]]))
+    alone = torch.tensor([[5.0, 4.0, float("-inf")]])
+    z = torch.tensor([[2.0, -1, -1]]) / 3 ** 0.5
+    fused = mmn.fuse_with_clip(trained, alone, 0.5)
+    assert torch.allclose(fused, torch.tensor([[-1.0, 0, 1]]) + 0.5 * z)
+    assert mmn.standardised(torch.zeros(1, 4)).tolist() == [[0.0] * 4]
+
+
+def test_a_checkpoint_fused_with_its_clip(world, checkpoint, videos, tmp_path):     # noqa: F811
+    """By evaluate.py and by retrieve.py, with the weight of the checkpoint."""
+    trained = evaluate.load(checkpoint)
+    assert trained.checkpoint["clip_weight"] in evaluate.WEIGHTS
+    [(_, samples, before)] = evaluate.answers(trained, ["test"], root=str(world))
+    evaluate.add_clip(trained, str(world), "cpu")
+    cells = trained.retriever.candidates
+    [batch] = samples.batches(100)
+    with torch.no_grad():
+        x = F.normalize(trained.text.encode_text(batch.tokens[0]), dim=1)
+        ours = trained.retriever.scores(batch.frames, x, batch.video_of)[:, cells]
+        x = F.normalize(trained.frozen.encode_text(batch.tokens[0]), dim=1)
+    alone = torch.stack([retrieve.zero_shot_scores(batch.frames[video], q[None], 16)[0]
+                         for q, video in zip(x, batch.video_of)])[:, cells]
+    for weight in (0.0, 0.5):
+        trained.checkpoint["clip_weight"] = weight
+        [(_, _, after)] = evaluate.answers(trained, ["test"], root=str(world))
+        best = mmn.fuse_with_clip(ours, alone, weight).amax(1)
+        assert torch.allclose(after[:, 0, 2], best, atol=1e-4)
+        assert bool((after[:, 0, :2] == before[:, 0, :2]).all()) == (weight == 0)
+    one = retrieve.Retriever(checkpoint, "cpu", cache=None)
+    both = retrieve.Retriever(checkpoint, "cpu", cache=None, fuse_clip=True)
+    encoded = one.encode(videos / "test-0000.mp4")
+    sentences = ["the green circle blinks", "the maroon heart rises"]
+    spans, scores = one.scores(encoded, sentences)
+    x = F.normalize(both.load_image_tower().encode_text(clip.tokenize(sentences)), dim=1)
+    alone = mmn.contrast_map(x @ encoded.frames.T, 16)
+    alone = one.run.retriever.at_candidates(alone)
+    weight = one.run.checkpoint["clip_weight"]
+    assert torch.allclose(both.scores(encoded, sentences)[1],
+                          mmn.fuse_with_clip(scores, alone, weight), atol=1e-4)
+    text = run(checkpoint, videos / "test-0000.mp4", *sentences, "--fuse-clip", "--cache", "")
+    assert text.count("for ranking only") == 2
+    run(videos / "test-0000.mp4", *sentences, "--fuse-clip", "--cache", "", status=2)
 
 
 # ------------------------------------------------------------------------------------- a video file

@@ -1,0 +1,215 @@
+"""Real videos with real CLIP text: dataset folders and a text tower for train.py and evaluate.py.
+
+    python -m extras.real build --features DIR --annotations DIR --text DIR
+    python train.py --dataset real-0 --method mmn               # a fold; real-cg: Charades-CG
+
+The features are those of CLIP ViT-L/14 for the 1,334 videos of Charades-STA's test split, 32 frames
+each. CLIP's text tower cannot be had, but 11,594 of its vectors with their sentences can. A linear
+map from stemmed words to these vectors covers other sentences, and a small text tower learns both.
+It takes the place of CLIP's: data/real-0/clip.pt.
+
+The videos are divided into five folds; each is tested once, by a model trained on the videos of the
+others, a seventh of which is for validation. real-cg is Charades-CG restricted to these videos.
+
+Shapes: V videos, S sentences, T frames, W words, D width of CLIP's joint space.
+"""
+import collections
+import pathlib
+import random
+import re
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import trange
+
+import clip
+import data
+from support import files, options, progress
+from support.errors import Mistake, reported
+
+FOLDS = 5
+PENALTY = 1.0                       # of the ridge, chosen on the validation videos of fold 0
+STEPS = 1200                        # of distillation
+WIDTH = 256                         # of the small tower
+
+
+def read_vectors(folder: pathlib.Path, name: str) -> Tensor:
+    """<name>.int8.npy * scale.npy + offset.npy, float32 [..., D], unit vectors."""
+    try:
+        quantised, scale, offset = (np.load(folder / f"{part}.npy", allow_pickle=False)
+                                    for part in (f"{name}.int8", "scale", "offset"))
+    except (OSError, ValueError) as error:
+        raise Mistake(f"{folder} does not hold {name}.int8.npy, scale.npy and offset.npy: "
+                      f"{error}") from error
+    return F.normalize(torch.from_numpy(quantised.astype(np.float32) * scale + offset), dim=-1)
+
+
+def read_sentences(folder: pathlib.Path) -> list[str]:
+    """The sentences of the text vectors, in their order."""
+    lines = files.read_text(folder / "sentences.tsv").splitlines()
+    return [line.split("\t")[3] for line in lines]
+
+
+# ------------------------------------------------------------------------------- sentence -> vector
+
+def stem(word: str) -> str:
+    """A crude stem: "opening", "opens" and "opened" are one word."""
+    for ending in ("ing", "ed", "es", "s"):
+        if word.endswith(ending) and len(word) >= len(ending) + 3:
+            word = word.removesuffix(ending)
+            break
+    if len(word) > 3 and word[-1] == word[-2] and word[-1] not in "sl":
+        word = word[:-1]                                # "putt" of "putting"
+    if len(word) > 3:
+        word = word.removesuffix("e")                   # "clos" of "closing", "close"
+    return word
+
+
+def stems(sentence: str) -> set[str]:
+    return {stem(word) for word in re.findall("[a-z]+", sentence.lower())}
+
+
+class Ridge:
+    """The linear map from the stems of a sentence to its CLIP vector, fitted in closed form.
+
+    centre    sentences whose mean is taken off: what all sentences of a dataset share ("a person
+              is") says nothing about one of them"""
+
+    def __init__(self, sentences: list[str], vectors: Tensor, centre: list[str]):
+        counts = collections.Counter(word for s in sentences for word in stems(s))
+        words = sorted(word for word, count in counts.items() if count >= 2)
+        self.number = {word: i for i, word in enumerate(words)}
+        x = self.bags(sentences)                                        # [S, W]
+        x_mean, y_mean = x.mean(0), vectors.mean(0)
+        square = (x - x_mean).T @ (x - x_mean) + PENALTY * torch.eye(len(words))
+        self.weights = torch.linalg.solve(square, (x - x_mean).T @ (vectors - y_mean))  # [W, D]
+        self.mean_bag = self.bags(centre).mean(0)                       # [W]
+        self.mean_vector = y_mean + (self.mean_bag - x_mean) @ self.weights     # [D]
+
+    def bags(self, sentences: list[str]) -> Tensor:
+        """[S, W]: which words a sentence has, divided by the root of their number."""
+        x = torch.zeros(len(sentences), len(self.number))
+        for s, sentence in enumerate(sentences):
+            known = [self.number[word] for word in stems(sentence) if word in self.number]
+            x[s, known] = 1
+        return x / x.sum(1, keepdim=True).clamp(min=1).sqrt()
+
+    def predict(self, sentences: list[str]) -> Tensor:
+        """[S, D], minus the mean of the centre."""
+        return (self.bags(sentences) - self.mean_bag) @ self.weights
+
+
+def distil(sentences: list[str], targets: Tensor) -> clip.TextTower:
+    """A text tower of two layers whose vectors point where the targets [S, D] do."""
+    torch.manual_seed(0)
+    tokens = clip.tokenize(sentences, truncate=True)                    # [S, 77]
+    text = clip.TextTower(len(clip.vocabulary()[0]), 77, WIDTH, 2, 4, targets.shape[1],
+                          clip.QuickGELU)
+    for name, parameter in text.named_parameters():
+        if parameter.ndim > 1:
+            std = 0.1 if "embedding" in name else len(parameter) ** -0.5
+            torch.nn.init.normal_(parameter, std=std)
+    # only the tokens that occur are trained, as in shapes.pretrain
+    used, tokens = tokens.unique(return_inverse=True)
+    whole = text.token_embedding.weight.data                            # [49408, WIDTH]
+    text.token_embedding = torch.nn.Embedding.from_pretrained(whole[used], freeze=False)
+    targets = F.normalize(targets, dim=1)
+    optimiser = torch.optim.AdamW(text.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
+    bar = trange(STEPS, desc="text tower", disable=None)
+    for step in bar:
+        rate = min((step + 1) / 50, progress.cosine(step / STEPS))
+        optimiser.param_groups[0]["lr"] = 1e-3 * rate
+        chosen = torch.randint(len(tokens), (128,))
+        x = F.normalize(text.encode_text(tokens[chosen]), dim=1)        # [128, D]
+        loss = 1 - (x * targets[chosen]).sum(1).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    print(f"text tower: 1 - cosine to its targets {loss.item():.3f}")
+    whole[used] = text.token_embedding.weight.data
+    text.token_embedding = torch.nn.Embedding.from_pretrained(whole, freeze=False)
+    return text
+
+
+# ------------------------------------------------------------------------------------ the datasets
+
+def divided(rows: list[data.Sample]) -> tuple[list[data.Sample], list[data.Sample]]:
+    """Training and validation sentences: a seventh of the videos is for validation."""
+    videos = sorted({row.video for row in rows})
+    held_out = set(random.Random(1).sample(videos, len(videos) // 7))
+    train = [row for row in rows if row.video not in held_out]
+    return train, [row for row in rows if row.video in held_out]
+
+
+def datasets(annotations: pathlib.Path, names: list[str]) -> dict[str, dict[str, list]]:
+    """Dataset -> split -> sentences: real-0 to real-4 are the folds, real-cg Charades-CG."""
+    order = sorted(names)
+    random.Random(0).shuffle(order)
+    fold_of = {name: i % FOLDS for i, name in enumerate(order)}
+
+    def read(dataset: str, split: str) -> list[data.Sample]:
+        rows = data.read_annotations(dataset, split, annotations)
+        return [row for row in rows if row.video in fold_of]
+
+    rows = read("charades", "test")
+    result = {}
+    for fold in range(FOLDS):
+        train, val = divided([row for row in rows if fold_of[row.video] != fold])
+        test = [row for row in rows if fold_of[row.video] == fold]
+        result[f"real-{fold}"] = {"train": train, "val": val, "test": test}
+    train, val = divided(read("charades-cg", "train"))
+    result["real-cg"] = {"train": train, "val": val, "test": read("charades-cg", "trivial")}
+    for split in ("novel-word", "novel-composition"):
+        result["real-cg"][split] = read("charades-cg", split)
+    return result
+
+
+def build(features: pathlib.Path, annotations: pathlib.Path, text: pathlib.Path,
+          root: pathlib.Path) -> None:
+    """Writes <root>/real-0 to real-4 and real-cg, with one store of features and one text tower."""
+    names = files.read_text(features / "videos.txt").split()
+    frames = read_vectors(features, "frames")                           # [V, T, D]
+    sentences, vectors = read_sentences(text), read_vectors(text, "text")
+    # Charades-STA's own training sentences, of other videos and without their moments
+    charades = sorted({row.sentence for row in data.read_annotations("charades", "train",
+                                                                     annotations)})
+    ridge = Ridge(sentences, vectors, charades)
+    targets = torch.cat([vectors - ridge.mean_vector, ridge.predict(charades)])
+    tower = distil(sentences + charades, targets)
+    path = root / "real-0" / "clip.pt"
+    files.save_tensors(path, tower.state_dict())
+    made = {"clip": "real-0", "sha256": clip.sha256(path), "resolution": 224,
+            "frames": frames.shape[1], "patch_frames": 0, "width": frames.shape[2],
+            "patch_width": 0, "grid": 0, "precision": "int8, made elsewhere"}
+    durations_sec = {row.video: row.duration_sec
+                     for row in data.read_annotations("charades", "test", annotations)}
+    for dataset, splits in datasets(annotations, names).items():
+        for split, rows in splits.items():
+            data.write_jsonl(root / dataset / f"{split}.jsonl", rows)
+        # a folder of its own for each, because a dataset may be copied elsewhere
+        store = data.FeatureStore(root / dataset / "features" / "real-0", made)
+        for name, x in zip(names, frames):
+            store.write(name, x.half(), None, durations_sec[name])
+        store.save_manifest()
+
+
+def main() -> None:
+    arguments = options.parser("dataset folders of real videos with real CLIP text",
+                               prog="python -m extras.real")
+    add = arguments.add_argument
+    add("what", choices=("build",), help="write the datasets real-0 to real-4 and real-cg")
+    add("--features", required=True, metavar="DIR", help="frames.int8.npy and videos.txt")
+    add("--annotations", required=True, metavar="DIR", help="with charades/ and charades-cg/")
+    add("--text", required=True, metavar="DIR", help="text.int8.npy and sentences.tsv")
+    add("--root", default="data", help="folder of datasets")
+    given = arguments.parse_args()
+    with reported():
+        build(pathlib.Path(given.features), pathlib.Path(given.annotations),
+              pathlib.Path(given.text), pathlib.Path(given.root))
+
+
+if __name__ == "__main__":
+    main()
