@@ -78,9 +78,10 @@ def best_prior(iou: Tensor) -> int:
 @torch.no_grad()
 def predict(tower: clip.TextTower, retriever: mmn.MomentMap, videos: data.Videos, batch: int,
             device: torch.device | str, query: str = "full", top_k: int = 5,
-            frozen: clip.TextTower | None = None, weight: float = 0.0) -> Tensor:
+            frozen: clip.TextTower | None = None, weight: float = 0.0,
+            smooth_sec: float = 0.0) -> Tensor:
     """Moments of all sentences, in the order of `videos.samples`: [S, top_k, 3], see mmn.decode.
-    frozen: CLIP's own text tower, to fuse with its scores at this weight."""
+    frozen: CLIP's own text tower, to fuse with its scores, smoothed, at this weight."""
     was_training = retriever.training
     tower.eval()                                # BatchNorm uses its running statistics
     retriever.eval()
@@ -95,6 +96,8 @@ def predict(tower: clip.TextTower, retriever: mmn.MomentMap, videos: data.Videos
         if frozen is not None:
             x = F.normalize(frozen.encode_text(b.tokens[QUERIES[query]]), dim=1)
             similarity = torch.einsum("sd,std->st", x, b.frames[b.video_of])    # [S, T]
+            each_sec = b.durations_sec / similarity.shape[1]                    # [S]
+            similarity = mmn.smoothed(similarity, each_sec, smooth_sec)
             alone = mmn.contrast_map(similarity, retriever.num_clips)           # [S, N, N]
             scores = retriever.to_map(mmn.fuse_with_clip(
                 retriever.at_candidates(scores), retriever.at_candidates(alone), weight))
@@ -221,7 +224,8 @@ def answers(run: Run, splits: list[str] | None = None, query: str = "full",
                           f"--allow-missing skips their {videos.lost} sentences")
         yield split, videos, predict(run.text, run.retriever, videos, config["batch"], device,
                                      query, top_k, run.frozen,
-                                     run.checkpoint.get("clip_weight", 0.0))
+                                     run.checkpoint.get("clip_weight", 0.0),
+                                     mmn.smooth_sec_of(dataset))
 
 
 def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",

@@ -356,6 +356,29 @@ def decode(scores: Tensor, durations_sec: Tensor, top_k: int = 1, nms: float = 0
 # ------------------------------------------------------------------------------- ours: CLIP alone
 
 POWER = 0.5             # exponent of the moment's size, see `contrast`
+SMOOTH_SEC = 5.0        # over which cosines are averaged, chosen in docs/zero-shot.md
+
+
+def smooth_sec_of(dataset: str) -> float:
+    """SMOOTH_SEC, but 0 in a shapes world, whose frames have no noise."""
+    return 0.0 if dataset.startswith("shapes") else SMOOTH_SEC
+
+
+def smoothed(similarity: Tensor, each_sec: float | Tensor, smooth_sec: float) -> Tensor:
+    """Cosines averaged over about `smooth_sec`, because single frames of real videos are noisy;
+    towards both ends over what there is.
+
+    similarity  [..., T], of frames `each_sec` apart (or [...], for each row)"""
+    if not smooth_sec:
+        return similarity
+    T = similarity.shape[-1]
+    half = (smooth_sec / torch.as_tensor(each_sec).cpu() / 2).long()[..., None]     # either side
+    first = (torch.arange(T) - half).clamp(min=0).expand_as(similarity)
+    last = (torch.arange(T) + half + 1).clamp(max=T).expand_as(similarity)
+    # float64 and on the CPU, as in `contrast_map`
+    sums = F.pad(similarity.cpu().double().cumsum(-1), (1, 0))          # [..., T + 1]
+    mean = (sums.gather(-1, last) - sums.gather(-1, first)) / (last - first)
+    return mean.to(similarity.dtype).to(similarity.device)
 
 
 def contrast(total: Tensor, inside: Tensor, length: Tensor, count: Tensor | int,

@@ -161,12 +161,14 @@ class ZeroShot:
     rate                    frames per second that are encoded
     shortest_sec, longest_sec   limits of a moment's length; never more than half the video
     prompt                  a template such as "a video of {}"
+    smooth_sec              what the cosines are averaged over; None: as of mmn.smooth_sec_of
     gelu                    the weights were trained with GELU (LAION's), not with QuickGELU
     """
 
     def __init__(self, clip_name: str = "ViT-B/32", device: str = "auto", rate: float = 2.0,
                  shortest_sec: float = 1.0, longest_sec: float = 300.0, prompt: str = "{}",
-                 cache: str | os.PathLike | None = CACHE, root: str = "data", gelu: bool = False):
+                 cache: str | os.PathLike | None = CACHE, root: str = "data", gelu: bool = False,
+                 smooth_sec: float | None = None):
         if not (rate > 0 and 0 < shortest_sec <= longest_sec):
             raise Mistake("--rate must be positive, and --shortest at most --longest")
         if prompt.count("{}") != 1:
@@ -174,6 +176,9 @@ class ZeroShot:
         self.kind, self.name, self.cache = "clip", clip_name, cache
         self.rate, self.prompt = rate, prompt
         self.limits_sec = (shortest_sec, longest_sec)
+        if smooth_sec is None:
+            smooth_sec = mmn.smooth_sec_of(clip_name)
+        self.smooth_sec = smooth_sec
         path = data.clip_file(clip_name, root)
         if os.path.exists(path):                # by which an index finds it, from any folder
             self.name = os.path.abspath(path)
@@ -207,10 +212,14 @@ class ZeroShot:
         tokens = checked_tokens(prompts, self.model.tokenize)
         return F.normalize(self.model.encode_text(tokens.to(self.device)), dim=1).cpu()
 
-    def search(self, encoded: Encoded, similarity: Tensor, top_k: int) -> Tensor:
+    def similarity(self, encoded: Encoded, text: Tensor) -> Tensor:
+        """Cosines of sentences [S, D] with all frames, smoothed: [S, F]."""
+        return mmn.smoothed(text @ encoded.frames.T, encoded.each_sec, self.smooth_sec)
+
+    def search(self, encoded: Encoded, text: Tensor, top_k: int) -> Tensor:
         """`search_intervals` within the limits, in seconds: [S, top_k, 3]."""
         shortest, longest = self.limits(encoded)
-        result = search_intervals(similarity, shortest, longest, top_k)
+        result = search_intervals(self.similarity(encoded, text), shortest, longest, top_k)
         result[..., :2] *= encoded.each_sec
         return result
 
@@ -226,7 +235,7 @@ class ZeroShot:
         if isinstance(sentences, str):
             return self.predict(encoded, [sentences], top_k)[0]
         answers = []
-        for rows in self.search(encoded, self.text(sentences) @ encoded.frames.T, top_k).tolist():
+        for rows in self.search(encoded, self.text(sentences), top_k).tolist():
             # a short video may have fewer than top_k moments; -inf marks the rest
             answers.append([Moment(*row) for row in rows if row[2] > float("-inf")])
         return answers
@@ -237,12 +246,12 @@ class ZeroShot:
 
     def generic_best(self, encoded: Encoded) -> Tensor:
         """The best score of each generic sentence, [G]."""
-        return self.search(encoded, self.generic_text @ encoded.frames.T, 1)[:, 0, 2]
+        return self.search(encoded, self.generic_text, 1)[:, 0, 2]
 
     def curve(self, encoded: Encoded, sentences: list[str]) -> Tensor:
         """What a plot shows: the best score of a moment at each frame, [S, F]."""
         shortest, longest = self.limits(encoded)
-        return best_at(self.text(sentences) @ encoded.frames.T, shortest, longest)
+        return best_at(self.similarity(encoded, self.text(sentences)), shortest, longest)
 
     def grid_sec(self, encoded: Encoded) -> float:
         """Moments start and end on multiples of this."""
@@ -465,6 +474,7 @@ class Retriever:
             original = self.load_image_tower()
             tokens = checked_tokens(sentences, original.tokenize).to(self.device)
             untrained = F.normalize(original.encode_text(tokens), dim=1)        # [S, D]
+        smooth_sec = mmn.smooth_sec_of(self.run.config["dataset"])
         all_spans, all_scores, all_alone = [], [], []
         for frames, spans in self.windows(encoded):                     # [w, T, D], [w, P, 2]
             # pair every sentence with every window
@@ -476,6 +486,7 @@ class Retriever:
             all_scores.append(scores.cpu())
             if self.fuse_clip:
                 similarity = torch.einsum("sd,wtd->swt", untrained, frames)     # [S, w, T]
+                similarity = mmn.smoothed(similarity, encoded.each_sec, smooth_sec)
                 alone = mmn.contrast_map(similarity.flatten(0, 1), self.N)      # [S * w, N, N]
                 alone = model.at_candidates(alone).view(len(text), -1)          # [S, w * P]
                 all_alone.append(alone.cpu())

@@ -319,7 +319,7 @@ def made_with(retriever: Retriever | ZeroShot, checkpoint: str | None) -> dict:
                 "sha256": files.sha256(checkpoint)}
     return {"kind": "frames", "checkpoint": retriever.name, "sha256": retriever.digest,
             "rate": retriever.rate, "prompt": retriever.prompt,
-            "limits_sec": list(retriever.limits_sec)}
+            "limits_sec": list(retriever.limits_sec), "smooth_sec": retriever.smooth_sec}
 
 
 def update_index(retriever: Retriever | ZeroShot, checkpoint: str | None, folder: str,

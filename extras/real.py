@@ -1,7 +1,9 @@
 """Real videos with real CLIP text: dataset folders and a text tower for train.py and evaluate.py.
 
     python -m extras.real build --features DIR --annotations DIR --text DIR
-    python train.py --dataset real-0 --method mmn               # a fold; real-cg: Charades-CG
+    python train.py --dataset real-0 --method mmn               # a fold; real-novel: Charades-CG
+    python -m extras.real premise --features DIR --annotations DIR --text DIR
+    python -m extras.real smooth                                # after build
 
 The features are those of CLIP ViT-L/14 for the 1,334 videos of Charades-STA's test split, 32 frames
 each. CLIP's text tower cannot be had, but 11,594 of its vectors with their sentences can. A linear
@@ -9,7 +11,7 @@ map from stemmed words to these vectors covers other sentences, and a small text
 It takes the place of CLIP's: data/real-0/clip.pt.
 
 The videos are divided into five folds; each is tested once, by a model trained on the videos of the
-others, a seventh of which is for validation. real-cg is Charades-CG restricted to these videos.
+others, a seventh of which is for validation. real-novel is Charades-CG restricted to these videos.
 
 Shapes: V videos, S sentences, T frames, W words, D width of CLIP's joint space.
 """
@@ -26,8 +28,12 @@ from tqdm import trange
 
 import clip
 import data
+import evaluate
+import mmn
+from extras import zero_shot
 from support import files, options, progress
 from support.errors import Mistake, reported
+from support.text import markdown
 
 FOLDS = 5
 PENALTY = 1.0                       # of the ridge, chosen on the validation videos of fold 0
@@ -105,7 +111,7 @@ def distil(sentences: list[str], targets: Tensor) -> clip.TextTower:
     """A text tower of two layers whose vectors point where the targets [S, D] do."""
     torch.manual_seed(0)
     tokens = clip.tokenize(sentences, truncate=True)                    # [S, 77]
-    text = clip.TextTower(len(clip.vocabulary()[0]), 77, WIDTH, 2, 4, targets.shape[1],
+    text = clip.TextTower(len(clip.vocabulary()[0]), 77, WIDTH, 2, WIDTH // 64, targets.shape[1],
                           clip.QuickGELU)
     for name, parameter in text.named_parameters():
         if parameter.ndim > 1:
@@ -116,12 +122,14 @@ def distil(sentences: list[str], targets: Tensor) -> clip.TextTower:
     whole = text.token_embedding.weight.data                            # [49408, WIDTH]
     text.token_embedding = torch.nn.Embedding.from_pretrained(whole[used], freeze=False)
     targets = F.normalize(targets, dim=1)
+    by_length = tokens.argmax(1).argsort()      # sentences of a batch are equally long, to save time
     optimiser = torch.optim.AdamW(text.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
     bar = trange(STEPS, desc="text tower", disable=None)
     for step in bar:
         rate = min((step + 1) / 50, progress.cosine(step / STEPS))
         optimiser.param_groups[0]["lr"] = 1e-3 * rate
-        chosen = torch.randint(len(tokens), (128,))
+        first = torch.randint(len(tokens) - 128, ())
+        chosen = by_length[first:first + 128]
         x = F.normalize(text.encode_text(tokens[chosen]), dim=1)        # [128, D]
         loss = 1 - (x * targets[chosen]).sum(1).mean()
         optimiser.zero_grad()
@@ -145,7 +153,7 @@ def divided(rows: list[data.Sample]) -> tuple[list[data.Sample], list[data.Sampl
 
 
 def datasets(annotations: pathlib.Path, names: list[str]) -> dict[str, dict[str, list]]:
-    """Dataset -> split -> sentences: real-0 to real-4 are the folds, real-cg Charades-CG."""
+    """Dataset -> split -> sentences: real-0 to real-4 are the folds, real-novel Charades-CG."""
     order = sorted(names)
     random.Random(0).shuffle(order)
     fold_of = {name: i % FOLDS for i, name in enumerate(order)}
@@ -161,15 +169,15 @@ def datasets(annotations: pathlib.Path, names: list[str]) -> dict[str, dict[str,
         test = [row for row in rows if fold_of[row.video] == fold]
         result[f"real-{fold}"] = {"train": train, "val": val, "test": test}
     train, val = divided(read("charades-cg", "train"))
-    result["real-cg"] = {"train": train, "val": val, "test": read("charades-cg", "trivial")}
+    result["real-novel"] = {"train": train, "val": val, "test": read("charades-cg", "trivial")}
     for split in ("novel-word", "novel-composition"):
-        result["real-cg"][split] = read("charades-cg", split)
+        result["real-novel"][split] = read("charades-cg", split)
     return result
 
 
 def build(features: pathlib.Path, annotations: pathlib.Path, text: pathlib.Path,
           root: pathlib.Path) -> None:
-    """Writes <root>/real-0 to real-4 and real-cg, with one store of features and one text tower."""
+    """Writes <root>/real-0 to real-4 and real-novel, with one store of features and one text tower."""
     names = files.read_text(features / "videos.txt").split()
     frames = read_vectors(features, "frames")                           # [V, T, D]
     sentences, vectors = read_sentences(text), read_vectors(text, "text")
@@ -186,29 +194,140 @@ def build(features: pathlib.Path, annotations: pathlib.Path, text: pathlib.Path,
             "patch_width": 0, "grid": 0, "precision": "int8, made elsewhere"}
     durations_sec = {row.video: row.duration_sec
                      for row in data.read_annotations("charades", "test", annotations)}
+    store = data.FeatureStore(root / "real-0" / "features" / "real-0", made)
+    for name, x in zip(names, frames):
+        store.write(name, x.half(), None, durations_sec[name])
+    store.save_manifest()
     for dataset, splits in datasets(annotations, names).items():
         for split, rows in splits.items():
             data.write_jsonl(root / dataset / f"{split}.jsonl", rows)
-        # a folder of its own for each, because a dataset may be copied elsewhere
-        store = data.FeatureStore(root / dataset / "features" / "real-0", made)
-        for name, x in zip(names, frames):
-            store.write(name, x.half(), None, durations_sec[name])
-        store.save_manifest()
+        link = root / dataset / "features"
+        if not link.exists():                           # one store for all
+            link.symlink_to(pathlib.Path("..", "real-0", "features"), target_is_directory=True)
+
+
+# ------------------------------------------------------------------------------- the premise
+
+# two classes of actions, and what the sentences of Charades-STA say that show them
+PAIRS = (("put on a shoe", "take off a shoe", r"\bput\w* on .*shoe", r"\btak\w* off .*shoe"),
+         ("put object into bag", "take object out of bag", r"\bput\w* .*\b(in|into) .*bag",
+          r"\btak\w* .*\b(out of|from) .*bag"),
+         ("sit down", "stand up", r"\bs(it|at)\w* down", r"\b(stand|stood|gets?|got)\w* up"),
+         ("drink water", "eat meal", r"\bdrink", r"\beat"),
+         ("reading", "phone call", r"\bread|\bbook", r"\bphone"))
+
+
+def premise(features: pathlib.Path, annotations: pathlib.Path, text: pathlib.Path) -> str:
+    """Does CLIP tell two actions apart? A line for each of PAIRS: the cosine of their mean vectors,
+    and with which probability a moment of the first is nearer to the first than a moment of the
+    second is (0.5 is chance), with the 95% interval of a bootstrap over moments."""
+    lines = [line.split("\t") for line in
+             files.read_text(text / "sentences.tsv").splitlines()]      # set, kind, class, sentence
+    vectors = read_vectors(text, "text")
+
+    def mean_of(action: str) -> Tensor:
+        own = [i for i, line in enumerate(lines) if line[0] == "ntu120" and line[2] == action]
+        return F.normalize(vectors[own].mean(0), dim=0)                 # [D]
+
+    names = files.read_text(features / "videos.txt").split()
+    frames_of = dict(zip(names, read_vectors(features, "frames")))      # video -> [T, D]
+    rows = [row for row in data.read_annotations("charades", "test", annotations)
+            if row.video in frames_of]
+    moments = []
+    for row in rows:
+        frames = frames_of[row.video]
+        first, last = (int(len(frames) * sec / row.duration_sec)
+                       for sec in (row.start_sec, row.end_sec))
+        moments.append(F.normalize(frames[first:max(last, first + 1)].mean(0), dim=0))
+    moments = torch.stack(moments)                                      # [S, D]
+    actions = sorted({line[2] for line in lines if line[0] == "ntu120"})
+    means = torch.stack([mean_of(action) for action in actions])
+    apart = ~torch.eye(len(actions), dtype=torch.bool)
+    table = [["all pairs of actions", f"{(means @ means.T)[apart].mean():.3f}", "", ""]]
+    for one, other, shows_one, shows_other in PAIRS:
+        is_one = np.array([bool(re.search(shows_one, row.sentence.lower())) for row in rows])
+        is_other = np.array([bool(re.search(shows_other, row.sentence.lower())) for row in rows])
+        nearer = moments @ (mean_of(one) - mean_of(other))              # [S]
+        a = nearer[is_one & ~is_other].numpy()
+        b = nearer[is_other & ~is_one].numpy()
+        rng = np.random.default_rng(0)
+        drawn = [(rng.choice(a, len(a))[:, None] > rng.choice(b, len(b))).mean()
+                 for _ in range(1000)]
+        low, high = np.percentile(drawn, (2.5, 97.5))
+        table.append([f"{one} / {other}", f"{float(mean_of(one) @ mean_of(other)):.3f}",
+                      f"{(a[:, None] > b).mean():.2f} [{low:.2f}, {high:.2f}]",
+                      f"{len(a)} / {len(b)}"])
+    return markdown(["", "cosine", "area under the curve", "moments"], table)
+
+
+# ----------------------------------------------------------------------------------- CLIP alone
+
+def smooth(root: pathlib.Path) -> str:
+    """R@1 of CLIP alone on the validation videos of fold 0, by the power of `mmn.contrast`, over
+    how many seconds the cosines are averaged, and the longest moment; and, of what is best there
+    and of no smoothing, on the test videos of the other folds."""
+    run = zero_shot.run_of("real-0", "real-0", str(root), torch.device("cpu"))
+    lines = []
+    for power in (0.0, 0.25, 0.5, 0.75):
+        for smooth_sec in (0.0, 3.0, 5.0, 7.0, 9.0):
+            for longest in (0.5, 0.75, 1.0):
+                metrics = alone(run, root, ["real-0 val"], smooth_sec, power, longest)
+                lines.append([power, smooth_sec, longest] + list(metrics.values()))
+    best = max(lines, key=lambda line: line[3] + line[4])
+    tests = [f"real-{fold} test" for fold in range(1, FOLDS)]
+    table = [[f"{value:.2f}" for value in line[:3]] + [f"{value:.1f}" for value in line[3:]]
+             for line in lines]
+    for smooth_sec in (best[1], 0.0):
+        metrics = alone(run, root, tests, smooth_sec, best[0], best[2])
+        table.append([f"folds 1 to 4: {best[0]:.2f}", f"{smooth_sec:.2f}", f"{best[2]:.2f}"]
+                     + [f"{value:.1f}" for value in metrics.values()])
+    return markdown(["power", "seconds", "longest", "R@1 0.5", "R@1 0.7", "mIoU"], table)
+
+
+@torch.no_grad()
+def alone(run: evaluate.Run, root: pathlib.Path, splits: list[str], smooth_sec: float,
+          power: float, longest: float) -> dict[str, float]:
+    """Metrics of CLIP alone on splits ("real-0 val") taken together."""
+    predicted, truth = [], []
+    retriever = zero_shot.Contrast(16, longest)
+    for split in splits:
+        dataset, split = split.split(" ")
+        store = data.open_store(dataset, "real-0", root)
+        rows = data.read_annotations(dataset, split, root)
+        videos = data.Videos(rows, store, 16, data.parser_of(dataset, root))
+        for batch in videos.batches(256):
+            x = F.normalize(run.text.encode_text(batch.tokens[0]), dim=1)
+            similarity = torch.einsum("sd,std->st", x, batch.frames[batch.video_of])
+            each_sec = batch.durations_sec / similarity.shape[1]        # [S]
+            similarity = mmn.smoothed(similarity, each_sec, smooth_sec)
+            scores = mmn.contrast_map(similarity, 16, power)
+            predicted.append(mmn.decode(scores, batch.durations_sec,
+                                        candidates=retriever.candidates))
+        truth.append(videos.windows_sec)
+    return evaluate.recall(torch.cat(predicted)[..., :2], torch.cat(truth), ks=(1,))
 
 
 def main() -> None:
-    arguments = options.parser("dataset folders of real videos with real CLIP text",
-                               prog="python -m extras.real")
+    arguments = options.parser("real videos with real CLIP text", prog="python -m extras.real")
     add = arguments.add_argument
-    add("what", choices=("build",), help="write the datasets real-0 to real-4 and real-cg")
-    add("--features", required=True, metavar="DIR", help="frames.int8.npy and videos.txt")
-    add("--annotations", required=True, metavar="DIR", help="with charades/ and charades-cg/")
-    add("--text", required=True, metavar="DIR", help="text.int8.npy and sentences.tsv")
+    add("what", choices=("build", "premise", "smooth"), help="see the top of the file")
+    add("--features", metavar="DIR", help="frames.int8.npy and videos.txt")
+    add("--annotations", metavar="DIR", help="with charades/ and charades-cg/")
+    add("--text", metavar="DIR", help="text.int8.npy and sentences.tsv")
     add("--root", default="data", help="folder of datasets")
     given = arguments.parse_args()
     with reported():
-        build(pathlib.Path(given.features), pathlib.Path(given.annotations),
-              pathlib.Path(given.text), pathlib.Path(given.root))
+        root = pathlib.Path(given.root)
+        if given.what == "smooth":
+            print(smooth(root))
+            return
+        if not (given.features and given.annotations and given.text):
+            raise Mistake(f"{given.what} needs --features, --annotations and --text")
+        folders = [pathlib.Path(name) for name in (given.features, given.annotations, given.text)]
+        if given.what == "build":
+            build(*folders, root)
+        else:
+            print(premise(*folders))
 
 
 if __name__ == "__main__":

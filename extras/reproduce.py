@@ -77,7 +77,7 @@ class Row(NamedTuple):
 class Table(NamedTuple):
     """columns: "split metric"; differences: pairs of rows; original: of the original split, not of
     the compositional ones; baselines: with rows for what needs no training; seeds: how many runs of
-    each row; coupling: of the shapes worlds."""
+    each row; coupling: of the shapes worlds; dataset: another one than --dataset."""
     columns: list[str]
     rows: list[Row]
     differences: list[tuple[int, int]] = []
@@ -85,6 +85,7 @@ class Table(NamedTuple):
     baselines: bool = False
     seeds: int = 3
     coupling: float = 0.0
+    dataset: str = ""
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -256,14 +257,6 @@ TABLES["s-table6"] = Table(["test R@1,IoU=0.5", "test R@1,IoU=0.7"] + SPLITS[1:]
     Row("VGG or C3D and DistilBERT, separate: MMN", dict(MMN, clip="separate"), [47.31, 27.28]),
 ], original=True)
 
-# ours: the target of stage 1
-TABLES["targets"] = Table(SPLITS + ["test verb accuracy", "novel-word verb accuracy"], [
-    Row("none (MMN, tuned)", TUNED),
-    Row("late minus early half of the moment", STAGED),
-    Row("mean of the whole video", dict(STAGED, stage_target="whole")),
-    Row("a random code for each query", RANDOM),
-], differences=[(1, 2), (1, 3)])
-
 # ours: how words are masked
 TABLES["choices"] = Table(SPLITS, [
     Row("`vdi`: masked words dropped", VDI),
@@ -280,12 +273,16 @@ def world_of(dataset: str, seed: int) -> str:
     if dataset.startswith("shapes"):
         _, coupling = shapes.world_of(dataset)
         return shapes.name_of(seed % WORLDS, coupling)
+    if dataset == "real":                               # five folds, see extras/real.py
+        return f"real-{seed % WORLDS}"
     return dataset
 
 
 def dataset_of(what: str, given: argparse.Namespace) -> str:
     """The dataset of a table. On a real one, most tables are about its compositional splits, which
     have a training split of their own."""
+    if TABLES[what].dataset:
+        return TABLES[what].dataset
     if given.dataset == "shapes":                       # a shapes world has all splits at once
         return shapes.name_of(0, TABLES[what].coupling)
     if TABLES[what].original:
@@ -307,6 +304,8 @@ def config_of(row: Row, dataset: str, seed: int, given: argparse.Namespace) -> t
     fields = dict(row.fields, dataset=world_of(dataset, seed), seed=seed, device=given.device,
                   root=given.root, select_on=select_on(dataset, given))
     family = dataset.removesuffix("-cg")
+    if family == "real":
+        fields["clip"] = "real-0"                       # all folds have one text tower
     if fields.get("clip") == "separate":
         if family not in SEPARATE:                      # shapes has no features of another network
             return None
@@ -370,8 +369,9 @@ def name_of(config: train.Config) -> str:
 
 def file_of(config: train.Config, fused: bool = False) -> pathlib.Path:
     family = config.dataset
-    if family.startswith("shapes"):                     # one folder for all worlds
-        family = "shapes"
+    for many in ("shapes", "real"):                     # one folder for all worlds or folds
+        if family.startswith(many):
+            family = many
     name = name_of(config)
     if fused:
         name += "-fused"
@@ -627,15 +627,19 @@ def clip_alone_of(what: str, given: argparse.Namespace) -> list[dict]:
     def make(seed: int) -> dict:
         world = world_of(dataset, seed)
         name = train.Config.clip
-        if given.dataset == "shapes":
+        if dataset.startswith("shapes"):
             shapes.build(world, given.root)
             name = world                                # a world's own small CLIP
+        elif dataset.startswith("real"):
+            name = "real-0"
         alone = zero_shot.run_of(world, name, given.root, device)
         return {query: evaluate.evaluate(alone, query=query, device=device, allow_missing=True)
                 for query in evaluate.QUERIES}
 
     name = "zero-shot"
-    if dataset.endswith("-cg"):
+    if TABLES[what].dataset:
+        name = f"zero-shot-{dataset}"
+    elif dataset.endswith("-cg"):
         name = "zero-shot-cg"
     elif TABLES[what].seeds > 3:                        # on the shipped CLIPs
         name = f"zero-shot-{what}"

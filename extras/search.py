@@ -141,7 +141,10 @@ def search_frames(index: Index, text: Tensor, top: int, per_video: int,
     similarity = torch.cat([block.float() @ text for block in blocks])          # [R]
     names = [name for name in slices if name in among]
     entries = [index.entries[name] for name in names]
-    rows = [similarity[slices[name]] for name in names]         # [F] each
+    rows = []                                                   # [F] each
+    for name, entry in zip(names, entries):
+        each_sec = entry.duration_sec / entry.rows
+        rows.append(mmn.smoothed(similarity[slices[name]], each_sec, index.made["smooth_sec"]))
     limits_sec = index.made["limits_sec"]
     # subtle: a video whose best moment is not among the top cannot contribute an answer
     first = best_of(rows, entries, limits_sec, 1)[:, 0, 2]      # [V] scores
@@ -187,7 +190,8 @@ def retriever_of(index: Index, device: str) -> Retriever | ZeroShot:
     if made["kind"] == "frames":
         shortest_sec, longest_sec = made["limits_sec"]
         retriever = ZeroShot(made["checkpoint"], device, made["rate"], shortest_sec, longest_sec,
-                             made["prompt"], cache=None, gelu=made["sha256"].endswith("-gelu"))
+                             made["prompt"], cache=None, gelu=made["sha256"].endswith("-gelu"),
+                             smooth_sec=made["smooth_sec"])
         if retriever.digest == made["sha256"]:          # the file of this name may be another
             return retriever
     else:

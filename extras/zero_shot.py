@@ -8,6 +8,8 @@ docs/zero-shot.md says how the score and the threshold FOUND were chosen.
 
 Shapes: B videos, S sentences, T frames, N clips, D width of CLIP's joint space.
 """
+import statistics
+
 import torch
 from torch import Tensor
 
@@ -21,17 +23,21 @@ from support.errors import reported
 
 class Contrast(mmn.MomentMap):
     """`mmn.contrast_map` behind the interface of a retriever. The candidates are all
-    moments of up to half the video, as in retrieve.py."""
+    moments of up to `longest` of the video, by default half of it, as in retrieve.py. Cosines of
+    frames `each_sec` apart are averaged over `smooth_sec`."""
 
-    def __init__(self, num_clips: int):
-        # the diagonals above the main one, which are the moments of 2 to N/2 clips
+    def __init__(self, num_clips: int, longest: float = 0.5, each_sec: float = 1.0,
+                 smooth_sec: float = 0.0):
+        # the diagonals above the main one, which are the moments of 2 clips and more
         super().__init__(num_clips, pool_kernel=1, pool_stride=1,
-                         pool_counts=(num_clips // 2 - 1,))
+                         pool_counts=(int(longest * num_clips) - 1,))
+        self.each_sec, self.smooth_sec = each_sec, smooth_sec
 
     def scores(self, frames: Tensor, text: Tensor, video_of: Tensor) -> Tensor:
         """frames [B, T, D] and text [S, D] unit vectors, video_of [S] -> [S, N, N], 0 outside the
         candidates."""
         similarity = torch.einsum("sd,std->st", text, frames[video_of])         # [S, T]
+        similarity = mmn.smoothed(similarity, self.each_sec, self.smooth_sec)
         scores = mmn.contrast_map(similarity, self.num_clips)           # [S, N, N]
         # -inf marks moments without a score; 0, as in MMN, keeps the whole map finite
         return self.to_map(self.at_candidates(scores))
@@ -51,7 +57,11 @@ def run_of(dataset: str, clip_name: str, root: str, device: torch.device) -> eva
               "frames": store.manifest["frames"], "num_clips": num_clips, "batch": 64,
               "mask": "", "seed": 0}            # "": masked words are dropped
     checkpoint = {"clip_sha256": clip.sha256(path), "parser": parser.name, "epoch": 0}
-    return evaluate.Run(config, text, Contrast(num_clips).to(device), checkpoint)
+    # one rate for all videos: a retriever does not know their durations
+    rates_sec = [about["seconds_per_feature"] for about in store.manifest["videos"].values()]
+    retriever = Contrast(num_clips, each_sec=statistics.median(rates_sec),
+                         smooth_sec=mmn.smooth_sec_of(dataset))
+    return evaluate.Run(config, text, retriever.to(device), checkpoint)
 
 
 def main() -> None:

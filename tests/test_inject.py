@@ -1,5 +1,6 @@
 """inject.py, Eq. 1-5, and the target of staged.py, against plain loops (values and gradients) and
 by hand."""
+import argparse
 import itertools
 import math
 
@@ -8,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import inject
+import parse
+import shapes
 import staged
 
 S, B, T, D, H = 5, 3, 4, 8, 2
@@ -262,6 +265,20 @@ def test_without_a_query_all_frames_of_a_half_weigh_the_same():
     part = torch.tensor([[1.0, 3.0]])
     whole = staged.temporal_change(None, frames, part, duration, "whole")
     assert torch.allclose(whole, frames.mean(1), atol=1e-6)
+
+
+def test_codes_that_never_saw_a_video():
+    """One per query, or one per motion: then rises and climbs share a code, falls has another."""
+    class Videos:
+        queries = [parse.Query("", "", f"something {verb}") for verb in ("rises", "climbs", "falls",
+                                                                         "rises")]
+        store = argparse.Namespace(manifest={"width": 6})
+
+    each = staged.random_codes(Videos, 3, {})
+    assert each.shape == (4, 6) and torch.equal(each[0], each[3])
+    assert len({tuple(row) for row in each.tolist()}) == 3
+    motions = staged.random_codes(Videos, 3, shapes.SYNONYMS)
+    assert torch.equal(motions[0], motions[1]) and not torch.equal(motions[0], motions[2])
 
 
 def test_a_learned_probe_asks_the_same_of_every_video():

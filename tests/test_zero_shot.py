@@ -110,6 +110,19 @@ def test_the_best_score_at_each_frame(shortest, longest):
             assert values[t] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("frames, half", [(12, 1), (12, 3), (4, 7)])
+def test_cosines_are_averaged_over_seconds(frames, half):
+    """Frames every half second: `half` frames on either side, fewer towards both ends."""
+    x = unit(2, frames)
+    smooth = mmn.smoothed(x, 0.5, half + 0.2)
+    for i in range(frames):
+        near = x[:, max(0, i - half):i + half + 1]
+        assert torch.allclose(smooth[:, i], near.mean(1), atol=1e-6)
+    assert torch.equal(mmn.smoothed(x, 0.5, 0.0), x)
+    both = mmn.smoothed(x, torch.tensor([0.5, 1e9]), half + 0.2)        # a rate for each row
+    assert torch.equal(both[0], smooth[0]) and torch.allclose(both[1], x[1], atol=1e-6)
+
+
 def test_a_planted_moment_is_found():
     """Frames 30 to 44 of 200 point to the sentence; the others are noise."""
     text = unit(1, 32)
@@ -201,7 +214,7 @@ def test_a_checkpoint_fused_with_its_clip(world, checkpoint, videos, tmp_path): 
 def retriever(world, tmp_path_factory):                                 # noqa: F811
     """CLIP alone, with the world's small CLIP."""
     return retrieve.ZeroShot("shapes", "cpu", cache=tmp_path_factory.mktemp("cache"),
-                             root=str(world))
+                             root=str(world), smooth_sec=2.0)
 
 
 def test_any_length_and_both_limits(retriever, videos):                 # noqa: F811
@@ -307,7 +320,7 @@ def test_search_without_a_checkpoint_is_exact(index, retriever, top, per_video):
             frames = arrays["frames"][slices[name]].float()
             encoded = retrieve.Encoded(name, entry.duration_sec, entry.duration_sec / len(frames),
                                        frames, [0])
-            for start, end, score in retriever.search(encoded, text @ frames.T,
+            for start, end, score in retriever.search(encoded, text,
                                                       per_video)[0].tolist():
                 expected.append(((score - entry.mean) / entry.deviation, name, start, end))
         expected = sorted(expected, reverse=True)[:top]
