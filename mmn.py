@@ -356,7 +356,7 @@ def decode(scores: Tensor, durations_sec: Tensor, top_k: int = 1, nms: float = 0
 # ------------------------------------------------------------------------------- ours: CLIP alone
 
 POWER = 0.5             # exponent of the moment's size, see `contrast`
-SMOOTH_SEC = 5.0        # over which cosines are averaged, chosen in docs/zero-shot.md
+SMOOTH_SEC = 7.0        # over which cosines are averaged, chosen in docs/zero-shot.md
 
 
 def smooth_sec_of(dataset: str) -> float:
