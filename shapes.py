@@ -7,7 +7,6 @@ motions each, in random order: nouns alone match every second event, and so do v
     python shapes.py                                    # data/shapes: small CLIP, videos, features
     python shapes.py --seed 1                           # data/shapes-1: another world, another CLIP
     python shapes.py --coupling 0.9                     # data/shapes-p90: motions go with shapes
-    python shapes.py --show world.png                   # a contact sheet of videos and stills
     python shapes.py --pretrain FILE                    # retrain a world's small CLIP
 
 The small CLIP is pre-trained as CLIP was, on captioned images. A still cannot show a motion, so the
@@ -33,7 +32,6 @@ import os
 import pathlib
 import re
 import shutil
-import textwrap
 from typing import NamedTuple
 
 import numpy as np
@@ -652,42 +650,11 @@ def export(folder: str | os.PathLike, count: int, seed: int = 0, split: str = "t
     data.write_jsonl(folder / "annotations.jsonl", samples)
 
 
-def show(path: str, seed: int) -> None:
-    """A contact sheet: a video of each of three splits, and eight captioned stills."""
-    figure = files.pyplot().figure(figsize=(16, 8))     # inches, at 80 dots each
-    for row, split in enumerate(("train", "novel-word", "novel-composition")):
-        axes = figure.add_axes((0.01, 0.78 - 0.22 * row, 0.98, 0.16))
-        show_video(axes, plan_of(seed, split, 0))
-        axes.set_title(f"{split}, every second of {FRAMES} frames", fontsize=11, loc="left", pad=14)
-        axes.axis("off")
-    rng = np.random.default_rng([seed, 0])              # the first stills of `pretrain`
-    for i in range(8):
-        image, caption, _ = still(rng)
-        axes = figure.add_axes((0.01 + 0.1235 * i, 0.09, 0.11, 0.17))
-        axes.imshow(image, interpolation="nearest")
-        axes.axis("off")
-        axes.set_title(textwrap.fill(caption, 24), fontsize=8, y=-0.08, va="top")
-    files.save_figure(figure, path)
-
-
-def show_video(axes, plan: dict) -> None:
-    """Every second frame of a video side by side, and its sentences above their moments."""
-    frames = render(plan, np.arange(0, FRAMES, 2) + 0.5)
-    frames = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)  # white frames
-    # in frame lengths from left to right, so that moments can be drawn to scale
-    axes.imshow(np.concatenate(frames, 1), extent=(0, FRAMES, 0, 2), interpolation="nearest")
-    for k, (event, sample) in enumerate(zip(plan["events"], samples_of("", "train", plan))):
-        axes.plot([event["start"], event["end"]], [2.08, 2.08], linewidth=4, color=f"C{k}",
-                  solid_capstyle="butt", clip_on=False)
-        axes.text(event["start"], 2.2, sample.sentence, fontsize=9, color=f"C{k}")
-
-
 def main() -> None:
-    arguments = options.parser("build a shapes world, or show one")
+    arguments = options.parser("build a shapes world, or export its videos")
     add = arguments.add_argument
     add("--seed", type=int, default=0, help="seed of the world")
     add("--root", default="data", help="folder of datasets")
-    add("--show", metavar="PNG", help="draw a contact sheet instead of building")
     add("--export", metavar="DIR", help="write test videos as mp4, with sentences, instead")
     add("-n", type=int, default=5, help="number of videos that --export writes")
     add("--coupling", type=float, default=0.0, help="probability that motions go with shapes")
@@ -696,10 +663,7 @@ def main() -> None:
     with reported():
         if not 0 <= given.seed <= options.LARGEST:
             raise Mistake(f"--seed must be between 0 and {options.LARGEST}")
-        if given.show:
-            show(given.show, given.seed)
-            print(f"wrote {given.show}")
-        elif given.export:
+        if given.export:
             export(given.export, given.n, given.seed)
             print(f"wrote {given.n} videos and annotations.jsonl to {given.export}")
         elif given.pretrain:

@@ -23,15 +23,15 @@ from support.errors import reported
 
 class Contrast(mmn.MomentMap):
     """`mmn.contrast_map` behind the interface of a retriever. The candidates are all
-    moments of up to `longest` of the video, by default half of it, as in retrieve.py. Cosines of
-    frames `each_sec` apart are averaged over `smooth_sec`."""
+    moments of up to half the video, as in retrieve.py. Cosines of frames `each_sec` apart are
+    averaged over `smooth_sec`."""
 
-    def __init__(self, num_clips: int, longest: float = 0.5, each_sec: float = 1.0,
-                 smooth_sec: float = 0.0):
-        # the diagonals above the main one, which are the moments of 2 clips and more
+    def __init__(self, num_clips: int, each_sec: float = 1.0, smooth_sec: float = 0.0):
+        # the diagonals above the main one, which are the moments of 2 to N/2 clips
         super().__init__(num_clips, pool_kernel=1, pool_stride=1,
-                         pool_counts=(int(longest * num_clips) - 1,))
-        self.each_sec, self.smooth_sec = each_sec, smooth_sec
+                         pool_counts=(num_clips // 2 - 1,))
+        self.each_sec = each_sec
+        self.smooth_sec = smooth_sec
 
     def scores(self, frames: Tensor, text: Tensor, video_of: Tensor) -> Tensor:
         """frames [B, T, D] and text [S, D] unit vectors, video_of [S] -> [S, N, N], 0 outside the
@@ -59,8 +59,7 @@ def run_of(dataset: str, clip_name: str, root: str, device: torch.device) -> eva
     checkpoint = {"clip_sha256": clip.sha256(path), "parser": parser.name, "epoch": 0}
     # one rate for all videos: a retriever does not know their durations
     rates_sec = [about["seconds_per_feature"] for about in store.manifest["videos"].values()]
-    retriever = Contrast(num_clips, each_sec=statistics.median(rates_sec),
-                         smooth_sec=mmn.smooth_sec_of(dataset))
+    retriever = Contrast(num_clips, statistics.median(rates_sec), mmn.smooth_sec_of(dataset))
     return evaluate.Run(config, text, retriever.to(device), checkpoint)
 
 

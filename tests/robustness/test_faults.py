@@ -314,15 +314,12 @@ def test_a_bug_shows_its_traceback(name, fault):
           "the steps since the last epoch")
 
 
-@pytest.mark.parametrize("arguments, told", [
-    (("train.py", "--root", "data", *SMALL, "--frames", 64), "frames"),
-    (("shapes.py", "--show", "a.foo"), "foo")])
-def test_a_value_that_is_not_valid(world, tmp_path, arguments, told, fault):
-    """One sentence, although torch or matplotlib detects it."""
+def test_a_value_that_is_not_valid(world, tmp_path, fault):
     (tmp_path / "data").symlink_to(world)
-    command, *options = arguments
-    assert told in run(ROOT / command, *options, status=2, cwd=tmp_path)
-    fault("an option with an invalid value", "`--frames`, the suffix of an image", 1)
+    message = run(ROOT / "train.py", "--root", "data", *SMALL, "--frames", 64, status=2,
+                  cwd=tmp_path)
+    assert "frames" in message
+    fault("an option with an invalid value", "`--frames`", 1)
 
 
 def test_a_path_with_spaces_letters_and_no_utf8(world, tmp_path, whole, fault):
@@ -352,7 +349,6 @@ def test_a_folder_that_cannot_be_written(world, tmp_path, fault):
 @pytest.mark.parametrize("module, missing, arguments, told", [
     ("extras.prepare", "imageio_ffmpeg", ("mine", "--annotations", "a.jsonl", "--videos", "videos"),
      "pip install imageio-ffmpeg"),
-    ("shapes", "matplotlib", ("--show", "a.png"), "pip install matplotlib"),
     ("parse", "spacy", ("a person opens the door",), "pip install"),
     ("train", "imageio_ffmpeg", (), None), ("train", "matplotlib", (), None),
     ("train", "spacy", (), None)])
