@@ -164,8 +164,14 @@ def add_clip(run: Run, root: str | None, device: torch.device | str) -> None:
     if not can_add_clip(run):
         raise Mistake("CLIP alone can be fused only with a retriever of CLIP's own frames and text")
     path = data.clip_file(run.config["clip"], root or run.config["root"])
-    if clip.sha256(path) != run.checkpoint["clip_sha256"]:
-        raise Mistake(f"{path} is not the CLIP that this checkpoint was trained with")
+    try:
+        digest = clip.sha256(path)
+    except (OSError, Mistake) as error:
+        raise Mistake(f"the fusion needs the weights of the CLIP {run.config['clip']!r} ({error}); "
+                      f"name the folder of its dataset with --root") from error
+    if digest != run.checkpoint["clip_sha256"]:
+        raise Mistake(f"{path} is not the CLIP that this checkpoint was trained with; name the "
+                      f"folder of its dataset with --root")
     activation = clip.activation_of(run.checkpoint["features"])
     run.frozen = clip.load_text(path, activation=activation).to(device)
 
@@ -180,7 +186,8 @@ def choose_weight(run: Run, split: str, device: torch.device | str) -> float:
         metrics = recall(predicted[..., :2], videos.windows_sec)
         reached[weight] = metrics["R@1,IoU=0.5"] + metrics["R@1,IoU=0.7"]
     run.frozen = None
-    return max(reached, key=reached.get)
+    run.checkpoint["clip_weight"] = max(reached, key=reached.get)
+    return run.checkpoint["clip_weight"]
 
 
 def answers(run: Run, splits: list[str] | None = None, query: str = "full",
@@ -349,6 +356,9 @@ def evaluate_all(given) -> None:
     for path in paths:
         run = load(path, device)
         if given.fuse_clip:
+            if "clip_weight" not in run.checkpoint:
+                raise Mistake(f"{path} has no weight for CLIP alone, which training chooses on a "
+                              f"validation split; omit --fuse-clip")
             add_clip(run, given.root, device)
         results = evaluate(run, given.split, given.query, given.root, device, given.allow_missing,
                            given.predictions)
@@ -356,6 +366,8 @@ def evaluate_all(given) -> None:
         title = {name: run.config[name] for name in ("dataset", "method", "seed")}
         title.update(query=given.query, epoch=run.checkpoint["epoch"],
                      parser=run.checkpoint["parser"])
+        if given.fuse_clip:
+            title["weight of CLIP alone"] = run.checkpoint["clip_weight"]
         methods.add(title["method"])
         if len(methods) > 1:
             raise Mistake(f"a mean needs runs of one method, not {' and '.join(sorted(methods))}")

@@ -365,14 +365,15 @@ def smooth_sec_of(dataset: str) -> float:
 
 
 def smoothed(similarity: Tensor, each_sec: float | Tensor, smooth_sec: float) -> Tensor:
-    """Cosines averaged over about `smooth_sec`, because single frames of real videos are noisy;
-    towards both ends over what there is.
+    """Cosines averaged over about `smooth_sec`, because single frames of real videos are noisy; in
+    a short video over at most a quarter of it; towards both ends over what there is.
 
     similarity  [..., T], of frames `each_sec` apart (or [...], for each row)"""
     if not smooth_sec:
         return similarity
     T = similarity.shape[-1]
-    half = (smooth_sec / torch.as_tensor(each_sec).cpu() / 2).long()[..., None]     # either side
+    half = (smooth_sec / torch.as_tensor(each_sec).cpu() / 2).long()    # frames on either side
+    half = half.clamp(max=T // 8)[..., None]
     first = (torch.arange(T) - half).clamp(min=0).expand_as(similarity)
     last = (torch.arange(T) + half + 1).clamp(max=T).expand_as(similarity)
     # float64 and on the CPU, as in `contrast_map`

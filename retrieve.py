@@ -176,12 +176,14 @@ class ZeroShot:
         self.kind, self.name, self.cache = "clip", clip_name, cache
         self.rate, self.prompt = rate, prompt
         self.limits_sec = (shortest_sec, longest_sec)
-        if smooth_sec is None:
-            smooth_sec = mmn.smooth_sec_of(clip_name)
-        self.smooth_sec = smooth_sec
         path = data.clip_file(clip_name, root)
+        dataset = ""                            # whose own CLIP it is
         if os.path.exists(path):                # by which an index finds it, from any folder
             self.name = os.path.abspath(path)
+            dataset = os.path.basename(os.path.dirname(self.name))
+        if smooth_sec is None:
+            smooth_sec = mmn.smooth_sec_of(dataset)
+        self.smooth_sec = smooth_sec
         weights = pathlib.Path("~/.cache/clip").expanduser()
         if path in clip.PUBLISHED and not (weights / clip.PUBLISHED[path][1]).exists():
             note(f"downloading CLIP {path} to {weights}, once (ViT-B/32: 338 MB)")
@@ -190,7 +192,7 @@ class ZeroShot:
         # the activation changes the features, so it is part of what identifies them
         is_gelu = hasattr(self.model.transformer, "gelu")
         self.digest = clip.sha256(path) + ("-gelu" if is_gelu else "")
-        self.generic = generic_sentences(clip_name)
+        self.generic = generic_sentences(dataset)
 
     def encode(self, path: str | os.PathLike) -> Encoded:
         """The features of a video file, cached or extracted. VideoError if it is unreadable."""
@@ -363,7 +365,8 @@ class Retriever:
 
     clip_file  the weights of its CLIP, if they are not found by name
     cache      folder for the features of videos; None: no cache
-    fuse_clip  add the scores of CLIP alone (mmn.fuse_with_clip)
+    fuse_clip  order the moments of a sentence by its scores and CLIP's together; the scores that
+               are shown, and whether a sentence is found, remain the checkpoint's
     """
 
     def __init__(self, checkpoint: str | os.PathLike, device: str = "auto",
@@ -470,12 +473,7 @@ class Retriever:
         """The spans of all moments [W * P, 2] in seconds and their scores [S, W * P]."""
         model = self.run.retriever
         text = self.text(sentences)                                     # [S, D]
-        if self.fuse_clip:
-            original = self.load_image_tower()
-            tokens = checked_tokens(sentences, original.tokenize).to(self.device)
-            untrained = F.normalize(original.encode_text(tokens), dim=1)        # [S, D]
-        smooth_sec = mmn.smooth_sec_of(self.run.config["dataset"])
-        all_spans, all_scores, all_alone = [], [], []
+        all_spans, all_scores = [], []
         for frames, spans in self.windows(encoded):                     # [w, T, D], [w, P, 2]
             # pair every sentence with every window
             pairs = text.repeat_interleave(len(frames), 0)              # [S * w, D]
@@ -484,17 +482,25 @@ class Retriever:
             scores = model.at_candidates(scores).view(len(text), -1)    # [S, w * P]
             all_spans.append(spans.flatten(0, 1))
             all_scores.append(scores.cpu())
-            if self.fuse_clip:
-                similarity = torch.einsum("sd,wtd->swt", untrained, frames)     # [S, w, T]
-                similarity = mmn.smoothed(similarity, encoded.each_sec, smooth_sec)
-                alone = mmn.contrast_map(similarity.flatten(0, 1), self.N)      # [S * w, N, N]
-                alone = model.at_candidates(alone).view(len(text), -1)          # [S, w * P]
-                all_alone.append(alone.cpu())
-        scores = torch.cat(all_scores, 1)                               # [S, W * P]
-        if self.fuse_clip:
-            weight = self.run.checkpoint["clip_weight"]
-            scores = mmn.fuse_with_clip(scores, torch.cat(all_alone, 1), weight)
-        return torch.cat(all_spans), scores
+        return torch.cat(all_spans), torch.cat(all_scores, 1)
+
+    @torch.no_grad()
+    def fused(self, encoded: Encoded, sentences: list[str], scores: Tensor) -> Tensor:
+        """`scores` together with those of CLIP alone, [S, W * P]. For ranking the moments of one
+        sentence only: a sum of z does not tell whether anything matches."""
+        original = self.load_image_tower()
+        tokens = checked_tokens(sentences, original.tokenize).to(self.device)
+        text = F.normalize(original.encode_text(tokens), dim=1)         # [S, D]
+        smooth_sec = mmn.smooth_sec_of(self.run.config["dataset"])
+        all_alone = []
+        for frames, _ in self.windows(encoded):                         # [w, T, D]
+            similarity = torch.einsum("sd,wtd->swt", text, frames)      # [S, w, T]
+            similarity = mmn.smoothed(similarity, encoded.each_sec, smooth_sec)
+            alone = mmn.contrast_map(similarity.flatten(0, 1), self.N)          # [S * w, N, N]
+            alone = self.run.retriever.at_candidates(alone)             # [S * w, P]
+            all_alone.append(alone.view(len(text), -1).cpu())
+        weight = self.run.checkpoint["clip_weight"]
+        return mmn.fuse_with_clip(scores, torch.cat(all_alone, 1), weight)
 
     def predict(self, encoded: Encoded, sentences: str | list[str],
                 top_k: int = 5) -> list[Moment] | list[list[Moment]]:
@@ -502,10 +508,13 @@ class Retriever:
         if isinstance(sentences, str):
             return self.predict(encoded, [sentences], top_k)[0]
         spans, scores = self.scores(encoded, sentences)                 # [W * P, 2], [S, W * P]
+        order = scores
+        if self.fuse_clip:
+            order = self.fused(encoded, sentences, scores)
         answers = []
-        for row in scores:
+        for row, shown in zip(order, scores):
             best = greedy_nms(spans, row, top_k)
-            answers.append([Moment(*spans[k].tolist(), row[k].item()) for k in best])
+            answers.append([Moment(*spans[k].tolist(), shown[k].item()) for k in best])
         return answers
 
     def generic_best(self, encoded: Encoded) -> Tensor:
@@ -521,8 +530,7 @@ class Retriever:
         spans, scores = self.scores(encoded, sentences)                 # [W * P, 2], [S, W * P]
         at_sec = (torch.arange(len(encoded.frames)) + 0.5) * encoded.each_sec       # [F]
         inside = (spans[:, :1] <= at_sec) & (at_sec < spans[:, 1:])     # [W * P, F]
-        return torch.stack([torch.where(inside, row[:, None], row.min()).amax(0)
-                            for row in scores])
+        return torch.stack([torch.where(inside, row[:, None], 0).amax(0) for row in scores])
 
 
 def greedy_nms(spans: Tensor, scores: Tensor, top_k: int, video_of: list | None = None,

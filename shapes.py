@@ -493,9 +493,9 @@ def event_accuracy(predicted: Tensor, samples: list[data.Sample],
 def world_of(dataset: str) -> tuple[int, float]:
     """Seed and coupling: "shapes" -> (0, 0.0), "shapes-3-p90" -> (3, 0.9). Mistake for any other
     name."""
-    match = re.fullmatch(r"shapes(?:-(\d+))?(?:-p(\d\d))?", dataset, re.ASCII)
+    match = re.fullmatch(r"shapes(?:-(\d+))?(?:-p(\d\d|100))?", dataset, re.ASCII)
     if not match or int(match[1] or 0) > options.LARGEST:
-        raise Mistake(f"{dataset!r} is not a shapes world; use shapes, shapes-1, shapes-2, ...")
+        raise Mistake(f"{dataset!r} is not a shapes world; use shapes, shapes-1, shapes-p87, ...")
     return int(match[1] or 0), int(match[2] or 0) / 100
 
 
@@ -536,7 +536,8 @@ def build_for(config) -> None:
         if not file.exists():
             files.save_tensors(file, pretrained(seed, resnet=True).state_dict())
         folder = data.store_folder(config.dataset, name, config.root)
-        encode(folder, file, name, seed, SPLITS, coupling)
+        counts = COUPLED_SPLITS if coupling else SPLITS
+        encode(folder, file, name, seed, counts, coupling)
 
 
 def pretrained(seed: int, resnet: bool = False) -> clip.CLIP:
@@ -633,7 +634,7 @@ def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, i
 
 
 def export(folder: str | os.PathLike, count: int, seed: int = 0, split: str = "test",
-           rate: int = 8) -> None:
+           rate: int = 8, coupling: float = 0.0) -> None:
     """Videos of a split as mp4, enlarged to EXPORTED pixels, each frame repeated `rate` times; and
     annotations.jsonl with their sentences and moments."""
     folder = pathlib.Path(folder)
@@ -641,7 +642,7 @@ def export(folder: str | os.PathLike, count: int, seed: int = 0, split: str = "t
     samples = []
     for i in trange(count, desc="export", disable=None):
         name = f"{split}-{i:04d}"
-        plan = plan_of(seed, split, i)
+        plan = plan_of(seed, split, i, coupling)
         frames = F.interpolate(film(plan), EXPORTED).repeat_interleave(rate, 0)
         # a frame rate in a file is a fraction, and some players reject large denominators
         pace = fractions.Fraction(plan["frame_sec"]).limit_denominator(10_000) / rate
@@ -663,8 +664,10 @@ def main() -> None:
     with reported():
         if not 0 <= given.seed <= options.LARGEST:
             raise Mistake(f"--seed must be between 0 and {options.LARGEST}")
+        if not 0 <= given.coupling <= 1 or round(given.coupling, 2) != given.coupling:
+            raise Mistake("--coupling must be between 0 and 1, with at most two decimals")
         if given.export:
-            export(given.export, given.n, given.seed)
+            export(given.export, given.n, given.seed, coupling=given.coupling)
             print(f"wrote {given.n} videos and annotations.jsonl to {given.export}")
         elif given.pretrain:
             ship(given.pretrain, pretrain(given.seed))

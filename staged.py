@@ -87,7 +87,12 @@ def stage_targets(text: clip.TextTower, videos: data.Videos, config,
     `temporal_change` (or the control), standardised over those sentences: minus its mean, divided
     by its root mean square."""
     if config.stage_target in ("random", "motions"):
-        alike = shapes.SYNONYMS if config.stage_target == "motions" else {}
+        alike = {}
+        if config.stage_target == "motions":
+            if not config.dataset.startswith("shapes"):
+                raise Mistake("--stage-target motions knows the synonyms of the shapes world only; "
+                              "use random")
+            alike = shapes.SYNONYMS
         target = random_codes(videos, config.seed, alike).to(device)    # [S, D]
     else:
         target = video_targets(text, videos, config, device)            # [S, D]

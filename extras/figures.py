@@ -145,7 +145,8 @@ COLOURS = {"data": "#ffffff", "kept": "#dce9f7", "inject": "#fbd9ae", "loss": "#
 
 def method(path, world: str, root: str) -> None:
     """Fig. 2: the method, with the first training video of a shapes world."""
-    plan = shapes.plan_of(shapes.world_of(world)[0], "train", 0)
+    seed, coupling = shapes.world_of(world)
+    plan = shapes.plan_of(seed, "train", 0, coupling)
     sample = shapes.samples_of("train-0000", "train", plan)[2]          # any of its sentences
     query = parse.Parser(known={sample.sentence: [(0, sample.sentence.rindex(" "))]}).split(
         sample.sentence)

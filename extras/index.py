@@ -91,6 +91,8 @@ class Index:
                 check_entry(entry)
             if not all(isinstance(made[name], str) for name in ("kind", "checkpoint", "sha256")):
                 raise ValueError("it does not say what made it")
+            if made["kind"] == "frames":                # an earlier version averaged nothing
+                made.setdefault("smooth_sec", 0.0)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Mistake(f"{self.table} is damaged or of an earlier version ({error}); remove "
                           f"{self.folder} and make the index again") from error

@@ -111,14 +111,14 @@ def distil(sentences: list[str], targets: Tensor) -> clip.TextTower:
     whole = text.token_embedding.weight.data                            # [49408, WIDTH]
     text.token_embedding = torch.nn.Embedding.from_pretrained(whole[used], freeze=False)
     targets = F.normalize(targets, dim=1)
-    by_length = tokens.argmax(1).argsort()      # sentences of a batch are equally long, to save time
+    # the sentences of a batch are about equally long, which saves time
+    batches = tokens.argmax(1).argsort().split(128)
     optimiser = torch.optim.AdamW(text.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
     bar = trange(STEPS, desc="text tower", disable=None)
     for step in bar:
         rate = min((step + 1) / 50, progress.cosine(step / STEPS))
         optimiser.param_groups[0]["lr"] = 1e-3 * rate
-        first = torch.randint(len(tokens) - 128, ())
-        chosen = by_length[first:first + 128]
+        chosen = batches[torch.randint(len(batches), ())]
         x = F.normalize(text.encode_text(tokens[chosen]), dim=1)        # [128, D]
         loss = 1 - (x * targets[chosen]).sum(1).mean()
         optimiser.zero_grad()
@@ -126,6 +126,7 @@ def distil(sentences: list[str], targets: Tensor) -> clip.TextTower:
         optimiser.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
     print(f"text tower: 1 - cosine to its targets {loss.item():.3f}")
+    whole.zero_()                               # a word that was never seen says nothing
     whole[used] = text.token_embedding.weight.data
     text.token_embedding = torch.nn.Embedding.from_pretrained(whole, freeze=False)
     return text
@@ -167,6 +168,9 @@ def datasets(annotations: pathlib.Path, names: list[str]) -> dict[str, dict[str,
 def build(features: pathlib.Path, annotations: pathlib.Path, text: pathlib.Path,
           root: pathlib.Path) -> None:
     """Writes <root>/real-0 to real-4 and real-novel, with one store of features and one text tower."""
+    path = root / "real-0" / "clip.pt"
+    if path.exists():                           # features and checkpoints belong to this file
+        raise Mistake(f"{path} exists already; remove the folders real-* to build them again")
     names = files.read_text(features / "videos.txt").split()
     frames = read_vectors(features, "frames")                           # [V, T, D]
     lines = files.read_text(text / "sentences.tsv").splitlines()
@@ -178,7 +182,6 @@ def build(features: pathlib.Path, annotations: pathlib.Path, text: pathlib.Path,
     ridge = Ridge(sentences, vectors, charades)
     targets = torch.cat([vectors - ridge.mean_vector, ridge.predict(charades)])
     tower = distil(sentences + charades, targets)
-    path = root / "real-0" / "clip.pt"
     files.save_tensors(path, tower.state_dict())
     made = {"clip": "real-0", "sha256": clip.sha256(path), "resolution": 224,
             "frames": frames.shape[1], "patch_frames": 0, "width": frames.shape[2],

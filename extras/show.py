@@ -127,7 +127,7 @@ def plot(path: str, retriever, encoded, answers: list, threshold: float) -> None
 
 
 def draw_map(axes, retriever, encoded, sentence: str) -> None:
-    """Scores of all moments of the window with the best one."""
+    """Scores of all moments of the window with the best one, from 0 to 1."""
     N = retriever.N
     windows = len(encoded.starts)
     scores = retriever.scores(encoded, [sentence])[1].view(windows, -1)         # [W, P]
@@ -135,9 +135,7 @@ def draw_map(axes, retriever, encoded, sentence: str) -> None:
     cells = retriever.run.retriever.cells.cpu()                         # [P], index into N*N
     shown = np.full(N * N, np.nan)                      # nan, drawn blank: not a candidate
     shown[cells] = scores[window]
-    image = axes.imshow(shown.reshape(N, N), cmap="viridis")
-    if not retriever.fuse_clip:                         # a sum of z has no limits
-        image.set_clim(0, 1)
+    axes.imshow(shown.reshape(N, N), vmin=0, vmax=1, cmap="viridis")
     first, last = divmod(int(cells[best]), N)
     axes.plot(last, first, "s", markersize=9, markerfacecolor="none", color="red")
     axes.set(xlabel="last clip", ylabel="first clip", xticks=(0, N - 1), yticks=(0, N - 1))

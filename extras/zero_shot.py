@@ -18,7 +18,7 @@ import data
 import evaluate
 import mmn
 from support import options, parallel
-from support.errors import reported
+from support.errors import Mistake, reported
 
 
 class Contrast(mmn.MomentMap):
@@ -59,6 +59,8 @@ def run_of(dataset: str, clip_name: str, root: str, device: torch.device) -> eva
     checkpoint = {"clip_sha256": clip.sha256(path), "parser": parser.name, "epoch": 0}
     # one rate for all videos: a retriever does not know their durations
     rates_sec = [about["seconds_per_feature"] for about in store.manifest["videos"].values()]
+    if not rates_sec:
+        raise Mistake(f"no video of {dataset} has features in {store.folder}")
     retriever = Contrast(num_clips, statistics.median(rates_sec), mmn.smooth_sec_of(dataset))
     return evaluate.Run(config, text, retriever.to(device), checkpoint)
 

@@ -148,7 +148,7 @@ def test_nothing_downstream_knows_that_it_is_a_toy(world):
 
 def test_names_and_seeds():
     for name, seed, coupling in (("shapes", 0, 0), ("shapes-12", 12, 0), ("shapes-p05", 0, 0.05),
-                                 ("shapes-3-p87", 3, 0.87)):
+                                 ("shapes-3-p87", 3, 0.87), ("shapes-p100", 0, 1)):
         assert shapes.world_of(name) == (seed, coupling)
         assert shapes.name_of(seed, coupling) == name
     for name in ("shapes-x", "shapes--1", "shapes-\u00b2", f"shapes-{10 ** 30}", "shapes-1\n",
@@ -196,6 +196,16 @@ def test_a_seed_out_of_range_is_one_sentence(seed, tmp_path, capsys, monkeypatch
     with pytest.raises(SystemExit) as left:
         shapes.main()
     assert left.value.code == 2 and "error: --seed must be between 0" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("coupling", ["-0.1", "1.5", "0.875", "nan"])
+def test_a_coupling_out_of_range_is_one_sentence(coupling, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["shapes.py", f"--coupling={coupling}", "--root",
+                                      str(tmp_path)])
+    with pytest.raises(SystemExit) as left:
+        shapes.main()
+    assert left.value.code == 2 and "error: --coupling must be" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -22,6 +22,7 @@ from extras import search as search_command
 from extras import serve, show, zero_shot
 from extras.index import Index, made_with, update_index
 from support.errors import Mistake
+from conftest import command
 from test_retrieve import HERE, Browser, checkpoint, run, videos        # noqa: F401
 
 
@@ -110,17 +111,32 @@ def test_the_best_score_at_each_frame(shortest, longest):
             assert values[t] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("frames, half", [(12, 1), (12, 3), (4, 7)])
+@pytest.mark.parametrize("frames, half", [(12, 1), (40, 3), (4, 7)])
 def test_cosines_are_averaged_over_seconds(frames, half):
-    """Frames every half second: `half` frames on either side, fewer towards both ends."""
+    """Frames every half second: `half` frames on either side, fewer towards both ends, and at most
+    an eighth of the video."""
     x = unit(2, frames)
     smooth = mmn.smoothed(x, 0.5, half + 0.2)
+    half = min(half, frames // 8)
     for i in range(frames):
         near = x[:, max(0, i - half):i + half + 1]
         assert torch.allclose(smooth[:, i], near.mean(1), atol=1e-6)
     assert torch.equal(mmn.smoothed(x, 0.5, 0.0), x)
     both = mmn.smoothed(x, torch.tensor([0.5, 1e9]), half + 0.2)        # a rate for each row
     assert torch.equal(both[0], smooth[0]) and torch.allclose(both[1], x[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("seconds", [4, 6, 8, 10, 14, 30])
+def test_an_event_in_the_middle_is_found_after_smoothing(seconds):
+    """Two frames per second; the event covers the middle quarter. The answer overlaps it, and is
+    not at an end of the video, where fewer frames are averaged."""
+    frames = 2 * seconds
+    similarity = torch.zeros(1, frames)
+    first, last = frames * 3 // 8, frames * 5 // 8 + 1
+    similarity[:, first:last] = 1
+    smooth = mmn.smoothed(similarity, 0.5, mmn.SMOOTH_SEC)
+    start, end, _ = retrieve.search_intervals(smooth, 2, frames // 2)[0, 0].tolist()
+    assert mmn.interval_iou(torch.tensor([start, end]), torch.tensor([first, last])) >= 0.5
 
 
 def test_a_planted_moment_is_found():
@@ -200,12 +216,29 @@ def test_a_checkpoint_fused_with_its_clip(world, checkpoint, videos, tmp_path): 
     x = F.normalize(both.load_image_tower().encode_text(clip.tokenize(sentences)), dim=1)
     alone = mmn.contrast_map(x @ encoded.frames.T, 16)
     alone = one.run.retriever.at_candidates(alone)
-    weight = one.run.checkpoint["clip_weight"]
-    assert torch.allclose(both.scores(encoded, sentences)[1],
-                          mmn.fuse_with_clip(scores, alone, weight), atol=1e-4)
+    both.run.checkpoint["clip_weight"] = 0.5
+    expected = mmn.fuse_with_clip(scores, alone, 0.5)
+    assert torch.allclose(both.fused(encoded, sentences, scores), expected, atol=1e-4)
+    # the order is that of the sum; the score that is shown is the checkpoint's, and so is z
+    for row, shown, moments in zip(expected, scores, both.predict(encoded, sentences, 3)):
+        assert moments[0].score == pytest.approx(float(shown[row.argmax()]), abs=1e-5)
+    assert torch.allclose(both.generic_best(encoded), one.generic_best(encoded))
     text = run(checkpoint, videos / "test-0000.mp4", *sentences, "--fuse-clip", "--cache", "")
     assert text.count("for ranking only") == 2
     run(videos / "test-0000.mp4", *sentences, "--fuse-clip", "--cache", "", status=2)
+    text = command("evaluate.py", checkpoint, "--fuse-clip", "--split", "test", "--root", world)
+    assert f"weight of CLIP alone {one.run.checkpoint['clip_weight']}" in text
+    old = torch.load(checkpoint, weights_only=True)
+    del old["clip_weight"]
+    torch.save(old, tmp_path / "old.pt")
+    for program in ("evaluate.py", "retrieve.py"):
+        inputs = ["--root", world]
+        if program == "retrieve.py":
+            inputs = [videos / "test-0000.mp4", "a", "--cache", ""]
+        assert "has no weight" in command(program, tmp_path / "old.pt", *inputs, "--fuse-clip",
+                                          status=2)
+    elsewhere = command("evaluate.py", checkpoint, "--fuse-clip", "--root", tmp_path, status=2)
+    assert "--root" in elsewhere
 
 
 # ------------------------------------------------------------------------------------- a video file
