@@ -27,12 +27,8 @@ from tqdm import trange
 
 import clip
 import data
-import evaluate
-import mmn
-from extras import zero_shot
 from support import files, options, progress
 from support.errors import Mistake, reported
-from support.text import markdown
 
 FOLDS = 5
 PENALTY = 1.0                       # of the ridge, chosen on the validation videos of fold 0
@@ -204,134 +200,19 @@ def build(features: pathlib.Path, annotations: pathlib.Path, text: pathlib.Path,
             link.symlink_to(pathlib.Path("..", "real-0", "features"), target_is_directory=True)
 
 
-# ------------------------------------------------------------------------------- the premise
-
-# two classes of actions, and what the sentences of Charades-STA say that show them
-PAIRS = (("put on a shoe", "take off a shoe", r"\bput\w* on .*shoe", r"\btak\w* off .*shoe"),
-         ("put object into bag", "take object out of bag", r"\bput\w* .*\b(in|into) .*bag",
-          r"\btak\w* .*\b(out of|from) .*bag"),
-         ("sit down", "stand up", r"\bs(it|at)\w* down", r"\b(stand|stood|gets?|got)\w* up"),
-         ("drink water", "eat meal", r"\bdrink", r"\beat"),
-         ("reading", "phone call", r"\bread|\bbook", r"\bphone"))
-
-
-def premise(features: pathlib.Path, annotations: pathlib.Path, text: pathlib.Path) -> str:
-    """Does CLIP tell two actions apart? A line for each of PAIRS: the cosine of their mean vectors,
-    and with which probability a moment of the first is nearer to the first than a moment of the
-    second is (0.5 is chance), with the 95% interval of a bootstrap over moments."""
-    lines = [line.split("\t") for line in
-             files.read_text(text / "sentences.tsv").splitlines()]      # set, kind, class, sentence
-    vectors = read_vectors(text, "text")
-
-    def mean_of(action: str) -> Tensor:
-        own = [i for i, line in enumerate(lines) if line[0] == "ntu120" and line[2] == action]
-        return F.normalize(vectors[own].mean(0), dim=0)                 # [D]
-
-    names = files.read_text(features / "videos.txt").split()
-    frames_of = dict(zip(names, read_vectors(features, "frames")))      # video -> [T, D]
-    rows = [row for row in data.read_annotations("charades", "test", annotations)
-            if row.video in frames_of]
-    moments = []
-    for row in rows:
-        frames = frames_of[row.video]
-        first, last = (int(len(frames) * sec / row.duration_sec)
-                       for sec in (row.start_sec, row.end_sec))
-        moments.append(F.normalize(frames[first:max(last, first + 1)].mean(0), dim=0))
-    moments = torch.stack(moments)                                      # [S, D]
-    actions = sorted({line[2] for line in lines if line[0] == "ntu120"})
-    means = torch.stack([mean_of(action) for action in actions])
-    apart = ~torch.eye(len(actions), dtype=torch.bool)
-    table = [["all pairs of actions", f"{(means @ means.T)[apart].mean():.3f}", "", ""]]
-    for one, other, shows_one, shows_other in PAIRS:
-        is_one = np.array([bool(re.search(shows_one, row.sentence.lower())) for row in rows])
-        is_other = np.array([bool(re.search(shows_other, row.sentence.lower())) for row in rows])
-        nearer = moments @ (mean_of(one) - mean_of(other))              # [S]
-        a = nearer[is_one & ~is_other].numpy()
-        b = nearer[is_other & ~is_one].numpy()
-        rng = np.random.default_rng(0)
-        drawn = [(rng.choice(a, len(a))[:, None] > rng.choice(b, len(b))).mean()
-                 for _ in range(1000)]
-        low, high = np.percentile(drawn, (2.5, 97.5))
-        table.append([f"{one} / {other}", f"{float(mean_of(one) @ mean_of(other)):.3f}",
-                      f"{(a[:, None] > b).mean():.2f} [{low:.2f}, {high:.2f}]",
-                      f"{len(a)} / {len(b)}"])
-    return markdown(["", "cosine", "area under the curve", "moments"], table)
-
-
-# ----------------------------------------------------------------------------------- CLIP alone
-
-def smooth(root: pathlib.Path) -> str:
-    """R@1, IoU=0.5 / 0.7 of CLIP alone on the validation videos of fold 0, by the seconds over which
-    the cosines are averaged, the power of `mmn.contrast`, and the longest moment; and with and
-    without the seconds chosen from it, on the test videos of the other folds."""
-    run = zero_shot.run_of("real-0", "real-0", str(root), torch.device("cpu"))
-
-    def cell(splits: list[str], smooth_sec: float, power: float, longest: float,
-             without=frozenset()) -> str:
-        metrics = alone(run, root, splits, smooth_sec, power, longest, without)
-        return f"{metrics['R@1,IoU=0.5']:.1f} / {metrics['R@1,IoU=0.7']:.1f}"
-
-    seconds = (0.0, 3.0, 5.0, 7.0, 9.0)
-    lines = []
-    for power, longest in ((0.0, 0.5), (0.25, 0.5), (0.5, 0.5), (0.75, 0.5), (0.5, 0.75),
-                           (0.5, 1.0)):
-        cells = [cell(["real-0 val"], smooth_sec, power, longest) for smooth_sec in seconds]
-        lines.append([f"power {power}, up to {longest:.0%} of the video"] + cells)
-    # the validation videos of fold 0 are test videos of other folds: they are left out
-    chosen_on = {row.video for row in data.read_annotations("real-0", "val", root)}
-    tests = [f"real-{fold} test" for fold in range(FOLDS)]
-    before = cell(tests, 0.0, mmn.POWER, 0.5, chosen_on)
-    after = cell(tests, mmn.SMOOTH_SEC, mmn.POWER, 0.5, chosen_on)
-    return (markdown(["R@1 0.5 / 0.7"] + [f"{smooth_sec:.0f} s" for smooth_sec in seconds], lines)
-            + f"\n\nall other videos: {before} without, {after} with "
-              f"{mmn.SMOOTH_SEC:.0f} s")
-
-
-@torch.no_grad()
-def alone(run: evaluate.Run, root: pathlib.Path, splits: list[str], smooth_sec: float,
-          power: float, longest: float, without=frozenset()) -> dict[str, float]:
-    """Metrics of CLIP alone on splits ("real-0 val") taken together, `without` some videos."""
-    predicted, truth = [], []
-    retriever = mmn.MomentMap(16, 1, 1, (int(16 * longest) - 1,))
-    for split in splits:
-        dataset, split = split.split(" ")
-        store = data.open_store(dataset, "real-0", root)
-        rows = [row for row in data.read_annotations(dataset, split, root)
-                if row.video not in without]
-        videos = data.Videos(rows, store, 16, data.parser_of(dataset, root))
-        for batch in videos.batches(256):
-            x = F.normalize(run.text.encode_text(batch.tokens[0]), dim=1)
-            similarity = torch.einsum("sd,std->st", x, batch.frames[batch.video_of])
-            each_sec = batch.durations_sec / similarity.shape[1]        # [S]
-            similarity = mmn.smoothed(similarity, each_sec, smooth_sec)
-            scores = mmn.contrast_map(similarity, 16, power)
-            predicted.append(mmn.decode(scores, batch.durations_sec,
-                                        candidates=retriever.candidates))
-        truth.append(videos.windows_sec)
-    return evaluate.recall(torch.cat(predicted)[..., :2], torch.cat(truth), ks=(1,))
-
-
 def main() -> None:
-    arguments = options.parser("real videos with real CLIP text", prog="python -m extras.real")
+    arguments = options.parser("dataset folders of real videos with real CLIP text",
+                               prog="python -m extras.real")
     add = arguments.add_argument
-    add("what", choices=("build", "premise", "smooth"), help="see the top of the file")
-    add("--features", metavar="DIR", help="frames.int8.npy and videos.txt")
-    add("--annotations", metavar="DIR", help="with charades/ and charades-cg/")
-    add("--text", metavar="DIR", help="text.int8.npy and sentences.tsv")
+    add("what", choices=("build",), help="write the datasets real-0 to real-4 and real-novel")
+    add("--features", required=True, metavar="DIR", help="frames.int8.npy and videos.txt")
+    add("--annotations", required=True, metavar="DIR", help="with charades/ and charades-cg/")
+    add("--text", required=True, metavar="DIR", help="text.int8.npy and sentences.tsv")
     add("--root", default="data", help="folder of datasets")
     given = arguments.parse_args()
     with reported():
-        root = pathlib.Path(given.root)
-        if given.what == "smooth":
-            print(smooth(root))
-            return
-        if not (given.features and given.annotations and given.text):
-            raise Mistake(f"{given.what} needs --features, --annotations and --text")
-        folders = [pathlib.Path(name) for name in (given.features, given.annotations, given.text)]
-        if given.what == "build":
-            build(*folders, root)
-        else:
-            print(premise(*folders))
+        build(pathlib.Path(given.features), pathlib.Path(given.annotations),
+              pathlib.Path(given.text), pathlib.Path(given.root))
 
 
 if __name__ == "__main__":
