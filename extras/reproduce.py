@@ -694,7 +694,7 @@ def paper_of(row: Row, dataset: str) -> list[float]:
 
 
 def table_text(what: str, given: argparse.Namespace) -> str:
-    """A table as Markdown: mean ± deviation over seeds, the paper's, paired differences."""
+    """A table as Markdown: mean ± deviation over worlds, the paper's, paired differences."""
     table = TABLES[what]
     runs = collect(what, given)                         # row -> seed -> result
     first = next(seeds for seeds in runs if seeds)      # any row that was run
