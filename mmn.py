@@ -249,7 +249,7 @@ def iou_loss(scores: Tensor, iou: Tensor, floor: float = 0.5) -> Tensor:
 def contrastive_loss(moments: Tensor, text: Tensor, iou: Tensor, video_of: Tensor,
                      moments_sec: Tensor, tau: float = TAU, margin: float = 0.4,
                      negative_iou: float = 0.5) -> Tensor:
-    """Eq. (8), Sec. 3.1: a moment picks its sentence, a sentence its moment, out of its negatives.
+    """Eq. (8), Sec. 3.1: a sentence picks its moment, a moment its sentence, out of its negatives.
 
         p^m = exp((cos(m, q) - margin) / tau) / (the same + sum over X^m- of exp(cos(m', q) / tau))
         p^q = exp((cos(m, q) - margin) / tau) / (the same + sum over X^q- of exp(cos(m, q') / tau))
@@ -270,7 +270,7 @@ def contrastive_loss(moments: Tensor, text: Tensor, iou: Tensor, video_of: Tenso
     sentence = torch.arange(S, device=iou.device)
     positive = iou.argmax(1)                                            # [S] m of each sentence
 
-    # p^m: the sentence among moments
+    # p^m: the sentence picks its moment
     similarity = torch.einsum("sj,bjp->sbp", text, moments)             # [S, B, P]
     allowed = torch.ones_like(similarity, dtype=torch.bool)             # True = in the denominator
     allowed[sentence, video_of] = iou < negative_iou
@@ -282,7 +282,7 @@ def contrastive_loss(moments: Tensor, text: Tensor, iou: Tensor, video_of: Tenso
     logits = ((similarity - shift) / tau).masked_fill(~allowed, float("-inf"))  # [S, B, P]
     loss = F.cross_entropy(logits.flatten(1), video_of * P + positive, reduction="none")
 
-    # p^q: the moment among sentences
+    # p^q: the moment picks its sentence
     chosen = moments[video_of, :, positive]                             # [S, J]
     similarity = chosen @ text.T - margin * torch.eye(S, device=iou.device)     # [S, S]
     same_video = video_of[:, None] == video_of[None, :]                 # [S, S]

@@ -66,7 +66,8 @@ def collapse(path, names: list[str], logs: dict[str, list[list[dict]]]) -> None:
 def strip(axes, pictures: torch.Tensor, title: str = "") -> None:
     """Pictures side by side: uint8 [n, 3, h, w], or maps [n, H, W]."""
     if pictures.ndim == 4:
-        pictures = pictures.permute(0, 2, 3, 1)                         # [n, h, w, 3]
+        pictures = F.pad(pictures, (0, 1), value=255)   # a white line between two frames
+        pictures = pictures.permute(0, 2, 3, 1)                         # [n, h, w + 1, 3]
     axes.imshow(np.hstack(pictures.numpy()), cmap="inferno")
     axes.set_title(title, loc="left", fontsize=10)
     axes.axis("off")
@@ -85,9 +86,10 @@ def chunks(axes, sentences: list[str], spans: list[list[tuple[int, int]]]) -> No
 
 
 def moments(axes, spans_sec: list, names: list[str], duration_sec: float) -> None:
-    """Bars below a film strip, one row for each moment [start, end)."""
+    """Bars below a film strip, one row for each moment [start, end); an answer is grey."""
     for k, (start, end) in enumerate(spans_sec):
-        axes.barh(-k, end - start, 0.7, left=start, color=f"C{k}")
+        colour = "grey" if names[k] == "answer" else f"C{k}"
+        axes.barh(-k, end - start, 0.7, left=start, color=colour)
         # beside the bar, on the side that has more room
         place, side = (end, "left") if end < 0.7 * duration_sec else (start, "right")
         axes.text(place, -k, f" {names[k]} ", va="center", ha=side, fontsize=9)
@@ -97,6 +99,10 @@ def moments(axes, spans_sec: list, names: list[str], duration_sec: float) -> Non
 def matrix(axes, values: torch.Tensor, names: list[str], title: str) -> None:
     """Cosines between all pairs of `names`, [n, n]."""
     axes.imshow(values.numpy(), vmin=-0.2, vmax=1, cmap="viridis")
+    for row in range(len(names)):
+        for column in range(len(names)):
+            axes.text(column, row, f"{values[row, column]:.2f}", ha="center", va="center",
+                      fontsize=7, color="white" if values[row, column] < 0.6 else "black")
     axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_title(title, fontsize=10)
