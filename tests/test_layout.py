@@ -75,9 +75,9 @@ def test_inject_and_mmn_need_torch_alone():
 
 # lines of each part of the product; a part may not grow beyond its budget. Plain lines with
 # comments that give reasons are about a tenth more than compressed ones: the price of what follows
-LINES = {"the seven": 2720, "the eleven": 4490, "support": 1430, "extras": 3690, "clip2video": 1150,
-         "product": 10750}
-OPTIONS = 136                   # of all commands and configurations
+LINES = {"the seven": 2880, "the eleven": 4670, "support": 1430, "extras": 4010, "clip2video": 1150,
+         "product": 11250}
+OPTIONS = 142                   # of all commands and configurations
 DENSE_PER_1000 = 25             # dense constructs per 1,000 lines of code, see `dense_constructs`
 CODE_LINES_PER_COMMENT = 8
 REQUIREMENTS = 10
