@@ -21,7 +21,7 @@ from support import files
 SMALL = dict(epochs=1, batch=8, kernel=3, hidden=16, layers=1, joint=16, stage_steps=20)
 DATASETS = {"charades": 32, "activitynet": 256}                 # T, features per video
 CLIPS = ("ViT-B/32", "ViT-B/16", "RN50")
-SHAPES_ONLY = ("main", "coupled", "real", "real-novel", "fig2", "clip2video")
+SHAPES_ONLY = ("main", "study", "coupled", "real", "real-novel", "fig2", "clip2video")
 
 
 def small_clip(name: str) -> clip.CLIP:
