@@ -160,9 +160,13 @@ def can_add_clip(run: Run) -> bool:
 
 
 def add_clip(run: Run, root: str | None, device: torch.device | str) -> None:
-    """Gives `run` the text tower of its CLIP as it was before training. Mistake if it has none."""
+    """Gives `run` the text tower of its CLIP as it was before training, and so fuses the scores of
+    CLIP alone into its answers. Mistake without that tower, or a weight."""
     if not can_add_clip(run):
         raise Mistake("CLIP alone can be fused only with a retriever of CLIP's own frames and text")
+    if "clip_weight" not in run.checkpoint:
+        raise Mistake("this checkpoint has no weight for CLIP alone, which training chooses on a "
+                      "validation split; omit --fuse-clip")
     path = data.clip_file(run.config["clip"], root or run.config["root"])
     try:
         digest = clip.sha256(path)
@@ -178,6 +182,7 @@ def add_clip(run: Run, root: str | None, device: torch.device | str) -> None:
 
 def choose_weight(run: Run, split: str, device: torch.device | str) -> float:
     """The weight of CLIP alone with the highest R@1 0.5 + R@1 0.7 on a validation split."""
+    run.checkpoint["clip_weight"] = 0.0
     add_clip(run, None, device)
     reached = {}
     for weight in WEIGHTS:
@@ -356,9 +361,6 @@ def evaluate_all(given) -> None:
     for path in paths:
         run = load(path, device)
         if given.fuse_clip:
-            if "clip_weight" not in run.checkpoint:
-                raise Mistake(f"{path} has no weight for CLIP alone, which training chooses on a "
-                              f"validation split; omit --fuse-clip")
             add_clip(run, given.root, device)
         results = evaluate(run, given.split, given.query, given.root, device, given.allow_missing,
                            given.predictions)

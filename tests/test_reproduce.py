@@ -293,7 +293,7 @@ def runs_of(*digits: str) -> list[dict]:
 
 
 def test_a_difference_by_hand():
-    """Two worlds of 4 sentences: +2 of 4 and -1 of 4 hits, so +50 and -25 points, +12.5 in the mean,
+    """Two worlds of 4 sentences: +2 and -1 hits, so +50 and -25 points, +12.5 in the mean,
     standard deviation 75 / sqrt(2), and 12.71 * 75 / sqrt(2) / sqrt(2) = 476.6."""
     mean, half, worlds = reproduce.paired(runs_of("2101", "0001"), runs_of("0002", "0101"), "test")
     assert (mean, worlds) == (12.5, [50.0, -25.0]) and half == pytest.approx(12.71 * 37.5)
