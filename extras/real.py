@@ -167,8 +167,7 @@ def datasets(annotations: pathlib.Path, names: list[str]) -> dict[str, dict[str,
 
 def build(features: pathlib.Path, annotations: pathlib.Path, text: pathlib.Path,
           root: pathlib.Path) -> None:
-    """Writes <root>/real-0 to real-4 and real-novel, with one store of features and one text tower
-    for all."""
+    """Writes <root>/real-0 to real-4 and real-novel: one store of features, one text tower."""
     path = root / "real-0" / "clip.pt"
     if path.exists():                           # features and checkpoints belong to this file
         raise Mistake(f"{path} exists already; remove the folders real-* to build them again")

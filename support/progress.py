@@ -248,10 +248,9 @@ def versions() -> dict[str, str]:
                                encoding="utf-8", cwd=pathlib.Path(__file__).parent)
         commit = asked.stdout.strip()
     program = pathlib.Path(sys.argv[0])
-    words = [f"{program.parent.name}/{program.name}"]
-    for word in sys.argv[1:]:                   # a full path is that of one machine
-        words.append(pathlib.Path(word).name if pathlib.Path(word).is_absolute() else word)
-    command = " ".join(words)
+    # a full path is that of one machine
+    words = [pathlib.Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    command = " ".join([f"{program.parent.name}/{program.name}"] + words)
     return {"python": platform.python_version(), "torch": str(torch.__version__),
             "numpy": np.__version__, "platform": platform.platform(), "commit": commit,
             "command": command}
