@@ -314,6 +314,9 @@ def start(config: Config, made: dict, device: torch.device) -> tuple[Model, torc
                           f"with --clip, or make the features again with data.py")
         activation = clip.activation_of(made)
     text = clip.load_text(path, activation=activation)
+    if source != config.clip and isinstance(text, clip.TextTower):      # not a DistilBERT
+        name = "GELU" if hasattr(text.transformer, "gelu") else "QuickGELU"
+        print(f"text tower: {source}, read with {name} (a config.json beside it decides)")
     if config.text_clip == "shuffled":          # the same numbers without any knowledge
         for p in text.parameters():
             p.data = p.data.flatten()[torch.randperm(p.numel())].view_as(p)

@@ -48,17 +48,18 @@ def collapse(path, names: list[str], logs: dict[str, list[list[dict]]]) -> None:
     """Left: both sides of Eq. 2 and Eq. 5 in `vdi`; right: the cosine between verbs. logs: method
     -> seeds -> epochs."""
     figure, (left, right) = files.pyplot().subplots(1, 2, figsize=(13, 3.4))
-    lines = [(left, logs["vdi"], name, name) for name in names]
-    lines += [(right, seeds, "cos x^qd", method) for method, seeds in logs.items()]
-    for axes, seeds, name, label in lines:
-        # as many epochs as the shortest run has
-        means = [np.mean([row[name] for row in epoch]) for epoch in zip(*seeds)]
-        axes.plot(range(1, len(means) + 1), means, label=label)
-        axes.legend(fontsize=8)
-    left.set(xlabel="epoch", yscale="log",              # over four orders of magnitude
-             title="vdi: variance over a batch, share of the squared norm")
-    right.set(xlabel="epoch (vdi-staged: after stage 1)", title="mean cosine between verbs, x^qd")
+    curves(left, mean_rows(logs["vdi"], names), names,
+           "vdi: variance over a batch, share of the squared norm", log=True)
+    for method, seeds in logs.items():
+        curves(right, mean_rows(seeds, ["cos x^qd"]), ["cos x^qd"],
+               "mean cosine between verbs (vdi-staged: after stage 1)", label=method)
     save(figure, path)
+
+
+def mean_rows(seeds: list[list[dict]], names: list[str]) -> list[dict]:
+    """The means over seeds of the rows of their logs, for as many epochs as the shortest has."""
+    return [{name: np.mean([row[name] for row in epoch]) for name in names}
+            for epoch in zip(*seeds)]
 
 
 # ------------------------------------------------------------------------------ docs/reading.ipynb
@@ -118,10 +119,12 @@ def score_map(axes, values: torch.Tensor, candidates: torch.Tensor, title: str) 
     axes.set_title(title, fontsize=10)
 
 
-def curves(axes, rows: list[dict], names: list[str], title: str, log: bool = False) -> None:
-    """The values of a run's log over its epochs."""
+def curves(axes, rows: list[dict], names: list[str], title: str, log: bool = False,
+           label: str = "") -> None:
+    """The values of a run's log over its epochs; label: the legend, if it is not the name."""
     for name in names:
-        axes.plot(range(1, len(rows) + 1), [row[name] for row in rows], label=name)
+        values = [row[name] for row in rows]
+        axes.plot(range(1, len(rows) + 1), values, label=label or name)
     axes.set(xlabel="epoch", yscale="log" if log else "linear")
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)

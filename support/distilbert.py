@@ -53,9 +53,11 @@ class DistilBert(nn.Module):
 
 
 def is_distilbert(name: str) -> bool:
-    """Whether a --text-clip is a DistilBERT: by its name, or a folder in Hugging Face's form."""
+    """Whether a --text-clip is a DistilBERT: by its name, or by the configuration in its folder."""
     path = pathlib.Path(name)
-    return path.name.startswith("distilbert") or (path / "config.json").is_file()
+    if not (path / "config.json").is_file():
+        return path.name.startswith("distilbert")
+    return "vision_config" not in files.read_text(path / "config.json")     # which a CLIP's has
 
 
 def load(name: str, state: dict[str, Tensor] | None = None) -> DistilBert:

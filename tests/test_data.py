@@ -679,6 +679,12 @@ def test_two_clips_of_one_file_name(tmp_path, world):
     command(*train, a, "--out", tmp_path / "run")
     run = evaluate.load(tmp_path / "run" / "ckpt.pt")
     assert isinstance(run.text.transformer.resblocks[0].mlp.gelu, torch.nn.GELU)
+    # another CLIP's text tower, from a folder whose configuration says GELU
+    (tmp_path / "B" / "config.json").write_text(json.dumps({
+        "vision_config": {"num_attention_heads": 4},
+        "text_config": {"num_attention_heads": 4, "hidden_act": "gelu"}}), encoding="utf-8")
+    printed = command(*train, a, "--out", tmp_path / "other", "--text-clip", tmp_path / "B")
+    assert f"text tower: {tmp_path / 'B'}, read with GELU" in printed
     # the run does not go on with other sentences
     path = tmp_path / "root/mine/train.jsonl"
     before = path.read_text(encoding="utf-8")
