@@ -12,9 +12,6 @@ use autocast). The activation is not guessed from a file's name: it is an argume
     x, patches = model.encode_image(clip.preprocess(frames, 224))       # frames: uint8 [T, 3, h, w]
     q = model.encode_text(clip.tokenize("a person opens the door"))
 
-Two sentences that differ only in the verb have a cosine near 1, which is what the paper sets out to
-change: docs/reading.ipynb shows it.
-
 Shapes: B images or sentences, L words (77 at most), C width of a tower, D width of the joint space,
 D' channels of the patch features, H x W patch grid, R input resolution.
 """
@@ -60,7 +57,7 @@ def byte_alphabet() -> dict[int, str]:
 def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
     """token -> id, and pair of tokens -> its rank: pairs are merged in the order of the file."""
     lines = gzip.decompress(MERGES.read_bytes()).decode("utf-8").split("\n")
-    # the file goes on: CLIP uses as many merges as give 49,152 tokens, of which 2 are special
+    # the file goes on: CLIP uses its first 48,894 merges, as OpenAI's code counts them
     merges = [tuple(line.split()) for line in lines[1:49152 - 256 - 2 + 1]]
     tokens = list(byte_alphabet().values())                             # 256 bytes,
     tokens += [letter + "</w>" for letter in tokens]                    # again at a word's end,
@@ -477,9 +474,7 @@ def build(state: dict[str, Tensor], activation: type[nn.Module] | None = None) -
     Mistake, naming the key, if the weights are not a CLIP's. The activation cannot be read off the
     weights: pass nn.GELU for models trained with it (LAION's), unless the state dict says so."""
     state, activation = prepared(state, activation)
-    with torch.device("meta"):      # allocate nothing before all shapes are known to agree
-        check(untrained(state, activation), state)
-    return fill(untrained(state, activation), state)
+    return fill(lambda: untrained(state, activation), state)
 
 
 def build_text(state: dict[str, Tensor],
@@ -488,9 +483,7 @@ def build_text(state: dict[str, Tensor],
     state = {key: value for key, value in state.items()
              if not key.startswith("visual.") and key != "logit_scale"}
     state, activation = prepared(state, activation)
-    with torch.device("meta"):
-        check(TextTower(**text_sizes(state), activation=activation), state)
-    return fill(TextTower(**text_sizes(state), activation=activation), state)
+    return fill(lambda: TextTower(**text_sizes(state), activation=activation), state)
 
 
 def activation_of(made: dict) -> type[nn.Module]:
@@ -602,8 +595,11 @@ def check(model: nn.Module, state: dict[str, Tensor], what: str = "a CLIP") -> N
             raise Mistake(f"these are not the weights of {what}: the key {key!r} is unknown")
 
 
-def fill(model: nn.Module, state: dict[str, Tensor], what: str = "a CLIP") -> nn.Module:
-    """The model with these weights, as float32 and in evaluation mode. Mistake if they differ."""
-    check(model, state, what)
+def fill(make, state: dict[str, Tensor], what: str = "a CLIP") -> nn.Module:
+    """The model that `make()` gives with these weights, as float32 and in evaluation mode. Mistake
+    if they do not fit."""
+    with torch.device("meta"):      # allocate nothing before all shapes are known to agree
+        check(make(), state, what)
+    model = make()
     model.load_state_dict(state)                        # a copy: half precision becomes float32
     return model.eval()

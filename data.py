@@ -49,13 +49,6 @@ class Sample(NamedTuple):
         return [(self.start_sec, self.end_sec), *self.others]
 
 
-class Cleaned(NamedTuple):
-    """How many sentences' moments `clean` clamped to their video, and how many sentences it dropped
-    because nothing was left of them."""
-    clamped: int
-    dropped: int
-
-
 class VideoError(Mistake):
     """A video, or its features, cannot be read; the message names the file and the reason."""
 
@@ -97,7 +90,7 @@ def annotation_file(dataset: str, split: str, root: str | os.PathLike) -> pathli
 
 
 def splits(dataset: str, root: str | os.PathLike) -> list[str]:
-    """The splits of a dataset: the published ones, or those that have a file."""
+    """The splits of a dataset: the published ones, or those of OWN_SPLITS that have a file."""
     if dataset in FILES:
         return list(FILES[dataset])
     return [split for split in OWN_SPLITS if annotation_file(dataset, split, root).exists()]
@@ -280,8 +273,9 @@ def read_lines(path: pathlib.Path, lines, read) -> list[Sample]:
     return samples
 
 
-def clean(samples: list[Sample]) -> tuple[list[Sample], Cleaned]:
-    """Clamps moments to [0, duration] and drops those that are then empty. No other code does."""
+def clean(samples: list[Sample]) -> tuple[list[Sample], int, int]:
+    """Clamps moments to [0, duration] and drops those that are then empty. No other code does.
+    Returns what is left, of how many sentences moments were clamped, and how many were dropped."""
     kept = []
     clamped = 0
     for sample in samples:
@@ -294,7 +288,7 @@ def clean(samples: list[Sample]) -> tuple[list[Sample], Cleaned]:
         if left:
             (start, end), *others = left
             kept.append(sample._replace(start_sec=start, end_sec=end, others=tuple(others)))
-    return kept, Cleaned(clamped, len(samples) - len(kept))
+    return kept, clamped, len(samples) - len(kept)
 
 
 def write_jsonl(path: pathlib.Path, samples: list[Sample]) -> None:
@@ -308,14 +302,13 @@ def write_jsonl(path: pathlib.Path, samples: list[Sample]) -> None:
     files.save(path, "".join(lines))
 
 
-def parser_of(dataset: str, root: str | os.PathLike, model: str = "",
-              mask: str = "") -> parse.Parser:
-    """The parser of a dataset's sentences: its chunks.json (the shapes world has one), unless a
-    `model` is named; else spaCy, whose chunks are cached there."""
+def parser_of(dataset: str, root: str | os.PathLike, mask: str = "") -> parse.Parser:
+    """The parser of a dataset's sentences: its chunks.json (the shapes world has one), or else
+    spaCy, whose chunks are cached in its folder."""
     folder = pathlib.Path(root) / dataset
     path = folder / "chunks.json"
-    if model or not path.exists():
-        return parse.Parser(model or None, mask, cache=folder)
+    if not path.exists():
+        return parse.Parser(mask=mask, cache=folder)
     try:
         return parse.Parser(mask=mask, known=dict(json.loads(files.read_text(path))))
     except (ValueError, TypeError) as error:
@@ -379,6 +372,7 @@ def open_store(dataset: str, clip_name: str, root: str | os.PathLike,
 
 def patch_frames(frames: int, count: int) -> np.ndarray:
     """Which of T frames keep their patch features: the middles of `count` equal parts."""
+    # DEVIATION: Eq. 3 takes all frames; of ActivityNet's 256, 32, which saves 112 GB of disk
     count = min(count, frames)
     return ((np.arange(count) + 0.5) * frames / count).astype(int)
 
@@ -423,7 +417,7 @@ class FeatureStore:
                 self.manifest = dict(existing, videos={})
             if not existing["videos"]:                  # every video failed: nothing was made
                 continue
-            for key in [*self.manifest, "activation"]:          # which only GELU's have
+            for key in [*self.manifest, "activation"]:          # recorded for GELU only
                 value = self.manifest.get(key)
                 if key != "videos" and existing.get(key) != value:
                     raise Mistake(f"the features in {folder} were made with {key} "
@@ -503,7 +497,7 @@ class Batch(NamedTuple):
     moments_sec: Tensor                                                 # [S, 2]
     durations_sec: Tensor                                               # [S]
     iou: Tensor                                         # [S, N, N] of every cell with the label
-    index: Tensor                                       # [S] place among the dataset's samples
+    index: Tensor                                       # [S] place in Videos.samples
 
     def to(self, device: torch.device | str) -> "Batch":
         moved = {name: value.to(device, non_blocking=True) for name, value
@@ -512,7 +506,7 @@ class Batch(NamedTuple):
 
 
 def windows_of(samples: list[Sample]) -> Tensor:
-    """All true moments of sentences in seconds, [S, M, 2]; who has fewer repeats the first."""
+    """All true moments of sentences in seconds, [S, M, 2]; with fewer than M, the first repeats."""
     most = max((len(sample.others) for sample in samples), default=0)
     rows = []
     for sample in samples:
@@ -571,10 +565,6 @@ class Videos(Dataset):
         self.moments_sec = self.windows_sec[:, 0]                       # [S, 2]
         self.durations_sec = torch.tensor([sample.duration_sec for sample in self.samples])
 
-    def iou(self, index: Tensor) -> Tensor:
-        """[len(index), N, N] of sentences by place in `samples`: too large for all of them."""
-        return best_iou(self.windows_sec[index], self.durations_sec[index], self.num_clips)
-
     def __len__(self) -> int:
         return len(self.videos)
 
@@ -607,9 +597,10 @@ class Videos(Dataset):
         patches = None
         if self.patches:
             patches = torch.stack([patches for _, _, patches in some])[:len(items)]
+        iou = best_iou(self.windows_sec[index], self.durations_sec[index], self.num_clips)
         return Batch([self.videos[i] for i, _, _ in items], frames, patches,
                      self.tokens[:, index], self.spoken[:, index], video_of,
-                     self.moments_sec[index], self.durations_sec[index], self.iou(index), index)
+                     self.moments_sec[index], self.durations_sec[index], iou, index)
 
     def batches(self, size: int, generator: torch.Generator | None = None, workers: int = 0,
                 device: torch.device | str = "cpu") -> loading.Loader:

@@ -67,6 +67,15 @@ def cell_recall(iou: Tensor, ious: tuple[float, ...] = (0.5, 0.7)) -> dict[str, 
     return result | {"mIoU": 100 * iou.double().mean().item()}
 
 
+def candidate_iou(retriever: mmn.MomentMap, windows_sec: Tensor, durations_sec: Tensor) -> Tensor:
+    """IoU of every candidate with the true moment that it overlaps most: [S, M, 2], [S] -> [S, P].
+    In parts, because [S, N, N] of ActivityNet-Captions would take gigabytes."""
+    cells = retriever.cells.cpu()                                       # [P], index into N*N
+    parts = zip(windows_sec.split(1024), durations_sec.split(1024))
+    return torch.cat([data.best_iou(*part, retriever.num_clips).flatten(1)[:, cells]
+                      for part in parts])
+
+
 def best_prior(iou: Tensor) -> int:
     """The cell that most often has IoU >= 0.5 (ties: by mean IoU): [S, P] -> index into P."""
     hits = (iou >= 0.5).double().mean(0)                                # [P]
@@ -81,10 +90,10 @@ def predict(tower: clip.TextTower, retriever: mmn.MomentMap, videos: data.Videos
             frozen: clip.TextTower | None = None, weight: float = 0.0,
             smooth_sec: float = 0.0) -> Tensor:
     """Moments of all sentences, in the order of `videos.samples`: [S, top_k, 3], see mmn.decode.
-    frozen: CLIP's own text tower, to fuse with its scores, smoothed, at this weight."""
-    was_training = retriever.training
-    tower.eval()                                # BatchNorm uses its running statistics
-    retriever.eval()
+    frozen: CLIP's own text tower, to fuse with its scores, smoothed, at this weight. Leaves the
+    tower and the retriever in evaluation mode."""
+    tower.eval()                                # DistilBERT has dropout
+    retriever.eval()                            # BatchNorm uses its running statistics
     result = []
     for b in videos.batches(batch, device=device):
         b = b.to(device)
@@ -103,8 +112,6 @@ def predict(tower: clip.TextTower, retriever: mmn.MomentMap, videos: data.Videos
                 retriever.at_candidates(scores), retriever.at_candidates(alone), weight))
         result.append(mmn.decode(scores, b.durations_sec, top_k,
                                  candidates=retriever.candidates).cpu())
-    tower.train(was_training)
-    retriever.train(was_training)
     return torch.cat(result)
 
 
@@ -115,7 +122,7 @@ class Run:
     """A checkpoint, ready for inference."""
     config: dict                                                # every field of train.Config
     text: clip.TextTower                                        # f^q
-    retriever: mmn.MomentMap                                    # f^g
+    retriever: mmn.MomentMap                    # f^g: mmn.MMN, or extras.zero_shot.Contrast
     checkpoint: dict                                            # everything else that was saved
     frozen: clip.TextTower | None = None                        # to be fused with: `add_clip`
 
@@ -138,9 +145,7 @@ def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
             raise ValueError(f"its weights do not have the sizes {sizes}")
         if "window_sec" not in saved or "parser" not in saved:
             raise ValueError("it lacks window_sec or parser")
-        with torch.device("meta"):                      # which allocates nothing
-            clip.check(mmn.MMN(**sizes), weights, "this retriever")
-        retriever = clip.fill(mmn.MMN(**sizes), weights, "this retriever")
+        retriever = clip.fill(lambda: mmn.MMN(**sizes), weights, "this retriever")
         tower = clip.load_text(config.get("text_clip", ""), saved["text"])
     except Missing:             # of the text tower, a package or its configuration
         raise
@@ -168,16 +173,27 @@ def add_clip(run: Run, root: str | None, device: torch.device | str) -> None:
         raise Mistake("this checkpoint has no weight for CLIP alone, which training chooses on a "
                       "validation split; omit --fuse-clip")
     path = data.clip_file(run.config["clip"], root or run.config["root"])
-    try:
-        digest = clip.sha256(path)
-    except (OSError, Mistake) as error:
-        raise Mistake(f"the fusion needs the weights of the CLIP {run.config['clip']!r} ({error}); "
-                      f"name the folder of its dataset with --root") from error
-    if digest != run.checkpoint["clip_sha256"]:
-        raise Mistake(f"{path} is not the CLIP that this checkpoint was trained with; name the "
-                      f"folder of its dataset with --root")
+    path = own_clip(run, path, "name the folder of its dataset with --root")
     activation = clip.activation_of(run.checkpoint["features"])
     run.frozen = clip.load_text(path, activation=activation).to(device)
+
+
+def own_clip(run: Run, path: str, how: str) -> str | pathlib.Path:
+    """`path`, if it is the CLIP of the features that a checkpoint was trained with; a published one
+    is downloaded. Mistake for missing or other weights; how: what to do then."""
+    # subtle: the features of other weights would give plausible but wrong answers
+    digest = run.checkpoint["clip_sha256"]
+    try:
+        if path in clip.PUBLISHED:
+            path = clip.download(path)
+        actual = clip.sha256(path)
+    except (OSError, Mistake) as error:
+        raise Mistake(f"this checkpoint needs the weights of the CLIP {run.config['clip']!r}, "
+                      f"SHA-256 {digest} ({error}); {how}") from error
+    if actual != digest:
+        raise Mistake(f"{path} is not the CLIP this checkpoint was trained with; {how} (its "
+                      f"SHA-256 is {actual}, not {digest})")
+    return path
 
 
 def choose_weight(run: Run, split: str, device: torch.device | str) -> float:
@@ -213,7 +229,7 @@ def answers(run: Run, splits: list[str] | None = None, query: str = "full",
         raise Mistake(f"the features in {store.folder} come from another CLIP (SHA-256 "
                       f"{store.manifest['sha256'][:12]}) than this checkpoint was trained with "
                       f"({run.checkpoint['clip_sha256'][:12]}); make them with that one")
-    parser = data.parser_of(dataset, root, config.get("parser", ""), config["mask"])
+    parser = data.parser_of(dataset, root, config["mask"])
     if parser.name != run.checkpoint["parser"]:
         print(f"note: this checkpoint was trained with the parser {run.checkpoint['parser']} and "
               f"is evaluated with {parser.name}", file=sys.stderr)
@@ -252,9 +268,7 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
     if not train:
         raise Mistake(f"the training split of {dataset} contains no moment; add some")
     durations_sec = torch.tensor([s.duration_sec for s in train])
-    candidates = run.retriever.cells.cpu()                              # [P]
-    iou = data.best_iou(data.windows_of(train), durations_sec, run.retriever.num_clips)
-    prior = best_prior(iou.flatten(1)[:, candidates])
+    prior = best_prior(candidate_iou(run.retriever, data.windows_of(train), durations_sec))
     events = shapes.read_events(dataset, root)                          # None for a real dataset
     top_k = 10 if predictions else 5            # QVHighlights' mAP looks at ten
     results = {}
@@ -263,9 +277,7 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
         if predictions:
             write_predictions(predictions, data.read_annotations(dataset, split, root),
                               videos.samples, predicted)
-        # in parts, because [S, N, N] of ActivityNet-Captions would take gigabytes
-        iou = torch.cat([videos.iou(part).flatten(1)[:, candidates]     # [S, P]
-                         for part in torch.arange(len(videos.samples)).split(1024)])
+        iou = candidate_iou(run.retriever, videos.windows_sec, videos.durations_sec)    # [S, P]
         metrics = {"queries": len(videos.samples)}
         if split == "train" and run.config["method"] != "zero-shot":
             metrics["trained on"] = True
@@ -281,8 +293,8 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
 
 def write_predictions(path: str, rows: list[data.Sample], samples: list[data.Sample],
                       predicted: Tensor) -> None:
-    """Answers [S, K, 3] to `samples`, the `rows` grouped by video; a qid that the annotations do
-    not have is the index in `rows`."""
+    """Answers [S, K, 3] to `samples`, the `rows` grouped by video, in QVHighlights' submission
+    form; a qid that the annotations do not have is the index in `rows`."""
     numbers: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         numbers.setdefault(row.video, []).append(i)
@@ -290,16 +302,11 @@ def write_predictions(path: str, rows: list[data.Sample], samples: list[data.Sam
     for sample, moments in zip(samples, predicted.tolist()):
         i = numbers[sample.video].pop(0)
         qid = i if sample.qid is None else sample.qid
-        lines[i] = submission(qid, sample.sentence, sample.video, moments)
+        # subtle: with all digits, because a rounded time may cross the IoU of a hit
+        windows = [moment for moment in moments if moment[2] > -math.inf]
+        lines[i] = json.dumps({"qid": qid, "query": sample.sentence, "vid": sample.video,
+                               "pred_relevant_windows": windows}) + "\n"
     files.save(path, "".join(lines[i] for i in sorted(lines)))
-
-
-def submission(qid: int, sentence: str, name: str, moments: list) -> str:
-    """A line of QVHighlights' submission form. moments: (start_sec, end_sec, score), best first."""
-    # subtle: with all digits, because a rounded time may cross the IoU of a hit
-    windows = [moment for moment in moments if moment[2] > -math.inf]
-    return json.dumps({"qid": qid, "query": sentence, "vid": name,
-                       "pred_relevant_windows": windows}) + "\n"
 
 
 def cell(value: int | float | str) -> str:

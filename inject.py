@@ -98,6 +98,7 @@ class SpatialDynamic(nn.Module):
 
         heatmaps [B, T, H, W]; returns [B, D]"""
         m = self.flat_fc(heatmaps.flatten(2))                           # [B, T, D]
+        # UNSPECIFIED: how an LSTM's outputs become one vector; its last state
         if isinstance(self.sequence, nn.LSTM):
             return self.sequence(m)[0][:, -1]                           # [B, D]
         return self.sequence(m + self.positions).mean(1)                # [B, D]

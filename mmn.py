@@ -8,7 +8,8 @@ moments and other sentences (Eq. 8, 9). The product of their scores is the answe
 MMN is the Mutual Matching Network of "Negative Sample Matters" (AAAI 2022). As in the paper, its
 linear layer before the pooling is left out, so that the map holds CLIP's features as they are; only
 the frames of another network need it.
-docs/reading.ipynb draws the maps of a video and shows how Eq. (10) reads the answer off them.
+docs/reading.ipynb draws the maps of a video and shows how Eq. (10) reads the answer off them. The
+last section is ours: the same map scored by CLIP alone, and its fusion with the trained scores.
 
 Shapes: B videos, S sentences in the batch, T frames, N clips, P candidate moments, D width of
 CLIP's joint space, C width of the convolutions, J joint space of the two heads. Intervals are
@@ -233,12 +234,12 @@ def overlap_scores(moments: Tensor, text: Tensor, video_of: Tensor) -> Tensor:
 def iou_loss(scores: Tensor, iou: Tensor, floor: float = 0.5) -> Tensor:
     """Eq. (7), Sec. 3.1: binary cross-entropy between predicted and true overlap.
 
-        L^iou = BCE(Y^iou, Y~iou)
+        L^iou = BCE(Y^iou, Y~iou),  here with max(0, (Y^iou - 0.5) / 0.5)
 
     scores   [S, P] in (0, 1), candidates only
     iou      [S, P] in [0, 1]
     returns  [S] nats, mean over the candidates"""
-    # UNSPECIFIED: the overlap is scaled as in MMN's code: (iou - 0.5) / (1 - 0.5), at least 0
+    # DEVIATION: Eq. (7) takes the overlap itself; scaled as in MMN's code, and at least 0
     target = ((iou - floor) / (1 - floor)).clamp(min=0)
     # subtle: BCE aborts on NaN (on a GPU for good); a NaN loss stops the run, naming the term
     bad = scores.isnan()
@@ -270,13 +271,14 @@ def contrastive_loss(moments: Tensor, text: Tensor, iou: Tensor, video_of: Tenso
     sentence = torch.arange(S, device=iou.device)
     positive = iou.argmax(1)                                            # [S] m of each sentence
 
+    # UNSPECIFIED: which moments and sentences are negatives; MMN's, see above
     # p^m: the sentence picks its moment
     similarity = torch.einsum("sj,bjp->sbp", text, moments)             # [S, B, P]
     allowed = torch.ones_like(similarity, dtype=torch.bool)             # True = in the denominator
     allowed[sentence, video_of] = iou < negative_iou
     allowed[sentence, video_of, positive] = True
     shift = torch.zeros_like(similarity)
-    # UNSPECIFIED: the margin is subtracted from the positive, as in MMN's published code
+    # DEVIATION: Eq. (8) has no margin; MMN's code subtracts one from the positive
     shift[sentence, video_of, positive] = margin
     # DEVIATION: masked before the softmax; MMN's code multiplies this half's mask in before exp
     logits = ((similarity - shift) / tau).masked_fill(~allowed, float("-inf"))  # [S, B, P]
@@ -337,6 +339,7 @@ def decode(scores: Tensor, durations_sec: Tensor, top_k: int = 1, nms: float = 0
     S, N = scores.shape[:2]
     if candidates is None:
         candidates = torch.ones(N, N, dtype=torch.bool, device=scores.device).triu()
+    # UNSPECIFIED: how the five moments of R@5 are chosen; by NMS, as in MMN's code
     # -inf, not 0: a candidate may score exactly 0 and still be the best
     left = scores.masked_fill(~candidates, float("-inf"))               # [S, N, N]
     result = scores.new_zeros(S, top_k, 3)

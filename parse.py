@@ -160,8 +160,8 @@ def load(model):
 
 
 def lowered(sentence: str) -> str:
-    """What spaCy reads: lower case, as CLIP does, in which it would divide "The Dog" otherwise."""
-    # subtle: with the same places of all characters; a few would become two in lower case
+    """The sentence in lower case, as CLIP reads it; spaCy divides "The Dog" in another way."""
+    # subtle: chunks are places in the original sentence, so a letter that would become two stays
     letters = [c.lower() if len(c.lower()) == 1 else c for c in sentence]
     # spaCy cannot encode lone surrogates
     return "".join(letters).encode("utf-8", "replace").decode()

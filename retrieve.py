@@ -311,23 +311,20 @@ def cached_features(cache: str | os.PathLike | None, path: pathlib.Path, setting
                     extract) -> tuple[Tensor, float]:
     """The features [F, D] of a video file, L2-normalised, and its duration: from the cache, under a
     hash of the file's content and of the settings of its features, or from `extract(path)`."""
-    cached = {}
     if cache:
         key = hashlib.sha256(f"{files.sha256(path)} {settings}".encode()).hexdigest()[:32]
         entry = pathlib.Path(cache).expanduser() / f"{key}.npz"
-        with contextlib.suppress(Mistake):                  # missing or damaged: extracted again
+        with contextlib.suppress(Mistake, KeyError):        # missing or damaged: extracted again
             cached = files.read_arrays(entry)
-    if {"frames", "duration_sec"} <= cached.keys():
-        frames = torch.from_numpy(cached["frames"])
-        duration_sec = float(cached["duration_sec"])
-    else:
-        frames, duration_sec = extract(path)
-        if cache:
-            try:
-                files.save_arrays(entry, {"frames": frames.numpy(),
-                                          "duration_sec": np.array(duration_sec)})
-            except OSError as error:                        # e.g. a full disk
-                print(f"note: the features were not cached: {error}", file=sys.stderr)
+            frames = torch.from_numpy(cached["frames"])
+            return F.normalize(frames.float(), dim=1), float(cached["duration_sec"])
+    frames, duration_sec = extract(path)
+    if cache:
+        try:
+            files.save_arrays(entry, {"frames": frames.numpy(),
+                                      "duration_sec": np.array(duration_sec)})
+        except OSError as error:                            # e.g. a full disk
+            print(f"note: the features were not cached: {error}", file=sys.stderr)
     # subtle: normalised after the cache's float16, so that cached and fresh features are equal
     return F.normalize(frames.float(), dim=1), duration_sec
 
@@ -392,20 +389,8 @@ class Retriever:
         """The checkpoint's CLIP, loaded when first needed. Mistake for missing or other weights."""
         if self.image_tower is not None:
             return self.image_tower
-        name = self.made["clip"]
-        digest = self.run.checkpoint["clip_sha256"]
-        path = self.clip_file or data.clip_file(name, self.run.config["root"])
-        try:
-            if path in clip.PUBLISHED:
-                path = clip.download(path)
-            actual = clip.sha256(path)
-        except (OSError, Mistake) as error:
-            raise Mistake(f"this checkpoint needs the weights of the CLIP {name!r}, SHA-256 "
-                          f"{digest} ({error}); pass their file with --clip") from error
-        # subtle: the features of other weights would give plausible but wrong answers
-        if actual != digest:
-            raise Mistake(f"{path} is not the CLIP this checkpoint was trained with; pass the "
-                          f"right file with --clip (its SHA-256 is {actual}, not {digest})")
+        path = self.clip_file or data.clip_file(self.made["clip"], self.run.config["root"])
+        path = evaluate.own_clip(self.run, path, "pass its file with --clip")
         self.image_tower = clip.load(path, self.device, clip.activation_of(self.made))
         return self.image_tower
 
@@ -468,21 +453,12 @@ class Retriever:
             all_contrastive.append(contrastive.transpose(1, 2).cpu().flatten(0, 1))
         return torch.cat(all_spans), torch.cat(all_iou), torch.cat(all_contrastive)
 
-    @torch.no_grad()
     def scores(self, encoded: Encoded, sentences: list[str]) -> tuple[Tensor, Tensor]:
         """The spans of all moments [W * P, 2] in seconds and their scores [S, W * P]."""
-        model = self.run.retriever
-        text = self.text(sentences)                                     # [S, D]
-        all_spans, all_scores = [], []
-        for frames, spans in self.windows(encoded):                     # [w, T, D], [w, P, 2]
-            # pair every sentence with every window
-            pairs = text.repeat_interleave(len(frames), 0)              # [S * w, D]
-            video_of = torch.arange(len(frames), device=self.device).repeat(len(text))  # [S * w]
-            scores = model.scores(frames, pairs, video_of)              # [S * w, N, N]
-            scores = model.at_candidates(scores).view(len(text), -1)    # [S, w * P]
-            all_spans.append(spans.flatten(0, 1))
-            all_scores.append(scores.cpu())
-        return torch.cat(all_spans), torch.cat(all_scores, 1)
+        spans, iou, contrastive = self.moments(encoded)                 # [W * P, 2 or J]
+        iou_text, contrastive_text = self.read(sentences)               # [S, J] each
+        overlap = torch.sigmoid(mmn.SCORE_SCALE * (iou_text.cpu() @ iou.T))     # Eq. 6
+        return spans, mmn.fuse(overlap, contrastive_text.cpu() @ contrastive.T)
 
     @torch.no_grad()
     def fused(self, encoded: Encoded, sentences: list[str], scores: Tensor) -> Tensor:
@@ -504,7 +480,7 @@ class Retriever:
 
     def predict(self, encoded: Encoded, sentences: str | list[str],
                 top_k: int = 5) -> list[Moment] | list[list[Moment]]:
-        """As of ZeroShot."""
+        """See ZeroShot."""
         if isinstance(sentences, str):
             return self.predict(encoded, [sentences], top_k)[0]
         spans, scores = self.scores(encoded, sentences)                 # [W * P, 2], [S, W * P]
@@ -518,15 +494,15 @@ class Retriever:
         return answers
 
     def generic_best(self, encoded: Encoded) -> Tensor:
-        """As of ZeroShot."""
+        """See ZeroShot."""
         return self.scores(encoded, self.generic)[1].amax(1)
 
     def grid_sec(self, encoded: Encoded) -> float:
-        """As of ZeroShot."""
+        """See ZeroShot."""
         return encoded.each_sec * self.T / self.N
 
     def curve(self, encoded: Encoded, sentences: list[str]) -> Tensor:
-        """As of ZeroShot: the best score of a moment at each frame, [S, F]."""
+        """See ZeroShot: the best score of a moment at each frame, [S, F]."""
         spans, scores = self.scores(encoded, sentences)                 # [W * P, 2], [S, W * P]
         at_sec = (torch.arange(len(encoded.frames)) + 0.5) * encoded.each_sec       # [F]
         inside = (spans[:, :1] <= at_sec) & (at_sec < spans[:, 1:])     # [W * P, F]
@@ -626,7 +602,7 @@ def run(given) -> None:
     if given.plot:
         show.plot(given.plot, retriever, encoded, answers, FOUND)
     if given.html:
-        show.write_page(given.html, encoded, retriever, answers)
+        show.write_page(given.html, encoded, retriever.grid_sec(encoded), answers)
     if given.clips:
         show.write_clips(given.clips, encoded, answers, given.padding)
 

@@ -401,33 +401,22 @@ def course(verb: int, rng: np.random.Generator) -> dict:
             return {"from": a, "to": b}
 
 
-def whereabouts(event: dict, times: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The actor of an event at these instants (in frame lengths, [n]): x, y, r, visible [n]."""
-    share = np.clip((times - event["start"]) / (event["end"] - event["start"]), 0, 1)[:, None]
-    x, y, r = (np.array(event["from"]) * (1 - share) + np.array(event["to"]) * share).T
-    # it stands still while it lingers, before and after the event
-    visible = (times >= event["enter"]) & (times < event["leave"])
-    if VERBS[event["verb"]][0] == "blinks":                     # dark in every other frame length
-        acting = (times >= event["start"]) & (times < event["end"])
-        visible &= ~acting | (np.floor(times - event["start"]) % 2 == 1)
-    return x, y, r, visible
-
-
-def render(plan: dict, times: np.ndarray) -> np.ndarray:
-    """The video of a script at these instants (in frame lengths, [n]): uint8 [n, 32, 32, 3]."""
+def film(plan: dict, times: np.ndarray = np.arange(FRAMES) + 0.5) -> Tensor:
+    """The video of a script at these instants (in frame lengths, [n]; by default the centres of all
+    of them): uint8 [n, 3, 32, 32]."""
     frames = ground(plan["scene"], len(times), np.random.default_rng(plan["speckle"]))
     on_stage = [(times >= e["enter"]) & (times < e["leave"]) for e in plan["events"]]
     idle = ~np.any(on_stage, 0)                                         # [n] no actor is visible
     draw(frames, **plan["bystander"], visible=idle)
-    for event in plan["events"]:
-        x, y, r, visible = whereabouts(event, times)
+    for event, visible in zip(plan["events"], on_stage):
+        # the actor stands still while it lingers, before and after the event
+        share = np.clip((times - event["start"]) / (event["end"] - event["start"]), 0, 1)[:, None]
+        x, y, r = (np.array(event["from"]) * (1 - share) + np.array(event["to"]) * share).T
+        if VERBS[event["verb"]][0] == "blinks":                 # dark in every other frame length
+            acting = (times >= event["start"]) & (times < event["end"])
+            visible = visible & (~acting | (np.floor(times - event["start"]) % 2 == 1))
         draw(frames, event["colour"], event["shape"], x, y, r, visible)
-    return to_uint8(frames)
-
-
-def film(plan: dict, times: np.ndarray = np.arange(FRAMES) + 0.5) -> Tensor:
-    """`render` for CLIP, by default at the centres of all frame lengths: uint8 [n, 3, 32, 32]."""
-    return torch.from_numpy(render(plan, times)).permute(0, 3, 1, 2)
+    return torch.from_numpy(to_uint8(frames)).permute(0, 3, 1, 2)
 
 
 def samples_of(name: str, split: str, plan: dict) -> list[data.Sample]:
@@ -633,21 +622,20 @@ def write(target: pathlib.Path, model: clip.CLIP, seed: int, counts: dict[str, i
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def export(folder: str | os.PathLike, count: int, seed: int = 0, split: str = "test",
-           rate: int = 8, coupling: float = 0.0) -> None:
-    """Videos of a split as mp4, enlarged to EXPORTED pixels, each frame repeated `rate` times; and
+def export(folder: str | os.PathLike, count: int, seed: int = 0, coupling: float = 0.0) -> None:
+    """Test videos as mp4, enlarged to EXPORTED pixels, each frame repeated eight times; and
     annotations.jsonl with their sentences and moments."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     samples = []
     for i in trange(count, desc="export", disable=None):
-        name = f"{split}-{i:04d}"
-        plan = plan_of(seed, split, i, coupling)
-        frames = F.interpolate(film(plan), EXPORTED).repeat_interleave(rate, 0)
+        name = f"test-{i:04d}"
+        plan = plan_of(seed, "test", i, coupling)
+        frames = F.interpolate(film(plan), EXPORTED).repeat_interleave(8, 0)
         # a frame rate in a file is a fraction, and some players reject large denominators
-        pace = fractions.Fraction(plan["frame_sec"]).limit_denominator(10_000) / rate
-        video.write_video(folder / f"{name}.mp4", frames, 1 / pace, quality=12)
-        samples += samples_of(name, split, plan)
+        pace = fractions.Fraction(plan["frame_sec"]).limit_denominator(10_000) / 8
+        video.write_video(folder / f"{name}.mp4", frames, 1 / pace)
+        samples += samples_of(name, "test", plan)
     data.write_jsonl(folder / "annotations.jsonl", samples)
 
 

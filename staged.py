@@ -35,7 +35,7 @@ from support.errors import Mistake
 
 TARGETS = ("change", "whole", "random", "motions")
 LR = 1e-3                           # of stage 1
-BATCH = 64                          # sentences
+BATCH = 64                          # sentences; the rest of AdamW's settings are train.py's
 QUERIES = {"full": 0, "none": None, "static": 1, "half": 1, "dynamic": 2}   # rows of Videos.tokens
 
 
@@ -110,14 +110,15 @@ def video_targets(text: clip.TextTower, videos: data.Videos, config,
                   device: torch.device) -> Tensor:
     """`temporal_change` for every sentence, [S, D]."""
     row = QUERIES[config.context_query]
-    tokens = videos.tokens[row or 0]                                    # [S, 77]
-    static = torch.cat([text.encode_text(part.to(device))               # x^qs of the original tower
-                        for part in tokens.split(1024)])
-    static = F.normalize(static, dim=1)                                 # [S, D]
+    static = None                               # no query: all frames have the same weight
+    if row is not None:
+        static = torch.cat([text.encode_text(part.to(device))           # x^qs of the original tower
+                            for part in videos.tokens[row].split(1024)])
+        static = F.normalize(static, dim=1)                             # [S, D]
     targets = []
     for batch in videos.batches(64, device=device):
         batch = batch.to(device)
-        asking = None if row is None else static[batch.index]
+        asking = None if static is None else static[batch.index]
         targets.append(temporal_change(asking, batch.frames[batch.video_of], batch.moments_sec,
                                        batch.durations_sec, config.stage_target))
     return torch.cat(targets)
@@ -125,7 +126,7 @@ def video_targets(text: clip.TextTower, videos: data.Videos, config,
 
 def random_codes(videos: data.Videos, seed: int, alike: dict[str, str]) -> Tensor:
     """The controls, which use no video at all: a random code for each dynamic query, [S, D].
-    alike: words whose queries share the code of another word's."""
+    alike: synonym -> the word whose code it shares."""
     generator = torch.Generator().manual_seed(seed)
     queries = []
     for query in videos.queries:
@@ -145,10 +146,8 @@ def query_cosine(text: clip.TextTower, videos: data.Videos, device: torch.device
     different = list(dict.fromkeys(query.dynamic for query in videos.queries if query.dynamic))[:64]
     if len(different) < 2:
         return 1.0
-    was_training = text.training
     text.eval()                                 # DistilBERT has dropout
     x = text.encode_text(text.tokenize(different, truncate=True).to(device))
-    text.train(was_training)
     pairs = ~torch.eye(len(x), dtype=torch.bool, device=device)
     return inject.pairwise_cosine(x)[pairs].mean().item()
 
@@ -162,7 +161,8 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config,
         raise Mistake(f"a batch of {BATCH} sentences leaves some of {parallel.size()} processes "
                       f"without one; use fewer processes")
     made = videos.store.manifest
-    if not made["resolution"] or made["width"] != text.output:
+    one_space = isinstance(text, clip.TextTower) and made["width"] == text.output
+    if not (made["resolution"] and one_space):
         raise Mistake("vdi-staged compares frames with sentences, which needs a CLIP for both; use "
                       "--method mmn, or vdi with --lambda-sd 0")
     target, usable = stage_targets(text, videos, config, device)

@@ -192,14 +192,16 @@ def encode_queries(model: Model, batch: data.Batch, config: Config) -> Queries:
     row = staged.QUERIES[config.context_query]          # Table 3; Q^h is in the place of Q^s
     asking = None if row is None else x[row]
     row = staged.QUERIES[config.inject_into]            # suppl. Table 4
-    # UNSPECIFIED: what an empty query means; it has no term in Eq. 2, nor in Eq. 5
+    # UNSPECIFIED: what an empty query means; it has no term in Eq. 2 and 5, which are means over
+    # the others. Q^s must have a word even where Q asks: Table 3's rows train on the same sentences
     has_adapted = batch.spoken[row]                                     # [S]
     return Queries(x[0], asking, x[row], has_adapted, batch.spoken[1] & has_adapted)
 
 
 def terms(model: Model, batch: data.Batch, config: Config) -> dict[str, Tensor]:
-    """The terms of Eq. (11), each a mean over the batch, under the names of their equations; and
-    the variances of both sides of Eq. (2) and Eq. (5), which show whether they have collapsed.
+    """The terms of Eq. (11), each a mean over the sentences that have it, under the names of their
+    equations; and the variances of both sides of Eq. (2) and Eq. (5), which show whether they have
+    collapsed.
 
     `batch` is this process's share; the losses are those of all processes' shares together, with
     all their negatives: that is what `parallel.gather` is for."""
@@ -260,15 +262,16 @@ def dynamic_term(model: Model, batch: data.Batch, queries: Queries, video_of: Te
 
 def injection_loss(form: str, projected: Tensor, seen: Tensor, video_of: Tensor,
                    which: Tensor) -> Tensor:
-    """Eq. (2) ("con") or Eq. (5) ("rel") of the sentences `which` [S] bool. Each side [S, D]."""
-    which = which.nonzero()[:, 0]       # a mask would make a GPU wait at each of its uses
+    """Eq. (2)'s squared distance ("con") or Eq. (5)'s difference of cosines ("rel"), of the
+    sentences `which` [S] bool; supplement Table 3 swaps them. Each side [S, D]."""
+    rows = which.nonzero()[:, 0]        # a mask would make a GPU wait at each of its uses
     if form == "con":
-        return inject.visual_context_loss(projected[which], seen[which])
-    return inject.spatial_dynamic_loss(seen[which], projected[which], video_of[which])
+        return inject.visual_context_loss(projected[rows], seen[rows])
+    return inject.spatial_dynamic_loss(seen[rows], projected[rows], video_of[rows])
 
 
 def total_loss(losses: dict[str, Tensor], config: Config, epoch: int) -> Tensor:
-    """Eq. (11), Sec. 3.2: the sum of all terms, each a batch mean.
+    """Eq. (11), Sec. 3.2: the sum of all terms, each a mean over the sentences that have it.
 
         L = lambda^iou L^iou + lambda^cl L^cl + lambda^vc L^vc + lambda^sd L^sd
     """
@@ -341,7 +344,7 @@ def validate(model: Model, videos: dict[str, data.Videos], config: Config,
 
 
 def shuffle(seed: int, epoch: int) -> torch.Generator:
-    """What draws the order of the videos: of its own in each epoch, so that a run can resume."""
+    """Draws the order of the videos; a new one for each epoch, so that a run can resume."""
     return torch.Generator().manual_seed(1_000_003 * seed + epoch)
 
 

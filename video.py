@@ -59,10 +59,7 @@ def inspect(path: str | os.PathLike) -> VideoFile:
     run = ffmpeg.Ffmpeg(ffmpeg.reading(path) + [
         "-map", "0:V?", "-map", "0:a?", "-c", "copy", "-f", "framecrc", "-",
         "-an", "-sn", "-dn", "-frames:v", "1", "-f", "null", "-"])
-    try:
-        listing = run.read_all().decode()
-    finally:
-        run.close()
+    listing = run.read_all().decode()
     report = "\n".join(run.lines)
     if run.has_hung:
         raise VideoError(f"{path} cannot be read: ffmpeg gave no answer in {ffmpeg.SILENCE_SEC} s")
@@ -167,7 +164,6 @@ def pictures(video: VideoFile, first_sec: float, step_sec: float, count: int,
             done += 1
         if listing:
             run.read_all()                              # the program decodes to the end
-            run.process.wait()
     finally:
         run.close()
     if run.has_hung:
@@ -218,14 +214,12 @@ def sample_frames(path: str | os.PathLike, count: int,
     return torch.cat(frames), video.duration_sec
 
 
-def write_video(path: str | os.PathLike, frames: Tensor, rate: fractions.Fraction,
-                quality: int = 23) -> None:
-    """Frames uint8 [n, 3, h, w], of even sides -> an H.264 file at `rate` frames/s. quality: 0 is
-    lossless."""
+def write_video(path: str | os.PathLike, frames: Tensor, rate: fractions.Fraction) -> None:
+    """Frames uint8 [n, 3, h, w], of even sides -> an H.264 file at `rate` frames/s."""
     h, w = frames.shape[2:]
     run = ffmpeg.Ffmpeg([
         "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{w}x{h}", "-r", str(rate),
-        "-i", "-", "-c:v", "libx264", "-crf", str(quality), "-pix_fmt", "yuv420p", "-y",
+        "-i", "-", "-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p", "-y",
         "file:" + os.path.abspath(path)], ffmpeg.SILENCE_SEC + len(frames), stdin=subprocess.PIPE)
     run.process.stdin.write(frames.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
     run.process.stdin.close()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm, trange
 
 import clip
@@ -104,12 +104,6 @@ def choose(total: int, count: int, stride: int, draw: random.Random | None = Non
     return chosen
 
 
-def frame_times(duration_sec: float, count: int = 12, stride: int = 2) -> np.ndarray:
-    """At most `count` instants, in seconds: the chosen candidates."""
-    times_sec = candidate_times(duration_sec, count, stride)
-    return times_sec[choose(len(times_sec), count, stride)]
-
-
 def encode(model: clip.CLIP, pixels: Tensor, config: Config) -> Tensor:
     """A video's frames, uint8 [n, 3, R, R] -> features [L, D] float16, padded with zeros."""
     x, _ = video.encode_frames(model, pixels, config.frames)
@@ -117,7 +111,7 @@ def encode(model: clip.CLIP, pixels: Tensor, config: Config) -> Tensor:
 
 
 def read_file(path: pathlib.Path, config: Config, resolution: int) -> tuple[Tensor, float]:
-    """A video file -> the frames of `frame_times`, or with config.train_images all candidates,
+    """A video file -> the chosen frames, or with config.train_images all candidates,
     uint8 [n, 3, R, R], and its duration in seconds. VideoError if it cannot be read."""
     found = video.inspect(path)
     times_sec = candidate_times(found.duration_sec, config.frames, config.stride)
@@ -276,12 +270,8 @@ def prepare(config: Config, annotations: str, videos: str, gelu: bool = False) -
     files.need("imageio_ffmpeg", "reading videos")
     splits = read_published(config.dataset, annotations)
     video_files = files.find_files(videos, video.VIDEOS)        # name -> file
-    path = data.clip_file(config.clip, config.root)
-    if config.clip.startswith("shapes") and path == config.clip:        # no such file was found
-        raise Mistake(f"the small CLIP of {config.clip} does not exist; make it with: python "
-                      f"shapes.py")
-    model = clip.load(path, parallel.pick_device(config.device), nn.GELU if gelu else None)
-    model.tokenize("")                          # a Mistake if it has another tokenizer
+    device = parallel.pick_device(config.device)
+    model, _ = features.load_clip(config.clip, config.root, device, gelu)
     store = open_store(config, model)
     paths, failed = {}, {}                      # video -> its file; video -> reason
     for name in sorted(set().union(*splits.values())):  # test and test1k5 share videos

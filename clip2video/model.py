@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import clip
+import shapes
 from support.errors import Mistake
 from support.options import check_options, option
 
@@ -156,7 +157,8 @@ class CLIP2Video(nn.Module):
         self.temporal = temporal
         self.align = align
         self.visual = visual
-        if isinstance(visual, clip.ModifiedResNet):     # `encode_image` follows a ViT
+        # computed twice (`encode_image`), it would update its BatchNorm twice
+        if isinstance(visual, clip.ModifiedResNet):
             raise Mistake("--train-images needs a CLIP whose image tower is a ViT, not a ResNet")
         self.logit_scale = nn.Parameter(torch.tensor(scale))
         if temporal == "tdb":
@@ -172,19 +174,12 @@ class CLIP2Video(nn.Module):
             self.centres = nn.Parameter(torch.randn(centres, D) * 0.125)        # C [K, D]
 
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """clip.VisionTransformer.forward of the trained tower, in less memory: [B, 3, R, R] ->
-        [B, D], patches [B, D, H, W]."""
-        x, tower = images, self.visual
-        for convolution in tower.stem:                                  # of the shapes world's CLIP
-            x = F.relu(convolution(x))
-        x = tower.conv1(x).flatten(2).transpose(1, 2)                   # [B, HW, C]
-        x = torch.cat([tower.class_embedding.expand(len(x), 1, -1), x], 1)      # [B, 1 + HW, C]
-        x = tower.ln_pre(x + tower.positional_embedding)
-        for block in tower.transformer.resblocks:
-            # keeps the input of each block only, and computes the rest again in the backward pass
-            x = checkpoint(block, x, use_reentrant=False)
-        x = tower.ln_post(x) @ tower.proj                               # [B, 1 + HW, D]
-        return x[:, 0], x[:, 1:].transpose(1, 2).unflatten(2, (tower.grid, tower.grid))
+        """The trained tower in less memory: [B, 3, R, R] -> [B, D], patches [B, D, H, W]. Of 64
+        images at a time only the result is kept; the rest is computed again in the backward pass.
+        """
+        parts = [checkpoint(self.visual, part, use_reentrant=False) for part in images.split(64)]
+        x, patches = zip(*parts)
+        return torch.cat(x), torch.cat(patches)
 
     def encode_pixels(self, pixels: Tensor, mask: Tensor) -> Tensor:
         """The frames that exist, uint8 [mask.sum(), 3, R, R] -> features [B, L, D], else 0."""
@@ -255,17 +250,10 @@ def logits(texts: tuple, videos: tuple, scale: Tensor) -> list[Tensor]:
     return [scale.exp() * t @ v.T for t, v in zip(texts, videos) if t is not None]
 
 
-def symmetric_loss(similarity: Tensor) -> Tensor:
-    """L_sym(S) = (CE(S) + CE(S^T)) / 2, nats: each text picks its video, and each video its text.
-
-    similarity  [B, B], the logits of text i and video j; the pairs are on the diagonal"""
-    pairs = torch.arange(len(similarity), device=similarity.device)
-    return (F.cross_entropy(similarity, pairs) + F.cross_entropy(similarity.T, pairs)) / 2
-
-
 def loss(similarities: list[Tensor], weight: float = 0.5) -> Tensor:
-    """L = w L_sym(S_g) + (1-w) L_sym(S_a); L_sym(S_g) alone without TAB. Each [B, B]."""
-    losses = [symmetric_loss(similarity) for similarity in similarities]
+    """L = w L_sym(S_g) + (1-w) L_sym(S_a); L_sym(S_g) alone without TAB. Each [B, B], the logits of
+    text i and video j. L_sym(S) = (CE(S) + CE(S^T)) / 2 is CLIP's."""
+    losses = [shapes.contrastive_loss(similarity) for similarity in similarities]
     if len(losses) == 1:
         return losses[0]
     return weight * losses[0] + (1 - weight) * losses[1]

@@ -17,6 +17,7 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import benchmark
 
 import clip
 import data
@@ -31,19 +32,12 @@ from support.errors import Mistake, reported
 BENCHMARKS = ("towers", "steps", "search", "video")
 
 
-def seconds_of(work, device: torch.device, at_least: float = 3.0) -> float:
-    """The fastest of the runs of `work()` in `at_least` seconds, after a warm-up run."""
-    wait = torch.get_device_module(device).synchronize
-    work()                          # the first run allocates memory and chooses algorithms
-    fastest = float("inf")          # not the mean: other programs can only slow a run down
-    end = time.perf_counter() + at_least
-    while time.perf_counter() < end:
-        wait()
-        started = time.perf_counter()
-        work()
-        wait()                      # otherwise only the start of GPU kernels is timed
-        fastest = min(fastest, time.perf_counter() - started)
-    return fastest
+def seconds_of(work, at_least: float = 3.0) -> float:
+    """The fastest of the runs of `work()` in `at_least` seconds, after a warm-up."""
+    # waits for a GPU; without num_threads it would measure a single thread
+    timer = benchmark.Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    times = timer.blocked_autorange(min_run_time=at_least).times
+    return min(times)               # not the mean: other programs can only slow a run down
 
 
 def report(what: str, value: float, unit: str, comparison: str = "") -> None:
@@ -95,12 +89,12 @@ def bench_towers(device: torch.device) -> None:
     count = 64                      # frames, and sentences
     model = random_clip().to(device)
     images = torch.rand(count, 3, 224, 224, device=device)
-    seconds = seconds_of(lambda: model.encode_image(images), device)    # features and patches
+    seconds = seconds_of(lambda: model.encode_image(images))            # features and patches
     report("towers: image tower", count / seconds, "frames/s")
     seconds = {}
     for words in (75, 11):          # as many as CLIP reads; a usual sentence
         tokens = clip.tokenize(["door " * words] * count).to(device)    # [64, 77]
-        seconds[words] = seconds_of(lambda: model.encode_text(tokens), device)
+        seconds[words] = seconds_of(lambda: model.encode_text(tokens))
         report(f"towers: text tower, {words + 2} tokens", count / seconds[words], "sentences/s",
                f"{seconds[75] / seconds[words]:.2f} x 77 tokens")
 
@@ -124,13 +118,13 @@ def bench_steps(device: torch.device) -> None:
                 train.total_loss(losses, config, epoch=0).backward()
                 optimiser.step()
 
-            seconds = seconds_of(step, device)
+            seconds = seconds_of(step)
             report(f"step: {dataset}, {method}, {B} videos", seconds, "s")
             if method == "mmn":
                 cells = model.retriever.candidates.cpu()                # [N, N]
                 convolution = mmn.Convolution(cells, config.kernel, config.layers)
                 model.retriever.convolution = convolution.to(device)
-                published_seconds = seconds_of(step, device)
+                published_seconds = seconds_of(step)
                 report(f"step: {dataset}, mmn, published convolution", published_seconds, "s",
                        f"{published_seconds / seconds:.2f} x mmn")
 
@@ -147,10 +141,10 @@ def bench_search(device: torch.device) -> None:
         overlap = torch.sigmoid(mmn.SCORE_SCALE * torch.mv(iou, iou[0]).float())        # [R]
         return mmn.fuse(overlap, torch.mv(contrastive, contrastive[0]).float()).topk(10).indices
 
-    seconds = seconds_of(best, device)      # twice a pass over 256 MB; the rest is small
+    seconds = seconds_of(best)              # twice a pass over 256 MB; the rest is small
     report(f"search: ten best of {count:,} moments", 1000 * seconds, "ms")
     similarity = torch.randn(1, 2 * 60 * 60 * 2)        # two hours at two frames per second
-    seconds = seconds_of(lambda: retrieve.search_intervals(similarity, 2, 600), torch.device("cpu"))
+    seconds = seconds_of(lambda: retrieve.search_intervals(similarity, 2, 600))
     report("search: CLIP alone, a video of 2 h (cpu)", 1000 * seconds, "ms")
 
 
@@ -167,8 +161,7 @@ def bench_video(device: torch.device, folder: str) -> None:
     model = random_clip().to(device)                                    # reads 224 x 224 pixels
     pixels, _ = decoded[0]                                              # [T, 3, R, R]
     precision = torch.float16 if device.type == "cuda" else torch.float32      # as in data.py
-    encoding = len(decoded) * seconds_of(
-        lambda: video.encode_frames(model, pixels, T, precision), device)
+    encoding = len(decoded) * seconds_of(lambda: video.encode_frames(model, pixels, T, precision))
     with tempfile.TemporaryDirectory() as target:
         store = data.FeatureStore(target, video.made_by(model, "random", "", T))
         started = time.perf_counter()

@@ -22,15 +22,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import clip
 import video
-from data import FeatureStore, VideoError, patch_frames
+from data import FeatureStore, VideoError, clip_file, patch_frames
 from support import files
 from support.errors import Mistake, reason
 from video import frame_centres
+
+def load_clip(name: str, root: str | os.PathLike, device: torch.device,
+              gelu: bool) -> tuple[clip.CLIP, str]:
+    """The CLIP that --clip and --gelu name, and its SHA-256. Mistake if it cannot be loaded, or has
+    another tokenizer."""
+    path = clip_file(name, root)
+    if name.startswith("shapes") and path == name:
+        raise Mistake(f"the small CLIP of {name} does not exist; make it with: python shapes.py")
+    model = clip.load(path, device, nn.GELU if gelu else None)
+    model.tokenize("")                                  # a Mistake if it has another tokenizer
+    return model, clip.sha256(path)
+
 
 # ------------------------------------------------------------------------- many videos -> the store
 

@@ -11,13 +11,6 @@ import shapes
 from support import files
 
 
-def save(figure, path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    # no version of matplotlib in the file: it would change with every release
-    files.save_figure(figure, path, metadata={"Software": None})
-
-
 def queries(path, rates: dict[str, dict[str, list[list[float]]]]) -> None:
     """Fig. 3. rates: split -> method -> for Q, Q^s, Q^d the R@1 of each seed."""
     figure, axes = files.pyplot().subplots(1, len(rates), figsize=(6 * len(rates), 3), sharey=True,
@@ -30,7 +23,7 @@ def queries(path, rates: dict[str, dict[str, list[list[float]]]]) -> None:
         cell.set_xticks(range(3), ["Q", "Q^s", "Q^d"])
         cell.set(title=split, ylabel="R@1, IoU=0.5")
     axes[0][-1].legend(fontsize=8)                      # the methods are the same in all cells
-    save(figure, path)
+    files.save_figure(figure, path)
 
 
 def weights(path, histograms: dict[str, np.ndarray]) -> None:
@@ -41,7 +34,7 @@ def weights(path, histograms: dict[str, np.ndarray]) -> None:
         axes.stairs(100 * counts / counts.sum(), np.linspace(0, 3, 31), label=kind, linewidth=2)
     axes.set(xlabel="weight in the last layer (1: an even share)", ylabel="% of the words")
     axes.legend()
-    save(figure, path)
+    files.save_figure(figure, path)
 
 
 def collapse(path, names: list[str], logs: dict[str, list[list[dict]]]) -> None:
@@ -53,7 +46,7 @@ def collapse(path, names: list[str], logs: dict[str, list[list[dict]]]) -> None:
     for method, seeds in logs.items():
         curves(right, mean_rows(seeds, ["cos x^qd"]), ["cos x^qd"],
                "mean cosine between verbs (vdi-staged: after stage 1)", label=method)
-    save(figure, path)
+    files.save_figure(figure, path)
 
 
 def mean_rows(seeds: list[list[dict]], names: list[str]) -> list[dict]:
@@ -195,4 +188,4 @@ def method(path, world: str, root: str) -> None:
                   bbox=dict(pad=1, facecolor="white", edgecolor="none"))
     axes.set(xlim=(0, 112), ylim=(68, 6), aspect="auto")
     axes.axis("off")
-    save(figure, path)
+    files.save_figure(figure, path)

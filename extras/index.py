@@ -9,7 +9,6 @@ moment depends on the sentence (Eq. 6, 9), so its index stores those of all mome
 and a search is a product with two vectors. Without a checkpoint, the score of a moment is linear in
 its frames (retrieve.contrast), so the index stores the frames.
 """
-import contextlib
 import functools
 import hashlib
 import json
@@ -18,7 +17,7 @@ import pathlib
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import filelock
@@ -88,7 +87,11 @@ class Index:
             self.videos_folder = pathlib.Path(content["folder"])
             self.entries = {name: Entry(**about) for name, about in content["videos"].items()}
             for entry in self.entries.values():
-                check_entry(entry)
+                kinds = [type(value) for value in entry]
+                below = pathlib.PurePath(entry.path)            # extras/serve.py serves such files
+                if (kinds != [str, list, str, int, float, float, float] or entry.rows < 0
+                        or below.is_absolute() or ".." in below.parts):
+                    raise ValueError("invalid entry")
             if not all(isinstance(made[name], str) for name in ("kind", "checkpoint", "sha256")):
                 raise ValueError("it does not say what made it")
             if made["kind"] == "frames":                # an earlier version averaged nothing
@@ -133,7 +136,10 @@ class Index:
                 raise Mistake(f"{folder} contains none of the {len(self.entries)} videos of this "
                               f"index, which is of {self.videos_folder}; choose another --out")
             self.videos_folder = real
-            self.remove_unnamed()
+            named = {entry.file for entry in self.entries.values()}
+            for path in self.vectors.glob("*"):
+                if path.name not in named:      # since the last update; its readers have read it
+                    path.unlink()
             failed = self.drop_deleted(videos)
             saved = time.monotonic()
             known = {real / entry.path: entry for entry in self.entries.values()}
@@ -159,13 +165,6 @@ class Index:
         if failed:
             print(f"{len(failed)} videos could not be read")
         return failed
-
-    def remove_unnamed(self) -> None:
-        """Removes files that no table has named since the last update: a reader has read them."""
-        named = {entry.file for entry in self.entries.values()}
-        for path in self.vectors.glob("*"):
-            if path.name not in named:
-                path.unlink()
 
     def drop_deleted(self, videos: dict[str, pathlib.Path]) -> dict[str, str]:
         """Drops the videos that were deleted. Returns name -> reason for those that only cannot be
@@ -230,30 +229,16 @@ class Index:
         return self.videos_folder / self.entries[name].path
 
 
-def check_entry(entry: Entry) -> None:
-    """ValueError if it was not written by `Index.save`."""
-    if [type(value) for value in entry] != [str, list, str, int, float, float, float]:
-        raise ValueError("invalid entry")
-    below = pathlib.PurePath(entry.path)                # extras/serve.py serves such files
-    if entry.rows < 0 or below.is_absolute() or ".." in below.parts:
-        raise ValueError("invalid entry")
-
-
-@contextlib.contextmanager
-def only_update(folder: pathlib.Path) -> Iterator[None]:
-    """Waits until no other process updates the index in this folder."""
+def only_update(folder: pathlib.Path) -> filelock.AcquireReturnProxy:
+    """Waits until no other process updates the index in this folder; for `with`."""
     folder.mkdir(parents=True, exist_ok=True)
     # the operating system releases the lock of a process that was killed
     lock = filelock.FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except filelock.Timeout:
         print(f"note: waiting for another update of {folder} to end", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def state_of(path: pathlib.Path) -> list[int]:

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Iterator
 
 import numpy as np
-from torch import nn
 from tqdm import tqdm
 
 import clip
@@ -70,7 +69,7 @@ def install(dataset: str, root: str | os.PathLike, folder: str | os.PathLike | N
         wanted += names
         existing = [place / name for name in names if (place / name).exists()]
         if existing:                                    # several forms of one split: the first
-            samples, _ = data.clean(data.read_file(existing[0]))
+            samples = data.clean(data.read_file(existing[0]))[0]
             check_counts(dataset, split, samples, existing[0])
             paths.append(existing[0])
     if not paths:
@@ -115,13 +114,13 @@ def describe(dataset: str, root: str | os.PathLike) -> str:
         path = data.annotation_file(dataset, split, root)
         if not path.exists():                           # --annotations may lack a split
             continue
-        samples, cleaned = data.clean(data.read_file(path))
+        samples, clamped, dropped = data.clean(data.read_file(path))
         if dataset in COUNTS:                           # a published dataset
             check_counts(dataset, split, samples, path)
         durations_sec = {sample.video: sample.duration_sec for sample in samples}
         moments_sec = sum(sample.end_sec - sample.start_sec for sample in samples)
         rows[split] = np.array([len(durations_sec), len(samples), sum(durations_sec.values()),
-                                moments_sec, cleaned.clamped, cleaned.dropped])
+                                moments_sec, clamped, dropped])
     if not rows:
         return ""
     if len(rows) > 1:
@@ -174,12 +173,12 @@ def adopt(dataset: str, split: str, path: str, videos: dict[str, pathlib.Path], 
     if outside > len(rows) / 2:
         raise Mistake(f"{outside} of {len(rows)} moments in {path} lie outside their video; are "
                       f"they frame numbers? They must be seconds")
-    kept, counts = data.clean(rows)
+    kept, clamped, dropped = data.clean(rows)
     if not kept:
         raise Mistake(f"{path} contains no moment; add some")
     data.write_jsonl(data.annotation_file(dataset, split, root), kept)
     print(f"{split}: {len(kept)} sentences of {len({row.video for row in kept})} videos; "
-          f"{counts.clamped} moments clamped to their video, {counts.dropped} empty ones dropped")
+          f"{clamped} moments clamped to their video, {dropped} empty ones dropped")
 
 
 def prepare(dataset: str, given: argparse.Namespace, videos: dict[str, pathlib.Path],
@@ -234,18 +233,15 @@ def make_features(dataset: str, samples: dict[str, list[Sample]], given: argpars
     if given.features and (given.backbone or given.clip in clip.PUBLISHED):
         # no weights are needed: the network is published, or not a CLIP
         name = given.backbone or given.clip
-        made = features_of.made_elsewhere(name, given.features, features, names,
-                                    T)
+        made = features_of.made_elsewhere(name, given.features, features, names, T)
     else:
         device = parallel.pick_device(given.device)
-        model = clip.load(weights(given), device, nn.GELU if given.gelu else None)
-        model.tokenize("")                              # a Mistake if it has another tokenizer
+        model, digest = features_of.load_clip(given.clip, given.root, device, given.gelu)
         precision = "fp16" if device.type == "cuda" else "float32"
-        # DEVIATION: Eq. 3-4 see at most 32 of ActivityNet's 256 frames, which saves 112 GB of disk
-        patches, how = min(T, 32), precision
+        patches, how = min(T, 32), precision            # see data.patch_frames
         if given.features:                              # of this CLIP, computed by other code
             patches, how = 0, "made elsewhere"
-        made = video.made_by(model, given.clip, clip.sha256(weights(given)), T, patches, how)
+        made = video.made_by(model, given.clip, digest, T, patches, how)
     # each process writes a manifest of its own, and a store reads all of them
     folder = data.store_folder(dataset, made["clip"], given.root)
     store = data.FeatureStore(folder, made, f"-{rank}" if rank else "")
@@ -270,15 +266,6 @@ def make_features(dataset: str, samples: dict[str, list[Sample]], given: argpars
         print(f"the {len(failed)} that failed (failed.txt) have {lost} sentences")
     if names and len(failed) == len(names):
         raise Mistake(f"none of {len(names)} videos could be read, see above")
-
-
-def weights(given: argparse.Namespace) -> str:
-    """What `clip.load` loads for --clip: a file, or a published name."""
-    path = data.clip_file(given.clip, given.root)
-    if given.clip.startswith("shapes") and path == given.clip:
-        raise Mistake(f"the small CLIP of {given.clip} does not exist; make it with: python "
-                      f"shapes.py")
-    return path
 
 
 # -------------------------------------------------------------------------------------------- check

@@ -7,13 +7,12 @@ Both work with any CLIP. Shapes: S sentences, T frames, D width of CLIP's joint 
 grid, L words.
 """
 import csv
-import math
 import pathlib
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import clip
 import shapes
@@ -128,16 +127,12 @@ def end_token_attention(text: clip.TextTower, tokens: Tensor) -> Tensor:
     for block in text.transformer.resblocks[:-1]:
         x = block(x, causal=True)
     last = text.transformer.resblocks[-1]
-    C = x.shape[2]
-    heads = last.attn.num_heads
-    # clip.Attention does not return its weights, so they are computed here once more
-    qkv = F.linear(last.ln_1(x), last.attn.in_proj_weight, last.attn.in_proj_bias)
-    q, k, _ = qkv.split(C, dim=2)                                       # [S, L, C] each
-    q = q[torch.arange(len(x)), end].unflatten(1, (heads, -1))          # [S, heads, C/heads]
-    k = k.unflatten(2, (heads, -1))                                     # [S, L, heads, C/heads]
-    logits = torch.einsum("shc,slhc->shl", q, k) / math.sqrt(C // heads)
-    seen = torch.arange(L, device=x.device) <= end[:, None]             # True = not after the end
-    return logits.masked_fill(~seen[:, None], float("-inf")).softmax(2).mean(1)
+    # clip.Attention does not return its weights; the class that it extends does
+    x = last.ln_1(x).transpose(0, 1)                                    # [L, S, C]
+    query = x[end, torch.arange(len(end))][None]                        # [1, S, C]
+    after = torch.arange(L, device=x.device) > end[:, None]             # True = after the end
+    _, weights = nn.MultiheadAttention.forward(last.attn, query, x, x, key_padding_mask=after)
+    return weights[:, 0]                                                # [S, L], mean over heads
 
 
 def shapes_words(sentence: str) -> list[tuple[str, str]]:
@@ -146,15 +141,11 @@ def shapes_words(sentence: str) -> list[tuple[str, str]]:
     return list(zip(words, ["other"] * (len(words) - 2) + ["noun", "verb"]))
 
 
-def spacy_words(pipeline):
-    """The same for any sentence."""
+def spacy_words(pipeline, sentence: str) -> list[tuple[str, str]]:
+    """The same for any sentence, by a spaCy pipeline."""
     kinds = {"NOUN": "noun", "PROPN": "noun", "PRON": "noun", "VERB": "verb", "AUX": "verb"}
-
-    def words_of(sentence: str) -> list[tuple[str, str]]:
-        return [(token.text, kinds.get(token.pos_, "other"))
-                for token in pipeline(sentence) if not token.is_space]
-
-    return words_of
+    return [(token.text, kinds.get(token.pos_, "other"))
+            for token in pipeline(sentence) if not token.is_space]
 
 
 def word_weights(text: clip.TextTower, sentences: list[str], words_of) -> dict[str, list[float]]:

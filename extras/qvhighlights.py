@@ -17,11 +17,13 @@ Shapes: K predicted moments, G true moments of a sentence, S sentences; [start, 
 import json
 import math
 import pathlib
+import statistics
 
 import torch
 from torch import Tensor
 
 import data
+import evaluate
 import mmn
 from support.errors import Mistake
 
@@ -58,33 +60,22 @@ def score_predictions(predictions: list[dict], truth: list[dict]) -> dict[str, f
     answers = by_qid(predictions)
     wanted = by_qid(truth)
     check_match(answers, wanted)
-    first = []                                  # [S] best IoU of the first prediction
-    first_five = []                             # [S] of the first five
-    precision = []                              # [S, 10]
+    scores = []                                 # of each sentence
     for qid, row in wanted.items():
         windows = answers[qid]["pred_relevant_windows"]
         predicted = torch.tensor([window[:2] for window in windows], dtype=torch.double)
         true = torch.tensor(row["relevant_windows"], dtype=torch.double)
-        best = mmn.interval_iou(predicted[:, None], true[None]).amax(1)     # [K]
-        first.append(best[0].item())
-        first_five.append(best[:5].max().item())
-        scores = [window[2] for window in windows[:10] if len(window) > 2]
-        if len(scores) == len(windows[:10]):    # the benchmark sorts by score, where there is one
-            order = torch.tensor(scores).argsort(descending=True, stable=True)
+        score = evaluate.recall(predicted[None], true[None])
+        values = [window[2] for window in windows[:10] if len(window) > 2]
+        if len(values) == len(windows[:10]):    # the benchmark sorts by score, where there is one
+            order = torch.tensor(values).argsort(descending=True, stable=True)
             predicted = predicted[order]
-        precision.append([average_precision(predicted[:10], true, iou) for iou in MAP_IOUS])
-    first = torch.tensor(first, dtype=torch.double)
-    first_five = torch.tensor(first_five, dtype=torch.double)
-    precision = torch.tensor(precision, dtype=torch.double)             # [S, 10]
-    result = {}
-    for k, best in ((1, first), (5, first_five)):
-        for mu in (0.5, 0.7):
-            result[f"R@{k},IoU={mu}"] = 100 * (best >= mu).double().mean().item()
-    result["mIoU"] = 100 * first.mean().item()
-    result["mAP"] = 100 * precision.mean().item()
-    result["mAP@0.5"] = 100 * precision[:, 0].mean().item()
-    result["mAP@0.75"] = 100 * precision[:, 5].mean().item()
-    return result
+        precision = [100 * average_precision(predicted[:10], true, iou) for iou in MAP_IOUS]
+        score["mAP"] = statistics.fmean(precision)
+        score["mAP@0.5"] = precision[0]
+        score["mAP@0.75"] = precision[5]
+        scores.append(score)
+    return {name: statistics.fmean(score[name] for score in scores) for name in scores[0]}
 
 
 def check_match(answers: dict[str, dict], wanted: dict[str, dict]) -> None:
@@ -129,12 +120,11 @@ def read_rows(path: str | pathlib.Path, key: str) -> list[dict]:
     if path.suffix != ".jsonl":
         if key != "relevant_windows":
             raise Mistake(f"{path} is not a file of predictions, which are json lines (.jsonl)")
-        samples, _ = data.clean(data.read_file(path))
+        samples = data.clean(data.read_file(path))[0]
         return [{"qid": i, "vid": sample.video, "query": sample.sentence,
                  "relevant_windows": sample.moments_sec} for i, sample in enumerate(samples)]
 
-    def row(place: tuple[int, str]) -> list[dict]:
-        index, line = place
+    def row(line: str) -> list[dict]:
         content = json.loads(line)
         windows = [[float(value) for value in window] for window in content[key]]
         for window in windows:
@@ -144,14 +134,12 @@ def read_rows(path: str | pathlib.Path, key: str) -> list[dict]:
                 raise ValueError(f"{window[:2]} ends before it begins")
         if key == "relevant_windows" and not windows:
             raise ValueError("the sentence has no true moment")
-        kept = {name: content[name] for name in ("vid", "query") if name in content}
-        kept["qid"] = content.get("qid", index)
+        kept = {name: content[name] for name in ("qid", "vid", "query") if name in content}
         kept[key] = windows
         return [kept]
 
-    numbered = enumerate(data.json_lines(path))
-    return data.read_lines(path, [(number, (index, line)) for index, (number, line) in numbered],
-                           row)
+    rows = data.read_lines(path, data.json_lines(path), row)
+    return [{"qid": i} | row for i, row in enumerate(rows)]
 
 
 def main(given) -> None:

@@ -38,12 +38,8 @@ WIDTH = 256                         # of the small tower
 
 def read_vectors(folder: pathlib.Path, name: str) -> Tensor:
     """<name>.int8.npy * scale.npy + offset.npy, float32 [..., D], unit vectors."""
-    try:
-        quantised, scale, offset = (np.load(folder / f"{part}.npy", allow_pickle=False)
-                                    for part in (f"{name}.int8", "scale", "offset"))
-    except (OSError, ValueError) as error:
-        raise Mistake(f"{folder} does not hold {name}.int8.npy, scale.npy and offset.npy: "
-                      f"{error}") from error
+    quantised, scale, offset = (np.load(folder / f"{part}.npy", allow_pickle=False)
+                                for part in (f"{name}.int8", "scale", "offset"))
     return F.normalize(torch.from_numpy(quantised.astype(np.float32) * scale + offset), dim=-1)
 
 
@@ -205,14 +201,14 @@ def main() -> None:
                                prog="python -m extras.real")
     add = arguments.add_argument
     add("what", choices=("build",), help="write the datasets real-0 to real-4 and real-novel")
-    add("--features", required=True, metavar="DIR", help="frames.int8.npy and videos.txt")
-    add("--annotations", required=True, metavar="DIR", help="with charades/ and charades-cg/")
-    add("--text", required=True, metavar="DIR", help="text.int8.npy and sentences.tsv")
-    add("--root", default="data", help="folder of datasets")
+    folder = dict(type=pathlib.Path, metavar="DIR")
+    add("--features", required=True, **folder, help="frames.int8.npy and videos.txt")
+    add("--annotations", required=True, **folder, help="with charades/ and charades-cg/")
+    add("--text", required=True, **folder, help="text.int8.npy and sentences.tsv")
+    add("--root", default=pathlib.Path("data"), **folder, help="folder of datasets")
     given = arguments.parse_args()
     with reported():
-        build(pathlib.Path(given.features), pathlib.Path(given.annotations),
-              pathlib.Path(given.text), pathlib.Path(given.root))
+        build(given.features, given.annotations, given.text, given.root)
 
 
 if __name__ == "__main__":

@@ -50,16 +50,13 @@ def search(index: Index, retriever, sentences: list[str], top: int = 10, per_vid
     among = [index.entries.keys()] * len(sentences)
     if videos:
         among = ranked_videos(index, sentences, videos, retriever.device)
-    results = []
     if retriever.kind == "clip":
-        for text, names in zip(retriever.text(sentences), among):       # [D]
-            results.append(search_frames(index, text, top, per_video, names))
-        return results
+        return [search_frames(index, text, top, per_video, names)
+                for text, names in zip(retriever.text(sentences), among)]       # [D]
     iou_text, contrastive_text = retriever.read(sentences)              # [S, J] each
     # the index is searched on the CPU
-    for a, b, names in zip(iou_text.cpu(), contrastive_text.cpu(), among):      # [J] each
-        results.append(search_moments(index, a, b, top, per_video, names))
-    return results
+    return [search_moments(index, a, b, top, per_video, names)
+            for a, b, names in zip(iou_text.cpu(), contrastive_text.cpu(), among)]      # [J] each
 
 
 def ranked_videos(index: Index, sentences: list[str], count: int, device) -> list[set[str]]:

@@ -5,7 +5,6 @@
 Starlette and uvicorn serve the page and the indexed videos (with range requests, so that a player
 can seek), and nothing else. Only this machine can connect unless --host says otherwise.
 """
-import argparse
 import contextlib
 import functools
 import pathlib
@@ -26,6 +25,7 @@ def application(index: Index, retriever, hosts: list[str]):
     """The Starlette application. hosts: accepted Host headers, against DNS rebinding."""
     # optional packages, imported only by this command
     applications = files.need("starlette.applications", "serving")
+    exceptions = files.need("starlette.exceptions", "serving")
     responses = files.need("starlette.responses", "serving")
     routing = files.need("starlette.routing", "serving")
     trusted = files.need("starlette.middleware.trustedhost", "serving")
@@ -63,29 +63,25 @@ def application(index: Index, retriever, hosts: list[str]):
             note = f"{summary(index)}. {show.PLAYING}"
         return responses.HTMLResponse(show.fill_page("Moments", note, sections, query=query))
 
-    def path_of(request) -> pathlib.Path | None:
+    def path_of(request) -> pathlib.Path:
         index = latest()
         for name, entry in index.entries.items():
             path = index.path_of(name)
             # not if it was removed or replaced since it was indexed
             if entry.file == request.path_params["key"] and path.is_file():
-                return path if state_of(path) == entry.state else None
-        return None
+                if state_of(path) == entry.state:
+                    return path
+        raise exceptions.HTTPException(404)
 
     def whole(request):
-        path = path_of(request)
-        if path is None:
-            return responses.Response(status_code=404)
-        return responses.FileResponse(path)             # answers range requests, too
+        return responses.FileResponse(path_of(request))         # answers range requests, too
 
     def frame(request):
         path = path_of(request)
-        if path is None:
-            return responses.Response(status_code=404)
         try:
             content = show.jpeg(path, request.path_params["ms"] / 1000)
-        except Mistake:                                 # damaged since it was indexed
-            return responses.Response(status_code=404)
+        except Mistake as error:                                # damaged since it was indexed
+            raise exceptions.HTTPException(404) from error
         return responses.Response(content, media_type="image/jpeg")
 
     app = applications.Starlette(routes=[
@@ -95,18 +91,6 @@ def application(index: Index, retriever, hosts: list[str]):
     # DNS rebinding: another site's name could resolve to this machine
     app.add_middleware(trusted.TrustedHostMiddleware, allowed_hosts=hosts)
     return app
-
-
-def main() -> None:
-    arguments = options.parser("a search box in a browser", prog="python -m extras.serve")
-    add = arguments.add_argument
-    add("index", help="folder of the index (python -m extras.index makes it)")
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets everyone who can "
-                                            "reach this machine connect")
-    add("--port", type=int, default=8000, help="port to listen on")
-    add("--device", **options.DEVICE)
-    with reported():
-        run(arguments.parse_args())
 
 
 def check_address(host: str, port: int) -> None:
@@ -121,18 +105,27 @@ def check_address(host: str, port: int) -> None:
                       f"with --port or --host") from error
 
 
-def run(given: argparse.Namespace) -> None:
-    uvicorn = files.need("uvicorn", "serving")
-    index = Index(given.index)
-    index.load()
-    check_address(given.host, given.port)               # before a model is loaded
-    # if others may connect, the names by which they reach this machine are unknown
-    hosts = LOCAL if given.host in LOCAL + ["::1"] else ["*"]
-    app = application(index, retriever_of(index, given.device), hosts)
-    host = f"[{given.host}]" if ":" in given.host else given.host       # IPv6
-    print(f"{summary(index)}; open http://{host}:{given.port} (stop with Ctrl-C)", flush=True)
-    uvicorn.run(app, host=given.host, port=given.port, log_level="warning")
-    sys.exit(130)                                       # it returns after Ctrl-C only
+def main() -> None:
+    arguments = options.parser("a search box in a browser", prog="python -m extras.serve")
+    add = arguments.add_argument
+    add("index", help="folder of the index (python -m extras.index makes it)")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets everyone who can "
+                                            "reach this machine connect")
+    add("--port", type=int, default=8000, help="port to listen on")
+    add("--device", **options.DEVICE)
+    given = arguments.parse_args()
+    with reported():
+        uvicorn = files.need("uvicorn", "serving")
+        index = Index(given.index)
+        index.load()
+        check_address(given.host, given.port)           # before a model is loaded
+        # if others may connect, the names by which they reach this machine are unknown
+        hosts = LOCAL if given.host in LOCAL + ["::1"] else ["*"]
+        app = application(index, retriever_of(index, given.device), hosts)
+        host = f"[{given.host}]" if ":" in given.host else given.host           # IPv6
+        print(f"{summary(index)}; open http://{host}:{given.port} (stop with Ctrl-C)", flush=True)
+        uvicorn.run(app, host=given.host, port=given.port, log_level="warning")
+        sys.exit(130)                                   # it returns after Ctrl-C only
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import clip
 import video
+from extras import figures
 from support import ffmpeg, files
 from support.errors import Mistake
 from support.text import printable
@@ -85,7 +86,6 @@ def plot(path: str, retriever, encoded, answers: list, threshold: float) -> None
     unrelated sentences, with the threshold and the moments as bars; and with a checkpoint the 2D
     map of the window with the best one, whose cell is marked."""
     plt = files.pyplot()
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     generic = retriever.generic_best(encoded)                           # [G]
     curves = retriever.curve(encoded, [answer.sentence for answer in answers])      # [S, F]
     # as z, the unit of the threshold
@@ -122,25 +122,19 @@ def plot(path: str, retriever, encoded, answers: list, threshold: float) -> None
             curve.set_ylabel("standard deviations above\nunrelated sentences", fontsize=8)
         if retriever.kind == "checkpoint":
             draw_map(figure.add_subplot(grid[i + 1, 1]), retriever, encoded, answer.sentence)
-    figure.tight_layout()
     files.save_figure(figure, path)
 
 
 def draw_map(axes, retriever, encoded, sentence: str) -> None:
     """Scores of all moments of the window with the best one, from 0 to 1."""
-    N = retriever.N
     windows = len(encoded.starts)
     scores = retriever.scores(encoded, [sentence])[1].view(windows, -1)         # [W, P]
-    window, best = divmod(int(scores.argmax()), scores.shape[1])
-    cells = retriever.run.retriever.cells.cpu()                         # [P], index into N*N
-    shown = np.full(N * N, np.nan)                      # nan, drawn blank: not a candidate
-    shown[cells] = scores[window]
-    axes.imshow(shown.reshape(N, N), vmin=0, vmax=1, cmap="viridis")
-    first, last = divmod(int(cells[best]), N)
-    axes.plot(last, first, "s", markersize=9, markerfacecolor="none", color="red")
-    axes.set(xlabel="last clip", ylabel="first clip", xticks=(0, N - 1), yticks=(0, N - 1))
-    if windows > 1:                                     # of a long video
-        axes.set_title(f"window {window + 1} of {windows}", fontsize=9)
+    window = int(scores.amax(1).argmax())
+    model = retriever.run.retriever
+    title = f"window {window + 1} of {windows}" if windows > 1 else ""          # of a long video
+    grid = model.to_map(scores[window].to(retriever.device)).cpu()              # [N, N]
+    figures.score_map(axes, grid, model.candidates.cpu(), title)
+    axes.images[0].set_clim(0, 1)
 
 
 # ------------------------------------------------------------------------------------------- a page
@@ -200,10 +194,7 @@ def first_picture(opening: list[str], filters: str) -> tuple[bytes, str]:
     run = ffmpeg.Ffmpeg(["-v", "error"] + opening + [
         "-an", "-sn", "-dn", "-frames:v", "1", "-vf", filters, "-f", "image2pipe",
         "-c:v", "mjpeg", "-"])
-    try:
-        return run.read_all(), run.reason()
-    finally:
-        run.close()
+    return run.read_all(), run.reason()
 
 
 def address_of(path: pathlib.Path, out: str | os.PathLike) -> str:
@@ -216,23 +207,20 @@ def address_of(path: pathlib.Path, out: str | os.PathLike) -> str:
     return urllib.parse.quote(os.path.relpath(path, pathlib.Path(out).resolve().parent))
 
 
-def as_page(out: str, encoded, grid_sec: float, answers: list) -> str:
+def write_page(out: str, encoded, grid_sec: float, answers: list) -> None:
     """One HTML page with the video, the sentences, and a button for each moment."""
     path = pathlib.Path(encoded.path)
-    note = f"{PLAYING} Moments start and end on a grid of {grid_sec:.2f} s. {unplayable(path)}"
+    reason = unplayable(path)
+    if reason:
+        print(f"note: {reason}", file=sys.stderr)
+    note = f"{PLAYING} Moments start and end on a grid of {grid_sec:.2f} s. {reason}"
     sections = []
     for answer in answers:
         buttons = [{"moment": moment, "value": moment.score} for moment in answer.moments]
         sections.append({"sentence": answer.sentence, "found": answer.found, "buttons": buttons})
-    return fill_page(f"Moments of {printable(path.name)}", note, sections,
+    page = fill_page(f"Moments of {printable(path.name)}", note, sections,
                      source=address_of(path, out))
-
-
-def write_page(out: str, encoded, retriever, answers: list) -> None:
-    reason = unplayable(encoded.path)
-    if reason:
-        print(f"note: {reason}", file=sys.stderr)
-    files.save(out, as_page(out, encoded, retriever.grid_sec(encoded), answers))
+    files.save(out, page)
 
 
 # -------------------------------------------------------------------------------------------- clips

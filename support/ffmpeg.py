@@ -57,10 +57,15 @@ class Ffmpeg:
             timer.cancel()
 
     def read_all(self) -> bytes:
-        """What is left, in blocks: a long film may take minutes, but not silently."""
+        """What is left, in blocks, to the end of the program: a long film may take minutes, but not
+        silently."""
         blocks = []
-        while not blocks or blocks[-1]:
-            blocks.append(self.read(1 << 16))
+        try:
+            while not blocks or blocks[-1]:
+                blocks.append(self.read(1 << 16))
+            self.process.wait()
+        finally:
+            self.close()
         return b"".join(blocks)
 
     def reason(self) -> str:
@@ -72,9 +77,7 @@ class Ffmpeg:
     def finish(self) -> int:
         """Waits for the end of the program; returns its status."""
         self.read_all()
-        status = self.process.wait()
-        self.close()
-        return status
+        return self.process.returncode
 
     def close(self) -> None:
         """Ends the program, if it has not ended by itself."""

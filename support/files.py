@@ -39,8 +39,13 @@ def pyplot():
     return need("matplotlib.pyplot", "drawing")
 
 
-def save_figure(figure, path: str | os.PathLike, metadata: dict | None = None) -> None:
+def save_figure(figure, path: str | os.PathLike) -> None:
     """Draws a figure into a file and closes it. Mistake for an unknown suffix."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    # no version of matplotlib in the file: it would change with every release
+    metadata = {"Software": None} if path.suffix == ".png" else None
     try:
         figure.savefig(path, dpi=80, metadata=metadata)
     except ValueError as error:

@@ -184,15 +184,13 @@ class Run:
         finite = torch.stack([value.detach().isfinite() for value in checked.values()]).tolist()
         for name, is_finite in zip(checked, finite):
             if not is_finite:
-                self._fail(name, checked[name])
+                path = self.folder / f"nonfinite-{parallel.rank()}.pt"
+                files.save_tensors(path, {"term": name, "batch": self.batch._asdict()})
+                raise Mistake(f"{name} is {checked[name].item()} for the videos "
+                              f"{', '.join(self.batch.videos)}; the batch was saved to {path}; "
+                              f"check its features, or lower --lr")
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach()
-
-    def _fail(self, name: str, value: Tensor) -> None:
-        path = self.folder / f"nonfinite-{parallel.rank()}.pt"
-        files.save_tensors(path, {"term": name, "batch": self.batch._asdict()})
-        raise Mistake(f"{name} is {value.item()} for the videos {', '.join(self.batch.videos)}; "
-                      f"the batch was saved to {path}; check its features, or lower --lr")
 
     def end_epoch(self, metrics: dict[str, float]) -> bool:
         """Logs the epoch; `metrics` are the first process's. Returns whether it is the best so far

@@ -32,11 +32,11 @@ def markdown(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in table)
 
 
-def mean_and_deviation(values: list[float], digits: int = 1, sign: str = "±") -> str:
+def mean_and_deviation(values: list[float], sign: str = "±") -> str:
     """Mean and sample standard deviation, as "65.0 ± 7.1"; of a single value, the value."""
-    text = f"{statistics.fmean(values):.{digits}f}"
+    text = f"{statistics.fmean(values):.1f}"
     if len(values) > 1:                         # one value has no standard deviation
-        text += f" {sign} {statistics.stdev(values):.{digits}f}"
+        text += f" {sign} {statistics.stdev(values):.1f}"
     return text
 
 

@@ -42,7 +42,11 @@ def read(path: pathlib.Path) -> dict[str, Tensor]:
         start = file.read(9)
     # safetensors: the length of the header in eight bytes, then json
     if start[8:] == b"{":
-        state = read_safetensors(path)
+        package = files.need("safetensors.torch", f"reading {path}")
+        try:
+            state = package.load_file(path)
+        except Exception as error:  # several types for a damaged or hostile file
+            raise Mistake(f"{path} is not a valid weight file: {reason(error)}") from error
     else:
         state = files.read_tensors(path)
     for wrapper in ("state_dict", "model"):             # open_clip's checkpoints, and others'
@@ -54,14 +58,6 @@ def read(path: pathlib.Path) -> dict[str, Tensor]:
     if any(key.startswith("text_model.") for key in state):
         state = renamed(state)
     return state | configured(path.parent)
-
-
-def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
-    package = files.need("safetensors.torch", f"reading {path}")
-    try:
-        return package.load_file(path)
-    except Exception as error:  # several types for a damaged or hostile file
-        raise Mistake(f"{path} is not a valid weight file: {reason(error)}") from error
 
 
 def without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -202,13 +202,13 @@ def test_words_are_what_is_between_start_and_padding(text):
 def test_loss_by_hand_and_its_symmetry():
     """A certain diagonal costs nothing. [[1, 0], [0, 0]]: rows log(1 + e^-1) and log 2, columns the
     same, so (0.3133 + 0.6931) / 2 = 0.5032."""
-    assert network.symmetric_loss(100 * torch.eye(4)).item() == pytest.approx(0, abs=1e-6)
+    assert shapes.contrastive_loss(100 * torch.eye(4)).item() == pytest.approx(0, abs=1e-6)
     S = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    assert network.symmetric_loss(S).item() == pytest.approx(0.5032, abs=1e-4)
+    assert shapes.contrastive_loss(S).item() == pytest.approx(0.5032, abs=1e-4)
     S = torch.randn(5, 5)
-    assert torch.isclose(network.symmetric_loss(S), network.symmetric_loss(S.T))
+    assert torch.isclose(shapes.contrastive_loss(S), shapes.contrastive_loss(S.T))
     a, b = torch.randn(3, 3), torch.randn(3, 3)
-    expected = 0.25 * network.symmetric_loss(a) + 0.75 * network.symmetric_loss(b)
+    expected = 0.25 * shapes.contrastive_loss(a) + 0.75 * shapes.contrastive_loss(b)
     assert torch.isclose(network.loss([a, b], 0.25), expected)
 
 
@@ -272,16 +272,21 @@ def test_several_captions_a_video_against_loops():
 
 # ----------------------------------------------------------------------------------------- the data
 
+def frame_times(duration_sec, count=12, stride=2):
+    times_sec = data.candidate_times(duration_sec, count, stride)
+    return times_sec[data.choose(len(times_sec), count, stride)]
+
+
 def test_sampling_of_frames():
     """10 s at 5 a second are 50 pictures, every second of them 25: 12 evenly apart, first and last
     included. 3 s: 15, of which 7: all of them. Shorter than a picture: one."""
-    times = data.frame_times(10, 12, 2)
+    times = frame_times(10, 12, 2)
     first = np.linspace(0, 49, 25).astype(int)
     assert times.tolist() == (first[np.linspace(0, 24, 12).astype(int)] / 5).tolist()
     assert times[0] == 0 and times[-1] == 49 / 5 and len(times) == 12
-    assert len(data.frame_times(3, 12, 2)) == 7
-    assert len(data.frame_times(10, 12, 1)) == 12
-    assert data.frame_times(0.1).tolist() == [0]
+    assert len(frame_times(3, 12, 2)) == 7
+    assert len(frame_times(10, 12, 1)) == 12
+    assert frame_times(0.1).tolist() == [0]
 
 
 def test_families_differ_in_motion_only():
@@ -572,7 +577,7 @@ def test_short_videos_and_stored_zeros(tmp_path, published):
     model = clip.build(shapes.pretrain(0, steps=1, count=64, rounds=1).state_dict())
     config = network.Config(frames=40, stride=2)
     x = data.encode_file(model, published / "videos" / "test.avi", config)
-    times = data.frame_times(video.probe_duration(published / "videos" / "test.avi"), 40, 2)
+    times = frame_times(video.probe_duration(published / "videos" / "test.avi"), 40, 2)
     assert x.shape == (40, 64) and len(times) < 40
     assert ((x != 0).any(1) == (torch.arange(40) < len(times))).all()
 

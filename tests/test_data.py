@@ -53,9 +53,9 @@ def test_cleaning_clamps_and_drops():
     nothing."""
     rows = [data.Sample("v", "q", *times) for times in
             ((8, 12, 10), (10, 12, 10), (1, 2, 10), (-1, 2, 10), (5, 5, 10), (3, 99, float("nan")))]
-    kept, counts = data.clean(rows)
+    kept, *counts = data.clean(rows)
     assert [(s.start_sec, s.end_sec) for s in kept] == [(8, 10), (1, 2), (0, 2), (3, 99)]
-    assert counts == data.Cleaned(clamped=3, dropped=2)
+    assert counts == [3, 2]                     # clamped, dropped
 
 
 def test_all_invalid_lines_are_listed(tmp_path):
@@ -197,7 +197,7 @@ def test_chunks_are_cached(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         again.chunks("a sentence that is new")
     parser.pipeline.meta["version"] = "0.0.0"
-    assert data.parser_of("mine", tmp_path, parser.pipeline).known == {}
+    assert parse.Parser(parser.pipeline, cache=tmp_path / "mine").known == {}
 
 
 # ----------------------------------------------------------------------------------------- features
@@ -579,9 +579,9 @@ def own(path, *rows):
 def test_several_moments_of_a_sentence(tmp_path):
     """They stay together, in the file too, with the file's own numbers; the best one counts."""
     path = own(tmp_path / "a.jsonl", ("a", [[0, 2], [4, 6], [9, 12]], 10.0), ("b", [[1, 3]], 10.0))
-    rows, counts = data.clean(data.read_file(path))
+    rows, *counts = data.clean(data.read_file(path))
     assert [row.moments_sec for row in rows] == [[(0, 2), (4, 6), (9, 10)], [(1, 3)]]
-    assert counts == (1, 0)
+    assert counts == [1, 0]
     data.write_jsonl(tmp_path / "b.jsonl", rows)
     assert data.read_file(tmp_path / "b.jsonl") == rows and rows[0].qid == "x0"
     windows = data.windows_of(rows)

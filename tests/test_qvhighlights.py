@@ -25,7 +25,7 @@ def test_scores_of_predictions_are_the_golden_ones():
 def test_moment_detr_through_a_dataset_of_ours(published, tmp_path):
     """Several true moments of a sentence, and the numbers of the file, survive data.py."""
     folder = published / "predictions"
-    rows, _ = data.clean(data.read_file(folder / "qvhighlights_val.jsonl"))
+    rows = data.clean(data.read_file(folder / "qvhighlights_val.jsonl"))[0]
     data.write_jsonl(tmp_path / "val.jsonl", rows)
     scores = qvhighlights.score_predictions(
         qvhighlights.read_rows(folder / "moment_detr_val_preds.jsonl", "pred_relevant_windows"),

@@ -227,15 +227,16 @@ def test_a_checkpoint_knows_what_it_was_trained_on(retriever, videos, tmp_path, 
 
 # ----------------------------------------------------------------------------------------- the page
 
-def page(videos, sentences=("the <b>red</b> circle & \"more\"",)):
+def page(videos, folder, sentences=("the <b>red</b> circle & \"more\"",)):
     encoded = retrieve.Encoded(str(videos / "test-0000.mp4"), 34.46, 1.08, torch.zeros(1, 1), [0])
     moments = [retrieve.Moment(8.616, 10.616, 0.5), retrieve.Moment(20.0, 22.5, 0.25)]
     answers = [retrieve.Answer(sentence, moments, 2.0, True) for sentence in sentences]
-    return show.as_page("out.html", encoded, 2.15, answers)
+    show.write_page(folder / "out.html", encoded, 2.15, answers)
+    return (folder / "out.html").read_text(encoding="utf-8")
 
 
-def test_sentences_are_escaped_in_the_page(videos):
-    text = page(videos)
+def test_sentences_are_escaped_in_the_page(videos, tmp_path):
+    text = page(videos, tmp_path)
     assert "the &lt;b&gt;red&lt;/b&gt; circle &amp; &#34;more&#34;" in text and "<b>" not in text
     assert "http" not in text.replace("http-equiv", "")         # nothing is fetched
 
@@ -276,7 +277,7 @@ class Browser:
                     reason="Chromium and chromedriver are not installed (Debian: chromium-driver)")
 def test_a_click_plays_the_moment_and_stops_at_its_end(videos, tmp_path):
     """From the file system, with a real click, and with the keyboard."""
-    (tmp_path / "out.html").write_text(page(videos), encoding="utf-8")
+    page(videos, tmp_path)
     browser = Browser(tmp_path / "profile")
     try:
         browser.call("POST", f"{browser.session}/url", {"url": f"file://{tmp_path}/out.html"})

@@ -92,7 +92,7 @@ def test_what_is_drawn():
         plan = {"scene": "night", "speckle": 0, "frame_sec": 1.0,
                 "events": [{**event, "colour": colour, "verb": verb, "from": a, "to": b}],
                 "bystander": {"colour": "white", "shape": "square", "x": 16, "y": 16, "r": 5}}
-        frames = shapes.render(plan, np.arange(12) + 0.5).astype(int)
+        frames = shapes.film(plan, np.arange(12) + 0.5).permute(0, 2, 3, 1).numpy().astype(int)
         channel = {"red": 0, "green": 1, "blue": 2}[colour]
         bright = frames[..., channel] > 150                             # [12, 32, 32]
         white = (frames.min(3) > 150).any((1, 2))
