@@ -184,15 +184,15 @@ def own_clip(run: Run, path: str, how: str) -> str | pathlib.Path:
     # subtle: the features of other weights would give plausible but wrong answers
     digest = run.checkpoint["clip_sha256"]
     try:
-        if path in clip.PUBLISHED:
+        actual = clip.sha256(path)              # of a published name without a download
+        if actual == digest and path in clip.PUBLISHED:
             path = clip.download(path)
-        actual = clip.sha256(path)
     except (OSError, Mistake) as error:
         raise Mistake(f"this checkpoint needs the weights of the CLIP {run.config['clip']!r}, "
                       f"SHA-256 {digest} ({error}); {how}") from error
     if actual != digest:
-        raise Mistake(f"{path} is not the CLIP this checkpoint was trained with; {how} (its "
-                      f"SHA-256 is {actual}, not {digest})")
+        raise Mistake(f"{path} is not the CLIP this checkpoint was trained with: its SHA-256 is "
+                      f"{actual}, not {digest}; {how}")
     return path
 
 

@@ -34,8 +34,8 @@ from support import parallel, progress
 from support.errors import Mistake
 
 TARGETS = ("change", "whole", "random", "motions")
-LR = 1e-3                           # of stage 1
-BATCH = 64                          # sentences; the rest of AdamW's settings are train.py's
+LR = 1e-3                           # of stage 1; the rest of AdamW's settings are train.py's
+BATCH = 64                          # sentences
 QUERIES = {"full": 0, "none": None, "static": 1, "half": 1, "dynamic": 2}   # rows of Videos.tokens
 
 

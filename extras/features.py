@@ -32,6 +32,7 @@ from support import files
 from support.errors import Mistake, reason
 from video import frame_centres
 
+
 def load_clip(name: str, root: str | os.PathLike, device: torch.device,
               gelu: bool) -> tuple[clip.CLIP, str]:
     """The CLIP that --clip and --gelu name, and its SHA-256. Mistake if it cannot be loaded, or has

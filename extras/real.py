@@ -38,8 +38,12 @@ WIDTH = 256                         # of the small tower
 
 def read_vectors(folder: pathlib.Path, name: str) -> Tensor:
     """<name>.int8.npy * scale.npy + offset.npy, float32 [..., D], unit vectors."""
-    quantised, scale, offset = (np.load(folder / f"{part}.npy", allow_pickle=False)
-                                for part in (f"{name}.int8", "scale", "offset"))
+    try:
+        quantised, scale, offset = (np.load(folder / f"{part}.npy", allow_pickle=False)
+                                    for part in (f"{name}.int8", "scale", "offset"))
+    except (OSError, ValueError) as error:
+        raise Mistake(f"{folder} does not hold {name}.int8.npy, scale.npy and offset.npy: "
+                      f"{error}") from error
     return F.normalize(torch.from_numpy(quantised.astype(np.float32) * scale + offset), dim=-1)
 
 

@@ -2,7 +2,6 @@
 import pytest
 import torch
 
-import data
 import evaluate
 from support import parallel, text
 
