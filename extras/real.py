@@ -27,11 +27,8 @@ from tqdm import trange
 
 import clip
 import data
-import evaluate
-from extras import reproduce
 from support import files, options, progress
 from support.errors import Mistake, reported
-from support.text import markdown
 
 FOLDS = 5
 PENALTY = 1.0                       # of the ridge, chosen on the validation videos of fold 0
@@ -203,113 +200,18 @@ def build(features: pathlib.Path, annotations: pathlib.Path, text: pathlib.Path,
             link.symlink_to(pathlib.Path("..", "real-0", "features"), target_is_directory=True)
 
 
-# --------------------------------------------------------------- is it CLIP that helps in a fusion?
-
-class Instead(torch.nn.Module):
-    """A text tower whose vectors [S, D] are changed."""
-
-    def __init__(self, tower: torch.nn.Module, change):
-        super().__init__()
-        self.tower = tower
-        self.change = change
-
-    @torch.no_grad()
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        return self.change(F.normalize(self.tower.encode_text(tokens), dim=1))
-
-
-def another(x: Tensor) -> Tensor:
-    """Of each sentence the vector of another one of the same batch."""
-    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
-
-
-def map_of(run: evaluate.Run, tower: torch.nn.Module, root: str, penalty: float) -> Tensor:
-    """The ridge, fitted on training videos, from a sentence's vector to the mean frame of its moment
-    minus the mean frame of its video: [D, D]."""
-    dataset = run.config["dataset"]
-    store = data.open_store(dataset, run.config["clip"], root)
-    videos = data.Videos(data.read_annotations(dataset, "train", root), store, 16,
-                         data.parser_of(dataset, root))
-    xs, ys = [], []
-    for batch in videos.batches(64):
-        with torch.no_grad():
-            xs.append(F.normalize(tower.encode_text(batch.tokens[0]), dim=1))
-        frames = batch.frames[batch.video_of]                           # [S, T, D]
-        T = frames.shape[1]
-        at_sec = (torch.arange(T) + 0.5) / T * batch.durations_sec[:, None]     # [S, T]
-        inside = (at_sec >= batch.moments_sec[:, :1]) & (at_sec < batch.moments_sec[:, 1:])
-        weights = inside / inside.sum(1, keepdim=True).clamp(min=1)             # [S, T]
-        ys.append(torch.einsum("st,std->sd", weights, frames) - frames.mean(1))
-    x, y = torch.cat(xs), torch.cat(ys)
-    return torch.linalg.solve(x.T @ x + penalty * torch.eye(x.shape[1]), x.T @ y)
-
-
-def reached(run: evaluate.Run, split: str, root: str) -> dict[str, float]:
-    [(_, videos, predicted)] = evaluate.answers(run, [split], root=root)
-    return evaluate.recall(predicted[..., :2], videos.windows_sec, ks=(1,))
-
-
-def chosen(run: evaluate.Run, towers: list, root: str) -> None:
-    """Gives `run` the tower and the weight that reach most on its validation videos."""
-    best = -1.0
-    for tower in towers:
-        run.frozen = tower
-        for weight in evaluate.WEIGHTS:
-            run.checkpoint["clip_weight"] = weight
-            metrics = reached(run, "val", root)
-            quality = metrics["R@1,IoU=0.5"] + metrics["R@1,IoU=0.7"]
-            if quality > best:
-                best, choice = quality, (tower, weight)
-    run.frozen, run.checkpoint["clip_weight"] = choice
-
-
-def controls(given, datasets=(("real", 5), ("real-novel", 3))) -> None:
-    """R@1, IoU=0.5 of MMN fused with CLIP alone, and with two things that are not CLIP, minus MMN's.
-    A line for each seed (real: fold) and split; in parentheses the weight that validation chose."""
-    lines = []
-    for dataset, seeds in datasets:
-        for seed in range(seeds):
-            config = reproduce.config_of(reproduce.REAL[0], dataset, seed, given)
-            run = evaluate.load(config.folder / "ckpt.pt")
-            evaluate.add_clip(run, given.root, "cpu")
-            own = run.frozen
-            maps = [map_of(run, own, given.root, penalty) for penalty in (1.0, 10.0, 100.0)]
-            towers = {"CLIP alone": [own], "another sentence": [Instead(own, another)],
-                      "linear map": [Instead(own, lambda x, w=w: F.normalize(x @ w, dim=1))
-                                     for w in maps]}
-            run.frozen = None
-            splits = [split for split in data.splits(config.dataset, given.root)
-                      if split not in ("train", "val")]
-            before = {split: reached(run, split, given.root)["R@1,IoU=0.5"] for split in splits}
-            rows = {split: [f"{config.dataset}, seed {seed}, {split}", f"{before[split]:.1f}"]
-                    for split in splits}
-            for which in towers.values():
-                chosen(run, which, given.root)
-                for split in splits:
-                    gain = reached(run, split, given.root)["R@1,IoU=0.5"] - before[split]
-                    rows[split].append(f"{gain:+.1f} ({run.checkpoint['clip_weight']:g})")
-            lines += rows.values()
-    print(markdown(["", "MMN"] + list(towers), lines))
-
-
 def main() -> None:
     arguments = options.parser("dataset folders of real videos with real CLIP text",
                                prog="python -m extras.real")
     add = arguments.add_argument
-    add("what", choices=("build", "controls"),
-        help="write the datasets real-0 to real-4 and real-novel")
+    add("what", choices=("build",), help="write the datasets real-0 to real-4 and real-novel")
     folder = dict(type=pathlib.Path, metavar="DIR")
-    add("--features", **folder, help="frames.int8.npy and videos.txt")
-    add("--annotations", **folder, help="with charades/ and charades-cg/")
-    add("--text", **folder, help="text.int8.npy and sentences.tsv")
+    add("--features", required=True, **folder, help="frames.int8.npy and videos.txt")
+    add("--annotations", required=True, **folder, help="with charades/ and charades-cg/")
+    add("--text", required=True, **folder, help="text.int8.npy and sentences.tsv")
     add("--root", default=pathlib.Path("data"), **folder, help="folder of datasets")
     given = arguments.parse_args()
     with reported():
-        if given.what == "controls":    # of the MMN that `extras.reproduce real real-novel` trained
-            given.device, given.dataset, given.select_on_test = "cpu", "shapes", False
-            given.root = str(given.root)
-            controls(given)
-            return
         build(given.features, given.annotations, given.text, given.root)
 
 
