@@ -11,17 +11,22 @@ import shapes
 from support import files
 
 
-def queries(path, rates: dict[str, dict[str, list[list[float]]]]) -> None:
-    """Fig. 3. rates: split -> method -> for Q, Q^s, Q^d the R@1 of each seed."""
+def queries(axes, methods: dict[str, list[list[float]]], title: str) -> None:
+    """Fig. 3: R@1 by what is read. methods: method -> for Q, Q^s, Q^d the R@1 of each seed."""
+    for k, (name, values) in enumerate(methods.items()):
+        places = np.arange(3) + 0.16 * (k - (len(methods) - 1) / 2)     # around the ticks
+        axes.bar(places, [np.mean(v) for v in values], 0.16, yerr=[np.std(v) for v in values],
+                 label=name.replace("`", "").strip("*"))
+    axes.set_xticks(range(3), ["Q", "Q^s", "Q^d"])
+    axes.set(title=title, ylabel="R@1, IoU=0.5")
+
+
+def fig3(path, rates: dict[str, dict]) -> None:
+    """rates: split -> the methods of `queries`."""
     figure, axes = files.pyplot().subplots(1, len(rates), figsize=(6 * len(rates), 3), sharey=True,
                                            squeeze=False)
     for cell, (split, methods) in zip(axes[0], rates.items()):
-        for k, (name, values) in enumerate(methods.items()):
-            # five bars of width 0.16, the third of them at the tick
-            cell.bar(np.arange(3) + 0.16 * k - 0.32, [np.mean(v) for v in values], 0.16,
-                     yerr=[np.std(v) for v in values], label=name.replace("`", "").strip("*"))
-        cell.set_xticks(range(3), ["Q", "Q^s", "Q^d"])
-        cell.set(title=split, ylabel="R@1, IoU=0.5")
+        queries(cell, methods, split)
     axes[0][-1].legend(fontsize=8)                      # the methods are the same in all cells
     files.save_figure(figure, path)
 

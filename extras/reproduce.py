@@ -879,7 +879,7 @@ def fig3(given: argparse.Namespace) -> str:
                 [100 * hits_of(run, split, query).mean() for run in runs[k]]
                 for query in evaluate.QUERIES]
     if given.figures:
-        figures.queries(figure_path("fig3", given), rates)
+        figures.fig3(figure_path("fig3", given), rates)
     heads = [""]
     for split in splits:
         heads += [f"{split}, Q", f"{split}, Q^s", f"{split}, Q^d"]
