@@ -407,9 +407,7 @@ def stored(config: train.Config, fused: bool = False) -> dict | None:
 def cached(path: pathlib.Path, choices: dict, make, fresh: bool = False) -> dict:
     """The stored result, or else that of `make()`, a dict, which is then stored with the choices,
     versions and minutes."""
-    content = None
-    if not fresh:
-        content = stored_at(path, choices)
+    content = None if fresh else stored_at(path, choices)
     if content is None:
         started = time.time()
         content = {"config": choices}
@@ -426,12 +424,10 @@ def per_seed(what: str, given: argparse.Namespace, make, seeds: int = 3) -> list
     """`make(seed)` for each seed, stored in results/<dataset>/<what>-<seed>.json."""
     results = []
     for seed in range(given.seeds or seeds):
-        def make_one() -> dict:
-            return {"results": make(seed)}
-
         path = RESULTS / given.dataset / f"{what}-{seed}.json"
         choices = {"dataset": given.dataset, "seed": seed}
-        results.append(cached(path, choices, make_one, given.fresh)["results"])
+        content = cached(path, choices, lambda: {"results": make(seed)}, given.fresh)
+        results.append(content["results"])
     return results
 
 
@@ -810,9 +806,7 @@ def s_table1(given: argparse.Namespace) -> str:
         model, _ = clip_of(seed, given)
         return {kind: probe.triplet_scores(model, part) for kind, part in triplets.items() if part}
 
-    name = "s-table1"
-    if given.svo:
-        name = "s-table1-svo"
+    name = "s-table1-svo" if given.svo else "s-table1"
     seeds = per_seed(name, given, make)
     # the paper's: overall, subject, verb, object
     paper = {"right": ["0.79", "0.82", "0.76", "0.86"], "wrong": ["0.21", "0.18", "0.24", "0.14"],
