@@ -1,6 +1,7 @@
 """extras/bench.py: its sizes are those it claims, and its parts run."""
 import dataclasses
 import re
+import types
 
 import pytest
 import torch
@@ -43,6 +44,13 @@ def test_every_step_is_timed(monkeypatch, capsys):
         f"step: {dataset}, {what}" for dataset in ("charades", "activitynet")
         for what in ("mmn, 2 videos", "mmn, published convolution", "vdi, 2 videos")]
     assert lines[1].endswith("1.00 x mmn")
+
+
+def test_seconds_are_of_the_fastest_run(monkeypatch):
+    timed = types.SimpleNamespace(blocked_autorange=lambda min_run_time: types.SimpleNamespace(
+        times=[2.0, 1.0, min_run_time]))
+    monkeypatch.setattr(bench.benchmark, "Timer", lambda *arguments, **options: timed)
+    assert bench.seconds_of(print, at_least=4.0) == 1.0
 
 
 def test_extraction_is_compared_with_its_slower_half(tmp_path):

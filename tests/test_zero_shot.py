@@ -235,8 +235,8 @@ def test_a_checkpoint_fused_with_its_clip(world, checkpoint, videos, tmp_path): 
         inputs = ["--root", world]
         if program == "retrieve.py":
             inputs = [videos / "test-0000.mp4", "a", "--cache", ""]
-        assert "no weight for CLIP alone" in command(program, tmp_path / "old.pt", *inputs, "--fuse-clip",
-                                          status=2)
+        error = command(program, tmp_path / "old.pt", *inputs, "--fuse-clip", status=2)
+        assert "no weight for CLIP alone" in error
     elsewhere = command("evaluate.py", checkpoint, "--fuse-clip", "--root", tmp_path, status=2)
     assert "--root" in elsewhere
 

@@ -1,4 +1,4 @@
-"""Makes predictions.jsonl, truth.jsonl and predictions.json, the golden files of test_qvhighlights.py:
+"""Makes predictions.jsonl, truth.jsonl and predictions.json, test_qvhighlights.py's golden files:
 random moments, and their scores by plain loops written after QVHighlights' definition of them,
 without a line of extras/qvhighlights.py.
 
