@@ -135,6 +135,7 @@ def draw_map(axes, retriever, encoded, sentence: str) -> None:
     grid = model.to_map(scores[window].to(retriever.device)).cpu()              # [N, N]
     figures.score_map(axes, grid, model.candidates.cpu(), title)
     axes.images[0].set_clim(0, 1)
+    axes.set(xticks=(0, retriever.N - 1), yticks=(0, retriever.N - 1))      # whole clips
 
 
 # ------------------------------------------------------------------------------------------- a page
