@@ -27,7 +27,7 @@ from tqdm import trange
 
 import clip
 import data
-from support import files, options, progress
+from support import files, options
 from support.errors import Mistake, reported
 
 FOLDS = 5
@@ -38,41 +38,27 @@ WIDTH = 256                         # of the small tower
 
 def read_vectors(folder: pathlib.Path, name: str) -> Tensor:
     """<name>.int8.npy * scale.npy + offset.npy, float32 [..., D], unit vectors."""
-    try:
-        quantised, scale, offset = (np.load(folder / f"{part}.npy", allow_pickle=False)
-                                    for part in (f"{name}.int8", "scale", "offset"))
-    except (OSError, ValueError) as error:
-        raise Mistake(f"{folder} does not hold {name}.int8.npy, scale.npy and offset.npy: "
-                      f"{error}") from error
+    quantised, scale, offset = (np.load(folder / f"{part}.npy", allow_pickle=False)
+                                for part in (f"{name}.int8", "scale", "offset"))
     return F.normalize(torch.from_numpy(quantised.astype(np.float32) * scale + offset), dim=-1)
 
 
-# ------------------------------------------------------------------------------- sentence -> vector
-
-def stem(word: str) -> str:
-    """A crude stem: "opening", "opens" and "opened" are one word."""
-    for ending in ("ing", "ed", "es", "s"):
-        if word.endswith(ending) and len(word) >= len(ending) + 3:
-            word = word.removesuffix(ending)
-            break
-    if len(word) > 3 and word[-1] == word[-2] and word[-1] not in "sl":
-        word = word[:-1]                                # "putt" of "putting"
-    if len(word) > 3:
-        word = word.removesuffix("e")                   # "clos" of "closing", "close"
-    return word
-
-
 def stems(sentence: str) -> set[str]:
-    return {stem(word) for word in re.findall("[a-z]+", sentence.lower())}
+    """Its words without their endings: "opening", "opens" and "opened" are one."""
+    found = set()
+    for word in re.findall("[a-z]+", sentence.lower()):
+        if len(word) > 4:
+            word = re.sub("(ing|ed|es|s)$", "", word)
+            word = re.sub(r"([^ls])\1$", r"\1", word)       # "putt" of "putting"
+            word = word.removesuffix("e")                   # "clos" of "closing", "close"
+        found.add(word)
+    return found
 
 
 class Ridge:
-    """The linear map from the stems of a sentence to its CLIP vector, fitted in closed form.
+    """The linear map from the stems of a sentence to its CLIP vector, fitted in closed form."""
 
-    centre    sentences whose mean is taken off: what all sentences of a dataset share ("a person
-              is") says nothing about one of them"""
-
-    def __init__(self, sentences: list[str], vectors: Tensor, centre: list[str]):
+    def __init__(self, sentences: list[str], vectors: Tensor):
         counts = collections.Counter(word for s in sentences for word in stems(s))
         words = sorted(word for word, count in counts.items() if count >= 2)
         self.number = {word: i for i, word in enumerate(words)}
@@ -80,8 +66,7 @@ class Ridge:
         x_mean, y_mean = x.mean(0), vectors.mean(0)
         square = (x - x_mean).T @ (x - x_mean) + PENALTY * torch.eye(len(words))
         self.weights = torch.linalg.solve(square, (x - x_mean).T @ (vectors - y_mean))  # [W, D]
-        self.mean_bag = self.bags(centre).mean(0)                       # [W]
-        self.mean_vector = y_mean + (self.mean_bag - x_mean) @ self.weights     # [D]
+        self.intercept = y_mean - x_mean @ self.weights                 # [D]
 
     def bags(self, sentences: list[str]) -> Tensor:
         """[S, W]: which words a sentence has, divided by the root of their number."""
@@ -92,54 +77,45 @@ class Ridge:
         return x / x.sum(1, keepdim=True).clamp(min=1).sqrt()
 
     def predict(self, sentences: list[str]) -> Tensor:
-        """[S, D], minus the mean of the centre."""
-        return (self.bags(sentences) - self.mean_bag) @ self.weights
+        """[S, D]."""
+        return self.bags(sentences) @ self.weights + self.intercept
 
 
 def distil(sentences: list[str], targets: Tensor) -> clip.TextTower:
     """A text tower of two layers whose vectors point where the targets [S, D] do."""
     torch.manual_seed(0)
     tokens = clip.tokenize(sentences, truncate=True)                    # [S, 77]
+    targets = F.normalize(targets, dim=1)
     text = clip.TextTower(len(clip.vocabulary()[0]), 77, WIDTH, 2, WIDTH // 64, targets.shape[1],
                           clip.QuickGELU)
     for name, parameter in text.named_parameters():
         if parameter.ndim > 1:
             std = 0.1 if "embedding" in name else len(parameter) ** -0.5
             torch.nn.init.normal_(parameter, std=std)
-    # only the tokens that occur are trained, as in shapes.pretrain
-    used, tokens = tokens.unique(return_inverse=True)
-    whole = text.token_embedding.weight.data                            # [49408, WIDTH]
-    text.token_embedding = torch.nn.Embedding.from_pretrained(whole[used], freeze=False)
-    targets = F.normalize(targets, dim=1)
     # the sentences of a batch are about equally long, which saves time
     batches = tokens.argmax(1).argsort().split(128)
     optimiser = torch.optim.AdamW(text.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, STEPS, pct_start=0.04)
     bar = trange(STEPS, desc="text tower", disable=None)
-    for step in bar:
-        rate = min((step + 1) / 50, progress.cosine(step / STEPS))
-        optimiser.param_groups[0]["lr"] = 1e-3 * rate
+    for _ in bar:
         chosen = batches[torch.randint(len(batches), ())]
         x = F.normalize(text.encode_text(tokens[chosen]), dim=1)        # [128, D]
         loss = 1 - (x * targets[chosen]).sum(1).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+        schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
     print(f"text tower: 1 - cosine to its targets {loss.item():.3f}")
-    whole.zero_()                               # a word that was never seen says nothing
-    whole[used] = text.token_embedding.weight.data
-    text.token_embedding = torch.nn.Embedding.from_pretrained(whole, freeze=False)
     return text
 
 
-# ------------------------------------------------------------------------------------ the datasets
-
-def divided(rows: list[data.Sample]) -> tuple[list[data.Sample], list[data.Sample]]:
-    """Training and validation sentences: a seventh of the videos is for validation."""
+def with_validation(rows: list[data.Sample]) -> dict[str, list[data.Sample]]:
+    """Sentences for training; a seventh of their videos is for validation."""
     videos = sorted({row.video for row in rows})
     held_out = set(random.Random(1).sample(videos, len(videos) // 7))
-    train = [row for row in rows if row.video not in held_out]
-    return train, [row for row in rows if row.video in held_out]
+    return {"train": [row for row in rows if row.video not in held_out],
+            "val": [row for row in rows if row.video in held_out]}
 
 
 def datasets(annotations: pathlib.Path, names: list[str]) -> dict[str, dict[str, list]]:
@@ -155,13 +131,14 @@ def datasets(annotations: pathlib.Path, names: list[str]) -> dict[str, dict[str,
     rows = read("charades", "test")
     result = {}
     for fold in range(FOLDS):
-        train, val = divided([row for row in rows if fold_of[row.video] != fold])
-        test = [row for row in rows if fold_of[row.video] == fold]
-        result[f"real-{fold}"] = {"train": train, "val": val, "test": test}
-    train, val = divided(read("charades-cg", "train"))
-    result["real-novel"] = {"train": train, "val": val, "test": read("charades-cg", "trivial")}
+        splits = with_validation([row for row in rows if fold_of[row.video] != fold])
+        splits["test"] = [row for row in rows if fold_of[row.video] == fold]
+        result[f"real-{fold}"] = splits
+    splits = with_validation(read("charades-cg", "train"))
+    splits["test"] = read("charades-cg", "trivial")
     for split in ("novel-word", "novel-composition"):
-        result["real-novel"][split] = read("charades-cg", split)
+        splits[split] = read("charades-cg", split)
+    result["real-novel"] = splits
     return result
 
 
@@ -177,17 +154,17 @@ def build(features: pathlib.Path, annotations: pathlib.Path, text: pathlib.Path,
     sentences = [line.split("\t")[3] for line in lines]
     vectors = read_vectors(text, "text")                                # [S, D]
     # Charades-STA's own training sentences, of other videos and without their moments
-    charades = sorted({row.sentence for row in data.read_annotations("charades", "train",
-                                                                     annotations)})
-    ridge = Ridge(sentences, vectors, charades)
-    targets = torch.cat([vectors - ridge.mean_vector, ridge.predict(charades)])
-    tower = distil(sentences + charades, targets)
-    files.save_tensors(path, tower.state_dict())
+    rows = data.read_annotations("charades", "train", annotations)
+    charades = sorted({row.sentence for row in rows})
+    predicted = Ridge(sentences, vectors).predict(charades)
+    # what all sentences of the dataset share ("a person is") says nothing about one of them
+    targets = torch.cat([vectors, predicted]) - predicted.mean(0)
+    files.save_tensors(path, distil(sentences + charades, targets).state_dict())
     made = {"clip": "real-0", "sha256": clip.sha256(path), "resolution": 224,
             "frames": frames.shape[1], "patch_frames": 0, "width": frames.shape[2],
             "patch_width": 0, "grid": 0, "precision": "int8, made elsewhere"}
-    durations_sec = {row.video: row.duration_sec
-                     for row in data.read_annotations("charades", "test", annotations)}
+    rows = data.read_annotations("charades", "test", annotations)
+    durations_sec = {row.video: row.duration_sec for row in rows}
     store = data.FeatureStore(root / "real-0" / "features" / "real-0", made)
     for name, x in zip(names, frames):
         store.write(name, x.half(), None, durations_sec[name])
