@@ -47,11 +47,9 @@ def stems(sentence: str) -> set[str]:
     """Its words without their endings: "opening", "opens" and "opened" are one."""
     found = set()
     for word in re.findall("[a-z]+", sentence.lower()):
-        if len(word) > 4:
-            word = re.sub("(ing|ed|es|s)$", "", word)
-            word = re.sub(r"([^ls])\1$", r"\1", word)       # "putt" of "putting"
-            word = word.removesuffix("e")                   # "clos" of "closing", "close"
-        found.add(word)
+        word = re.sub("(?<=...)(ing|ed|es|s)$", "", word)       # what is left has three letters
+        word = re.sub(r"(?<=..)([^ls])\1$", r"\1", word)        # "putt" of "putting"
+        found.add(re.sub("(?<=...)e$", "", word))               # "clos" of "closing", "close"
     return found
 
 

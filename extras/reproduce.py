@@ -636,6 +636,16 @@ def paired(ours: list[dict], theirs: list[dict], split: str) -> tuple[float, flo
     return statistics.fmean(worlds), half, worlds
 
 
+def clip_name(dataset: str, given: argparse.Namespace) -> str:
+    """A shapes world's own small CLIP; that of all folds of real videos; else the published one."""
+    if dataset.startswith("shapes"):
+        shapes.build(dataset, given.root)
+        return dataset
+    if dataset.startswith("real"):
+        return "real-0"
+    return train.Config.clip
+
+
 def clip_alone_of(what: str, given: argparse.Namespace) -> list[dict]:
     """The metrics of CLIP alone on the dataset of a table, for each seed: query -> split ->
     metrics, among them those of a random and of the best fixed moment."""
@@ -644,13 +654,7 @@ def clip_alone_of(what: str, given: argparse.Namespace) -> list[dict]:
 
     def make(seed: int) -> dict:
         world = world_of(dataset, seed)
-        name = train.Config.clip
-        if dataset.startswith("shapes"):
-            shapes.build(world, given.root)
-            name = world                                # a world's own small CLIP
-        elif dataset.startswith("real"):
-            name = "real-0"
-        alone = zero_shot.run_of(world, name, given.root, device)
+        alone = zero_shot.run_of(world, clip_name(world, given), given.root, device)
         return {query: evaluate.evaluate(alone, query=query, device=device, allow_missing=True)
                 for query in evaluate.QUERIES}
 
@@ -778,13 +782,10 @@ def figure_path(name: str, given: argparse.Namespace) -> pathlib.Path:
 
 
 def clip_of(seed: int, given: argparse.Namespace) -> tuple[clip.CLIP, str]:
-    """The CLIP of a seed's shapes world; on a real dataset the published one. And the dataset."""
+    """The CLIP of a seed's dataset, and that dataset."""
     world = world_of(given.dataset, seed)
-    name = train.Config.clip
-    if given.dataset == "shapes":
-        shapes.build(world, given.root)
-        name = world
-    return clip.load(data.clip_file(name, given.root), parallel.pick_device(given.device)), world
+    path = data.clip_file(clip_name(world, given), given.root)
+    return clip.load(path, parallel.pick_device(given.device)), world
 
 
 def clip_alone(given: argparse.Namespace) -> str:

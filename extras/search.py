@@ -29,8 +29,6 @@ from support import files, options
 from support.errors import Mistake, reported
 from support.text import printable
 
-ROUNDING = 1e-3                 # upper bound of the error of a cosine of float16 vectors
-
 
 class Hit(NamedTuple):
     """An answer from an index. z: as in retrieve.Answer; order: what the answers are sorted by."""
@@ -79,49 +77,44 @@ def z_of(entry: Entry, score: float) -> float:
 # ------------------------------------------------------------------------------- with a checkpoint
 
 def search_moments(index: Index, iou_text: Tensor, contrastive_text: Tensor, top: int,
-                   per_video: int, among: set[str], block: int = 1 << 16) -> list[Hit]:
-    """The best moments of the videos `among` for one sentence, best first.
-
-    Exact: a pass in float16 gives an upper bound of every moment's score, and the moments with the
-    highest bounds are scored again in float32, more of them until no other moment can be among the
-    answers.
+                   per_video: int, among: set[str]) -> list[Hit]:
+    """The best moments of the videos `among` for one sentence, best first. Exact.
 
     iou_text, contrastive_text  [J] unit vectors (Retriever.read)
-    block                       rows that are multiplied at a time
     """
     arrays, slices = index.load()
     iou, spans, contrastive = arrays["iou"], arrays["spans"], arrays["contrastive"]     # [R, J]
     names = list(slices)
     firsts = [rows.start for rows in slices.values()]
     stretches = [slices[name] for name in names if name in among]       # of rows to read
-    if len(stretches) == len(names):                    # all rows, in large blocks
-        stretches = [slice(i, i + block) for i in range(0, len(iou), block)]
-    bounds = torch.full((len(iou),), -math.inf)         # [R]; -inf: not searched
-    # subtle: the score increases with both cosines, so bounds on these bound the score
+    if len(stretches) == len(names):
+        stretches = [slice(0, len(iou))]
+    scores = torch.full((len(iou),), -math.inf)         # [R]; -inf: not searched
     for rows in stretches:
-        cosine = torch.mv(iou[rows], iou_text.half()).float() + ROUNDING
-        other = torch.mv(contrastive[rows], contrastive_text.half()).float() + ROUNDING
-        bounds[rows] = mmn.fuse(torch.sigmoid(mmn.SCORE_SCALE * cosine), other)
-    count = 128                                         # moments rescored in float32
+        overlap = torch.sigmoid(mmn.SCORE_SCALE * cosines(iou[rows], iou_text))
+        scores[rows] = mmn.fuse(overlap, cosines(contrastive[rows], contrastive_text))
+    count = 128                                         # so many of the best compete in NMS
     while True:
-        count = min(count, len(bounds))
-        highest, rows = bounds.topk(count)                              # [count] each
-        unseen = highest[-1]                            # no other moment can score more than this
-        rows = rows[highest > -math.inf].sort().values                  # in the order of the index
-        overlap = torch.sigmoid(mmn.SCORE_SCALE * iou[rows].float() @ iou_text)
-        scores = mmn.fuse(overlap, contrastive[rows].float() @ contrastive_text)
+        count = min(count, len(scores))
+        rows = scores.topk(count).indices.sort().values                 # in the order of the index
+        rows = rows[scores[rows] > -math.inf]
         owners = [names[bisect.bisect_right(firsts, row) - 1] for row in rows.tolist()]
-        best = greedy_nms(spans[rows], scores, top, owners, per_video)
-        # the worst answer still beats every moment that was not rescored
-        if len(best) == top and scores[best[-1]] >= unseen or count == len(bounds):
+        best = greedy_nms(spans[rows], scores[rows], top, owners, per_video)
+        if len(best) == top or count == len(scores):
             break
-        count *= 2
+        count *= 2                                      # NMS has left too few
     hits = []
     for k in best:
-        score = scores[k].item()
+        score = scores[rows[k]].item()
         moment = Moment(*spans[rows[k]].tolist(), score)
         hits.append(Hit(owners[k], moment, z_of(index.entries[owners[k]], score), order=score))
     return hits
+
+
+def cosines(x: Tensor, text: Tensor) -> Tensor:
+    """Unit vectors [R, J] in float16, and one in float32 -> [R]. In blocks that fit into a cache,
+    so that memory is read once."""
+    return torch.cat([block.float() @ text for block in x.split(4096)])
 
 
 # ------------------------------------------------------------------------------------- CLIP alone
@@ -134,8 +127,7 @@ def search_frames(index: Index, text: Tensor, top: int, per_video: int,
     text    [D] unit vector
     """
     arrays, slices = index.load()
-    blocks = arrays["frames"].split(1 << 16)            # bounds the memory for float32
-    similarity = torch.cat([block.float() @ text for block in blocks])          # [R]
+    similarity = cosines(arrays["frames"], text)                        # [R]
     names = [name for name in slices if name in among]
     entries = [index.entries[name] for name in names]
     rows = []                                                   # [F] each

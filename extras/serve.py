@@ -2,17 +2,19 @@
 
     python -m extras.serve index/                       # http://127.0.0.1:8000
 
-Starlette and uvicorn serve the page and the indexed videos (with range requests, so that a player
-can seek), and nothing else. Only this machine can connect unless --host says otherwise.
+Starlette and uvicorn serve the page, the indexed videos (with range requests, so that a player can
+seek) and parts of them as clips, and nothing else. Only this machine can connect unless --host says
+otherwise.
 """
 import contextlib
 import functools
 import pathlib
 import socket
 import sys
+import tempfile
 
 from extras import show
-from extras.index import Index, state_of, summary
+from extras.index import Entry, Index, state_of, summary
 from extras.search import is_found, retriever_of, search
 from support import files, options
 from support.errors import Mistake, reported
@@ -27,6 +29,7 @@ def application(index: Index, retriever, hosts: list[str]):
     applications = files.need("starlette.applications", "serving")
     exceptions = files.need("starlette.exceptions", "serving")
     responses = files.need("starlette.responses", "serving")
+    tasks = files.need("starlette.background", "serving")
     routing = files.need("starlette.routing", "serving")
     trusted = files.need("starlette.middleware.trustedhost", "serving")
 
@@ -63,30 +66,42 @@ def application(index: Index, retriever, hosts: list[str]):
             note = f"{summary(index)}. {show.PLAYING}"
         return responses.HTMLResponse(show.fill_page("Moments", note, sections, query=query))
 
-    def path_of(request) -> pathlib.Path:
+    def video_of(request) -> tuple[pathlib.Path, Entry]:
         index = latest()
         for name, entry in index.entries.items():
             path = index.path_of(name)
             # not if it was removed or replaced since it was indexed
             if entry.file == request.path_params["key"] and path.is_file():
                 if state_of(path) == entry.state:
-                    return path
+                    return path, entry
         raise exceptions.HTTPException(404)
 
     def whole(request):
-        return responses.FileResponse(path_of(request))         # answers range requests, too
+        return responses.FileResponse(video_of(request)[0])     # answers range requests, too
 
     def frame(request):
-        path = path_of(request)
-        try:
-            content = show.jpeg(path, request.path_params["ms"] / 1000)
-        except Mistake as error:                                # damaged since it was indexed
-            raise exceptions.HTTPException(404) from error
+        content = show.jpeg(video_of(request)[0], request.path_params["ms"] / 1000)
         return responses.Response(content, media_type="image/jpeg")
 
-    app = applications.Starlette(routes=[
+    def clip(request):
+        path, entry = video_of(request)
+        start_sec = request.path_params["start"]
+        end_sec = min(request.path_params["end"], entry.duration_sec)
+        if start_sec >= end_sec:
+            raise exceptions.HTTPException(400, "a clip must end after its start")
+        folder = tempfile.TemporaryDirectory()                  # until the clip has been sent
+        out = pathlib.Path(folder.name, show.clip_name(path, start_sec, end_sec))
+        show.cut(path, start_sec, end_sec, out)
+        return responses.FileResponse(out, filename=out.name,
+                                      background=tasks.BackgroundTask(folder.cleanup))
+
+    def unreadable(request, error: Mistake):                    # damaged since it was indexed
+        return responses.PlainTextResponse(str(error), 404)
+
+    app = applications.Starlette(exception_handlers={Mistake: unreadable}, routes=[
         routing.Route("/", page),
         routing.Route("/video/{key}", whole),
+        routing.Route("/clip/{key}/{start:float}/{end:float}", clip),
         routing.Route("/frame/{key}/{ms:int}", frame)])
     # DNS rebinding: another site's name could resolve to this machine
     app.add_middleware(trusted.TrustedHostMiddleware, allowed_hosts=hosts)

@@ -250,20 +250,24 @@ def cut(path: str | os.PathLike, start_sec: float, end_sec: float, out: pathlib.
         raise video.VideoError(f"{out} could not be written: {run.reason()}")
 
 
+def clip_name(path: str | os.PathLike, start_sec: float, end_sec: float) -> str:
+    """kitchen-0m08.6s-0m15.1s.mp4."""
+    name = pathlib.Path(path).stem
+    for sec in (start_sec, end_sec):
+        name += f"-{int(sec // 60)}m{sec % 60:04.1f}s"
+    return f"{name}.mp4"
+
+
 def write_clips(folder: str, encoded, answers: list, padding_sec: float = 0.0
                 ) -> list[pathlib.Path]:
-    """Each moment, with padding before and after it, as an H.264 file named by its time:
-    kitchen-0m08.6s-0m15.1s.mp4."""
+    """Each moment, with padding before and after it, as an H.264 file named by its time."""
     folder = pathlib.Path(folder)
     spans = {}                                  # by file: two sentences may share a moment
     for answer in answers:
         for moment in answer.moments:
             start_sec = max(0.0, moment.start_sec - padding_sec)
             end_sec = min(encoded.duration_sec, moment.end_sec + padding_sec)
-            name = pathlib.Path(encoded.path).stem
-            for sec in (start_sec, end_sec):
-                name += f"-{int(sec // 60)}m{sec % 60:04.1f}s"
-            spans[folder / f"{name}.mp4"] = (start_sec, end_sec)
+            spans[folder / clip_name(encoded.path, start_sec, end_sec)] = (start_sec, end_sec)
     # checked before the first clip is written
     for out in spans:
         if out.exists():

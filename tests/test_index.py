@@ -57,12 +57,10 @@ def test_search_is_exact(retriever, checkpoint, folder, tmp_path, per_video):
     iou, contrastive = retriever.read(SENTENCES)
     for s, sentence in enumerate(SENTENCES):
         expected = brute_force(retriever, folder, sentence, 5, per_video)
-        for block in (7, 100, 1 << 16):
-            found = search_moments(index, iou[s], contrastive[s], 5, per_video, index.entries,
-                                   block)
-            assert [hit.video for hit in found] == [name for name, _ in expected]
-            assert torch.allclose(torch.tensor([hit.moment for hit in found]),
-                                  torch.tensor([m for _, m in expected]), atol=1e-4)
+        found = search_moments(index, iou[s], contrastive[s], 5, per_video, index.entries)
+        assert [hit.video for hit in found] == [name for name, _ in expected]
+        assert torch.allclose(torch.tensor([hit.moment for hit in found]),
+                              torch.tensor([m for _, m in expected]), atol=1e-4)
 
 
 # unit vectors: of a sentence, and of the direction of all moments
@@ -115,8 +113,8 @@ def all_answers(index, among, per_video):
     (5, 1, {"0.mp4"}), (5, 3, set())])
 def test_search_is_exact_when_many_scores_are_nearly_equal(large, monkeypatch, top_k, per_video,
                                                            among):
-    """1,900 scores within 0.005: far more than 128 moments could be among the answers for all that
-    float16 can tell, so that search has to score more and more of them again."""
+    """1,900 scores within 0.005, which float16 could not order; the 128 best of them are of so few
+    videos that search has to look at more."""
     scored, nms = [], retrieve.greedy_nms
     monkeypatch.setattr(extras.search, "greedy_nms",
                         lambda spans, *rest: scored.append(len(spans)) or nms(spans, *rest))
@@ -124,19 +122,19 @@ def test_search_is_exact_when_many_scores_are_nearly_equal(large, monkeypatch, t
     expected = all_answers(large, names, per_video)
     gaps = -np.diff([score for score, *_ in expected[:top_k + 1]])
     assert (gaps > 2e-7).all()                          # float32 cannot confuse their order
-    actual = search_moments(large, QUERY, QUERY, top_k, per_video, names, 300)
+    actual = search_moments(large, QUERY, QUERY, top_k, per_video, names)
     assert [(hit.video, tuple(hit.moment[:2])) for hit in actual] == [
         answer[1:] for answer in expected[:top_k]]
     assert [hit.moment.score for hit in actual] == pytest.approx(
         [score for score, *_ in expected[:top_k]], abs=1e-6)
-    if among is None:
-        assert scored[:3] == [128, 256, 512]
+    if top_k == 30:
+        assert scored[:2] == [128, 256]
 
 
 def test_a_search_among_few_videos_reads_only_their_rows(large, monkeypatch):
     """Which is what `extras.search --videos` is for: less to read."""
-    read, mv = [], torch.mv
-    monkeypatch.setattr(torch, "mv", lambda x, y: read.append(len(x)) or mv(x, y))
+    read, cosines = [], extras.search.cosines
+    monkeypatch.setattr(extras.search, "cosines", lambda x, y: read.append(len(x)) or cosines(x, y))
     search_moments(large, QUERY, QUERY, 10, 3, {"3.mp4", "4.mp4", "12.mp4"})
     assert sum(read) == 2 * 300
 

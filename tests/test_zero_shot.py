@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import clip
 import evaluate
 import mmn
 import retrieve
+import video
 from extras import search as search_command
 from extras import serve, show, zero_shot
 from extras.index import Index, made_with, update_index
@@ -432,6 +434,24 @@ def test_the_server_serves_the_page_and_the_indexed_videos_only(client, index):
         assert client.get(address).status_code == 404, address
 
 
+def test_the_server_cuts_a_clip(client, index, tmp_path):
+    """From the start and end in the page; the end may be rounded beyond the video's."""
+    name, entry = next(iter(index.entries.items()))
+    address = f"/clip/{entry.file}"
+    reply = client.get(f"{address}/1/2.5")
+    (tmp_path / "clip.mp4").write_bytes(reply.content)
+    assert abs(video.probe_duration(tmp_path / "clip.mp4") - 1.5) < 0.1
+    expected = f"{index.path_of(name).stem}-0m01.0s-0m02.5s.mp4"
+    header = urllib.parse.unquote(reply.headers["content-disposition"])
+    assert header == f"attachment; filename*=utf-8''{expected}"
+    late = entry.duration_sec
+    assert client.get(f"{address}/{late - 1}/{late + 0.04}").status_code == 200
+    for wrong, status in (("2/1", 400), ("1000/2000", 400), ("x/1", 404), ("-1/1", 404),
+                          ("nan/1", 404), ("1", 404)):
+        assert client.get(f"{address}/{wrong}").status_code == status, wrong
+    assert client.get("/clip/4/0/1").status_code == 404
+
+
 def test_the_server_notices_an_update(index, retriever, tmp_path):
     """A video more, one replaced, and an index that was made with other settings: it goes on with
     what it has read."""
@@ -506,6 +526,11 @@ def test_search_and_play_in_a_browser(index, world, tmp_path):
                 break
             time.sleep(0.1)
         assert not paused and start <= now < start + 10 and "/video/" in source
+        fields = browser.run("const e = document.getElementById('clip').elements; "
+                             "return [e.start.value, e.end.value]")
+        assert float(fields[0]) == pytest.approx(start, abs=0.06) and find("#clip [type=number]")
+        assert browser.run("return document.getElementById('clip').dataset.address") in \
+            source.replace("/video/", "/clip/")
         browser.call("POST", f"{browser.session}/element/{buttons[1]}/value", {"text": "\ue007"})
         time.sleep(0.3)
         assert browser.run("return [...document.querySelectorAll('section button')].map("
