@@ -32,7 +32,7 @@ import clip
 import data
 import mmn
 import shapes
-from support import cropped, files, options, parallel, text
+from support import cropped, files, options, parallel, text, untrained
 from support.errors import Missing, Mistake, reason, reported
 
 QUERIES = {"full": 0, "static": 1, "dynamic": 2}                # Q, Q^s, Q^d: rows of Batch.tokens
@@ -106,9 +106,9 @@ def predict(tower: clip.TextTower, retriever: mmn.MomentMap, videos: data.Videos
             x = F.normalize(frozen.encode_text(b.tokens[QUERIES[query]]), dim=1)
             similarity = torch.einsum("sd,std->st", x, b.frames[b.video_of])    # [S, T]
             each_sec = b.durations_sec / similarity.shape[1]                    # [S]
-            similarity = mmn.smoothed(similarity, each_sec, smooth_sec)
-            alone = mmn.contrast_map(similarity, retriever.num_clips)           # [S, N, N]
-            scores = retriever.to_map(mmn.fuse_with_clip(
+            similarity = untrained.smoothed(similarity, each_sec, smooth_sec)
+            alone = untrained.contrast_map(similarity, retriever.num_clips)     # [S, N, N]
+            scores = retriever.to_map(untrained.fuse_with_clip(
                 retriever.at_candidates(scores), retriever.at_candidates(alone), weight))
         result.append(mmn.decode(scores, b.durations_sec, top_k,
                                  candidates=retriever.candidates).cpu())
@@ -253,7 +253,7 @@ def answers(run: Run, splits: list[str] | None = None, query: str = "full",
         yield split, videos, predict(run.text, run.retriever, videos, config["batch"], device,
                                      query, top_k, run.frozen,
                                      run.checkpoint.get("clip_weight", 0.0),
-                                     mmn.smooth_sec_of(dataset))
+                                     untrained.smooth_sec_of(dataset))
 
 
 def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",

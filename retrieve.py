@@ -42,7 +42,7 @@ import mmn
 import shapes
 import video
 from extras import show
-from support import files, options, parallel
+from support import files, options, parallel, untrained
 from support.errors import Mistake, reported
 from support.text import printable
 
@@ -81,18 +81,18 @@ class Encoded(NamedTuple):
 # --------------------------------------------------------------------------------- without training
 
 def zero_shot_scores(frames: Tensor, text: Tensor, num_clips: int,
-                     power: float = mmn.POWER) -> Tensor:
-    """`mmn.contrast_map` of a video with frozen CLIP features.
+                     power: float = untrained.POWER) -> Tensor:
+    """`untrained.contrast_map` of a video with frozen CLIP features.
 
     frames   [T, D] unit vectors at the centres of T equal parts of the video, T >= N
     text     [S, D] unit vectors
     returns  [S, N, N]; -inf below the diagonal and for the whole video, which has no outside
     """
-    return mmn.contrast_map(text @ frames.T, num_clips, power)
+    return untrained.contrast_map(text @ frames.T, num_clips, power)
 
 
 def search_intervals(similarity: Tensor, shortest: int, longest: Tensor | int, top_k: int = 1,
-                     counts: Tensor | None = None, power: float = mmn.POWER,
+                     counts: Tensor | None = None, power: float = untrained.POWER,
                      block: int = 1 << 22) -> Tensor:
     """The best moments among all intervals of `shortest` to `longest` frames, by greedy NMS: exact,
     and in bounded memory for videos of any length.
@@ -121,7 +121,7 @@ def search_intervals(similarity: Tensor, shortest: int, longest: Tensor | int, t
             start = torch.arange(first, min(first + step, n))[:, None]          # [B, 1]
             end = start + length                                                # [B, L]
             inside = sums[:, end.clamp(max=n)] - sums[:, start]                 # [S, B, L]
-            score = mmn.contrast(total, inside, length, counts, power)
+            score = untrained.contrast(total, inside, length, counts, power)
             # subtle: intervals that run past the end have clamped, meaningless sums; drop them
             score = score.masked_fill((end > counts) | (length > longest), float("-inf"))
             spans = torch.stack([start.expand_as(end), end], -1).double()       # [B, L, 2]
@@ -136,7 +136,8 @@ def search_intervals(similarity: Tensor, shortest: int, longest: Tensor | int, t
     return result
 
 
-def best_at(similarity: Tensor, shortest: int, longest: int, power: float = mmn.POWER) -> Tensor:
+def best_at(similarity: Tensor, shortest: int, longest: int,
+            power: float = untrained.POWER) -> Tensor:
     """The best score of an interval of `shortest` to `longest` frames that contains each frame.
     similarity [S, F]; returns [S, F]."""
     S, n = similarity.shape
@@ -149,7 +150,7 @@ def best_at(similarity: Tensor, shortest: int, longest: int, power: float = mmn.
         best = torch.maximum(best[:, 1:], best[:, :-1])                 # [S, F - length + 1]
         if length >= shortest:
             inside = sums[:, length:] - sums[:, :-length]               # [S, F - length + 1]
-            score = mmn.contrast(sums[:, -1:], inside, torch.tensor(length), n, power)
+            score = untrained.contrast(sums[:, -1:], inside, torch.tensor(length), n, power)
             best = torch.maximum(best, score)
     return best
 
@@ -161,7 +162,7 @@ class ZeroShot:
     rate                    frames per second that are encoded
     shortest_sec, longest_sec   limits of a moment's length; never more than half the video
     prompt                  a template such as "a video of {}"
-    smooth_sec              what the cosines are averaged over; None: as of mmn.smooth_sec_of
+    smooth_sec              what the cosines are averaged over; None: as of untrained.smooth_sec_of
     gelu                    the weights were trained with GELU (LAION's), not with QuickGELU
     """
 
@@ -182,7 +183,7 @@ class ZeroShot:
             self.name = os.path.abspath(path)
             dataset = os.path.basename(os.path.dirname(self.name))
         if smooth_sec is None:
-            smooth_sec = mmn.smooth_sec_of(dataset)
+            smooth_sec = untrained.smooth_sec_of(dataset)
         self.smooth_sec = smooth_sec
         weights = pathlib.Path("~/.cache/clip").expanduser()
         if path in clip.PUBLISHED and not (weights / clip.PUBLISHED[path][1]).exists():
@@ -216,7 +217,7 @@ class ZeroShot:
 
     def similarity(self, encoded: Encoded, text: Tensor) -> Tensor:
         """Cosines of sentences [S, D] with all frames, smoothed: [S, F]."""
-        return mmn.smoothed(text @ encoded.frames.T, encoded.each_sec, self.smooth_sec)
+        return untrained.smoothed(text @ encoded.frames.T, encoded.each_sec, self.smooth_sec)
 
     def search(self, encoded: Encoded, text: Tensor, top_k: int) -> Tensor:
         """`search_intervals` within the limits, in seconds: [S, top_k, 3]."""
@@ -467,16 +468,16 @@ class Retriever:
         original = self.load_image_tower()
         tokens = checked_tokens(sentences, original.tokenize).to(self.device)
         text = F.normalize(original.encode_text(tokens), dim=1)         # [S, D]
-        smooth_sec = mmn.smooth_sec_of(self.run.config["dataset"])
+        smooth_sec = untrained.smooth_sec_of(self.run.config["dataset"])
         all_alone = []
         for frames, _ in self.windows(encoded):                         # [w, T, D]
             similarity = torch.einsum("sd,wtd->swt", text, frames)      # [S, w, T]
-            similarity = mmn.smoothed(similarity, encoded.each_sec, smooth_sec)
-            alone = mmn.contrast_map(similarity.flatten(0, 1), self.N)          # [S * w, N, N]
+            similarity = untrained.smoothed(similarity, encoded.each_sec, smooth_sec)
+            alone = untrained.contrast_map(similarity.flatten(0, 1), self.N)    # [S * w, N, N]
             alone = self.run.retriever.at_candidates(alone)             # [S * w, P]
             all_alone.append(alone.view(len(text), -1).cpu())
         weight = self.run.checkpoint["clip_weight"]
-        return mmn.fuse_with_clip(scores, torch.cat(all_alone, 1), weight)
+        return untrained.fuse_with_clip(scores, torch.cat(all_alone, 1), weight)
 
     def predict(self, encoded: Encoded, sentences: str | list[str],
                 top_k: int = 5) -> list[Moment] | list[list[Moment]]:

@@ -94,8 +94,7 @@ def distil(sentences: list[str], targets: Tensor) -> clip.TextTower:
     batches = tokens.argmax(1).argsort().split(128)
     optimiser = torch.optim.AdamW(text.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, STEPS, pct_start=0.04)
-    bar = trange(STEPS, desc="text tower", disable=None)
-    for _ in bar:
+    for _ in trange(STEPS, desc="text tower", disable=None):
         chosen = batches[torch.randint(len(batches), ())]
         x = F.normalize(text.encode_text(tokens[chosen]), dim=1)        # [128, D]
         loss = 1 - (x * targets[chosen]).sum(1).mean()
@@ -103,7 +102,6 @@ def distil(sentences: list[str], targets: Tensor) -> clip.TextTower:
         loss.backward()
         optimiser.step()
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
     print(f"text tower: 1 - cosine to its targets {loss.item():.3f}")
     return text
 

@@ -25,7 +25,7 @@ from clip2video.search import Ranker
 from extras import show
 from extras.index import Entry, Index, state_of, summary
 from retrieve import FOUND, Moment, Retriever, ZeroShot, greedy_nms, search_intervals
-from support import files, options
+from support import files, options, untrained
 from support.errors import Mistake, reported
 from support.text import printable
 
@@ -133,7 +133,8 @@ def search_frames(index: Index, text: Tensor, top: int, per_video: int,
     rows = []                                                   # [F] each
     for name, entry in zip(names, entries):
         each_sec = entry.duration_sec / entry.rows
-        rows.append(mmn.smoothed(similarity[slices[name]], each_sec, index.made["smooth_sec"]))
+        rows.append(untrained.smoothed(similarity[slices[name]], each_sec,
+                                       index.made["smooth_sec"]))
     limits_sec = index.made["limits_sec"]
     # subtle: a video whose best moment is not among the top cannot contribute an answer
     first = best_of(rows, entries, limits_sec, 1)[:, 0, 2]      # [V] scores

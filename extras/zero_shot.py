@@ -3,7 +3,7 @@
     python -m extras.zero_shot --dataset shapes --clip shapes
     python -m extras.zero_shot --dataset charades               # with ViT-B/32
 
-`mmn.contrast_map` takes the place of a trained retriever; evaluate.py does the rest.
+`untrained.contrast_map` takes the place of a trained retriever; evaluate.py does the rest.
 docs/zero-shot.md says how the score and the threshold FOUND were chosen.
 
 Shapes: B videos, S sentences, T frames, N clips, D width of CLIP's joint space.
@@ -17,12 +17,12 @@ import clip
 import data
 import evaluate
 import mmn
-from support import options, parallel
+from support import options, parallel, untrained
 from support.errors import Mistake, reported
 
 
 class Contrast(mmn.MomentMap):
-    """`mmn.contrast_map` behind the interface of a retriever. The candidates are all
+    """`untrained.contrast_map` behind the interface of a retriever. The candidates are all
     moments of up to half the video, as in retrieve.py. Cosines of frames `each_sec` apart are
     averaged over `smooth_sec`."""
 
@@ -37,8 +37,8 @@ class Contrast(mmn.MomentMap):
         """frames [B, T, D] and text [S, D] unit vectors, video_of [S] -> [S, N, N], 0 outside the
         candidates."""
         similarity = torch.einsum("sd,std->st", text, frames[video_of])         # [S, T]
-        similarity = mmn.smoothed(similarity, self.each_sec, self.smooth_sec)
-        scores = mmn.contrast_map(similarity, self.num_clips)           # [S, N, N]
+        similarity = untrained.smoothed(similarity, self.each_sec, self.smooth_sec)
+        scores = untrained.contrast_map(similarity, self.num_clips)           # [S, N, N]
         # -inf marks moments without a score; 0, as in MMN, keeps the whole map finite
         return self.to_map(self.at_candidates(scores))
 
@@ -61,7 +61,8 @@ def run_of(dataset: str, clip_name: str, root: str, device: torch.device) -> eva
     rates_sec = [about["seconds_per_feature"] for about in store.manifest["videos"].values()]
     if not rates_sec:
         raise Mistake(f"no video of {dataset} has features in {store.folder}")
-    retriever = Contrast(num_clips, statistics.median(rates_sec), mmn.smooth_sec_of(dataset))
+    retriever = Contrast(num_clips, statistics.median(rates_sec),
+                         untrained.smooth_sec_of(dataset))
     return evaluate.Run(config, text, retriever.to(device), checkpoint)
 
 

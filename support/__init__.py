@@ -8,6 +8,7 @@
     loading     batches, read by worker processes
     progress    a run in a folder: resume, log, progress bar
     cropped     the convolutions of mmn.py, faster
+    untrained   the score of CLIP alone, and its fusion with a trained one
     distilbert  DistilBERT as a text tower
 
 Nothing here imports anything from outside this folder.

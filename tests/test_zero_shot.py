@@ -23,6 +23,7 @@ import video
 from extras import search as search_command
 from extras import serve, show, zero_shot
 from extras.index import Index, made_with, update_index
+from support import untrained
 from support.errors import Mistake
 from conftest import command
 from test_retrieve import HERE, Browser, checkpoint, run, videos        # noqa: F401
@@ -118,13 +119,13 @@ def test_cosines_are_averaged_over_seconds(frames, half):
     """Frames every half second: `half` frames on either side, fewer towards both ends, and at most
     an eighth of the video."""
     x = unit(2, frames)
-    smooth = mmn.smoothed(x, 0.5, half + 0.2)
+    smooth = untrained.smoothed(x, 0.5, half + 0.2)
     half = min(half, frames // 8)
     for i in range(frames):
         near = x[:, max(0, i - half):i + half + 1]
         assert torch.allclose(smooth[:, i], near.mean(1), atol=1e-6)
-    assert torch.equal(mmn.smoothed(x, 0.5, 0.0), x)
-    both = mmn.smoothed(x, torch.tensor([0.5, 1e9]), half + 0.2)        # a rate for each row
+    assert torch.equal(untrained.smoothed(x, 0.5, 0.0), x)
+    both = untrained.smoothed(x, torch.tensor([0.5, 1e9]), half + 0.2)        # a rate for each row
     assert torch.equal(both[0], smooth[0]) and torch.allclose(both[1], x[1], atol=1e-6)
 
 
@@ -136,7 +137,7 @@ def test_an_event_in_the_middle_is_found_after_smoothing(seconds):
     similarity = torch.zeros(1, frames)
     first, last = frames * 3 // 8, frames * 5 // 8 + 1
     similarity[:, first:last] = 1
-    smooth = mmn.smoothed(similarity, 0.5, mmn.SMOOTH_SEC)
+    smooth = untrained.smoothed(similarity, 0.5, untrained.SMOOTH_SEC)
     start, end, _ = retrieve.search_intervals(smooth, 2, frames // 2)[0, 0].tolist()
     assert mmn.interval_iou(torch.tensor([start, end]), torch.tensor([first, last])) >= 0.5
 
@@ -156,8 +157,8 @@ def test_the_evaluation_uses_the_same_scores(world):
     run = zero_shot.run_of("shapes", "shapes", str(world), torch.device("cpu"))
     frames, text, video_of = unit(2, 32, 64), unit(3, 64, seed=1), torch.tensor([1, 0, 1])
     scores = run.retriever.scores(frames, text, video_of)
-    for s, video in enumerate(video_of):
-        expected = retrieve.zero_shot_scores(frames[video], text[s:s + 1], 16)[0]
+    for s, row in enumerate(video_of):
+        expected = retrieve.zero_shot_scores(frames[row], text[s:s + 1], 16)[0]
         inside = run.retriever.candidates
         assert torch.allclose(scores[s][inside], expected[inside]) and not scores[s][~inside].any()
     lengths = [int(j - i + 1) for i, j in run.retriever.candidates.nonzero()]
@@ -182,12 +183,13 @@ def test_the_fusion_by_hand():
     """Three moments: z = (-1, 0, 1) and, with -inf as the lowest, (0.577, 0.577, -1.155)."""
     trained = torch.tensor([[0.1, 0.2, 0.3]])
     alone = torch.tensor([[4.0, 4.0, float("-inf")]])
-    assert torch.allclose(mmn.fuse_with_clip(trained, alone, 0.0), torch.tensor([[-1.0, 0, 1]]))
+    fused = untrained.fuse_with_clip(trained, alone, 0.0)
+    assert torch.allclose(fused, torch.tensor([[-1.0, 0, 1]]))
     alone = torch.tensor([[5.0, 4.0, float("-inf")]])
     z = torch.tensor([[2.0, -1, -1]]) / 3 ** 0.5
-    fused = mmn.fuse_with_clip(trained, alone, 0.5)
+    fused = untrained.fuse_with_clip(trained, alone, 0.5)
     assert torch.allclose(fused, torch.tensor([[-1.0, 0, 1]]) + 0.5 * z)
-    assert mmn.standardised(torch.zeros(1, 4)).tolist() == [[0.0] * 4]
+    assert untrained.standardised(torch.zeros(1, 4)).tolist() == [[0.0] * 4]
 
 
 def test_a_checkpoint_fused_with_its_clip(world, checkpoint, videos, tmp_path):     # noqa: F811
@@ -207,7 +209,7 @@ def test_a_checkpoint_fused_with_its_clip(world, checkpoint, videos, tmp_path): 
     for weight in (0.0, 0.5):
         trained.checkpoint["clip_weight"] = weight
         [(_, _, after)] = evaluate.answers(trained, ["test"], root=str(world))
-        best = mmn.fuse_with_clip(ours, alone, weight).amax(1)
+        best = untrained.fuse_with_clip(ours, alone, weight).amax(1)
         assert torch.allclose(after[:, 0, 2], best, atol=1e-4)
         assert bool((after[:, 0, :2] == before[:, 0, :2]).all()) == (weight == 0)
     one = retrieve.Retriever(checkpoint, "cpu", cache=None)
@@ -216,10 +218,10 @@ def test_a_checkpoint_fused_with_its_clip(world, checkpoint, videos, tmp_path): 
     sentences = ["the green circle blinks", "the maroon heart rises"]
     spans, scores = one.scores(encoded, sentences)
     x = F.normalize(both.load_image_tower().encode_text(clip.tokenize(sentences)), dim=1)
-    alone = mmn.contrast_map(x @ encoded.frames.T, 16)
+    alone = untrained.contrast_map(x @ encoded.frames.T, 16)
     alone = one.run.retriever.at_candidates(alone)
     both.run.checkpoint["clip_weight"] = 0.5
-    expected = mmn.fuse_with_clip(scores, alone, 0.5)
+    expected = untrained.fuse_with_clip(scores, alone, 0.5)
     assert torch.allclose(both.fused(encoded, sentences, scores), expected, atol=1e-4)
     # the order is that of the sum; the score that is shown is the checkpoint's, and so is z
     for row, shown, moments in zip(expected, scores, both.predict(encoded, sentences, 3)):
