@@ -7,7 +7,7 @@
 A row is a name, the fields of train.Config that make it, and the paper's figures; a row without
 fields is another method, as the paper reports it. It is run once per seed (shapes: seed k trains on
 world k modulo 5), and its result is stored in results/<dataset>/<name>.json: configuration,
-metrics, log, and what each query hits. A stored row is not run again, except with --fresh. Choices
+metrics, log, and R@1 by Q^s and Q^d. A stored row is not run again, except with --fresh. Choices
 are made on validation splits; tables show test splits.
 
 The unit of a comparison is the world: its seeds are averaged, and intervals are Student's over
@@ -41,7 +41,6 @@ import clip2video.model
 import clip2video.train
 import data
 import evaluate
-import mmn
 import parse
 import shapes
 import train
@@ -57,7 +56,7 @@ FINAL = ("test", "trivial", "novel-word", "novel-composition",  # the splits tha
          "coupled-novel-word")
 WORLDS = 5                                                      # with a shipped CLIP each
 STUDENT = (math.nan, 12.71, 4.30, 3.18, 2.78)   # 97.5% quantile of t, by degrees of freedom
-HITS = (0.5, 0.7)                                               # IoU thresholds
+R1 = "R@1,IoU=0.5"                                              # what is compared
 SEPARATE = {"charades": "vgg", "activitynet": "c3d"}            # MMN's own features, by family
 BERT = "distilbert-base-uncased"                                # and its text tower
 
@@ -481,27 +480,18 @@ def run(config: train.Config, fresh: bool = False, fused: bool = False) -> dict:
             metrics = evaluate.evaluate(checkpoint, device=device, allow_missing=True)
         if "val" not in metrics and config.select_on == "val":  # a real dataset's is held out
             metrics |= evaluate.evaluate(checkpoint, ["val"], device=device, allow_missing=True)
-        splits = [split for split in FINAL if split in metrics]
-        reached = {query: hits(checkpoint, config, splits, query) for query in evaluate.QUERIES}
-        return {"results": metrics, "coverage": coverage(config), "hits": reached, "log": log,
+        halves = {}                                     # for Fig. 3
+        for query in ("static", "dynamic"):
+            if not fused:
+                splits = [split for split in FINAL if split in metrics]
+                found = evaluate.evaluate(checkpoint, splits, query, device=device,
+                                          allow_missing=True)
+                halves[query] = {split: found[split][R1] for split in splits}
+        return {"results": metrics, "coverage": coverage(config), "halves": halves, "log": log,
                 "clip_sha256": checkpoint.checkpoint["clip_sha256"],
                 "clip_weight": checkpoint.checkpoint.get("clip_weight")}
 
     return cached(file_of(config, fused), choices_of(config), make, fresh)
-
-
-def hits(checkpoint: evaluate.Run, config: train.Config, splits: list[str],
-         query: str = "full") -> dict[str, str]:
-    """Split -> a digit per sentence: how many of the two HITS its first moment reaches."""
-    device = parallel.pick_device(config.device)
-    digits = {}
-    for split, videos, predicted in evaluate.answers(checkpoint, splits, query, config.root, device,
-                                                     allow_missing=True, top_k=1):
-        # predicted [S, 1, 3]: start, end, score
-        iou = mmn.interval_iou(predicted[:, :1, :2], videos.windows_sec).amax(1)        # [S]
-        reached = sum((iou >= mu).int() for mu in HITS)                         # [S]
-        digits[split] = "".join(str(number) for number in reached.tolist())
-    return digits
 
 
 def run_quietly(config: train.Config, fused: bool, fresh: bool, threads: int) -> None:
@@ -613,11 +603,6 @@ def columns_of(what: str, given: argparse.Namespace) -> list[tuple[str, str]]:
     return columns
 
 
-def hits_of(result: dict, split: str, query: str = "full") -> np.ndarray:
-    """Has the first moment of each sentence IoU >= 0.5 with the true one? 1.0 or 0.0, [S]."""
-    return np.array([float(digit != "0") for digit in result["hits"][query][split]])
-
-
 def per_world(values: list[float]) -> list[float]:
     """One value per seed -> one per world, the mean of its seeds."""
     return [statistics.fmean(values[world::WORLDS]) for world in range(min(WORLDS, len(values)))]
@@ -628,7 +613,8 @@ def paired(ours: list[dict], theirs: list[dict], split: str) -> tuple[float, flo
     its 95% interval (Student's; NaN for a single world), and the difference in each world."""
     differences = []
     for a, b in zip(ours, theirs):
-        differences.append(100 * float((hits_of(a, split) - hits_of(b, split)).mean()))
+        # rounded: 6.05 is 6.0 or 6.1 by the last bits of a difference of two floats
+        differences.append(round(a["results"][split][R1] - b["results"][split][R1], 6))
     worlds = per_world(differences)
     half = math.nan
     if len(worlds) > 1:
@@ -791,7 +777,7 @@ def clip_of(seed: int, given: argparse.Namespace) -> tuple[clip.CLIP, str]:
 def clip_alone(given: argparse.Namespace) -> str:
     """CLIP without any training: it finds actors and is blind to their motions."""
     seeds = [content["full"] for content in clip_alone_of("table1", given)]
-    metrics = ["R@1,IoU=0.5", "R@1,IoU=0.7", "R@5,IoU=0.5", "mIoU"]
+    metrics = [R1, "R@1,IoU=0.7", "R@5,IoU=0.5", "mIoU"]
     if given.dataset == "shapes":
         metrics += ["noun accuracy", "verb accuracy"]
     rows = []
@@ -879,12 +865,13 @@ def fig3(given: argparse.Namespace) -> str:
     splits = [split for split in FINAL[:3] if split in first[0]["results"]]
     rates = {}                          # split -> method -> for Q, Q^s, Q^d the R@1 of each seed
     for split in splits:
-        rates[split] = {"CLIP alone": [[content[query][split]["R@1,IoU=0.5"] for content in alone]
+        rates[split] = {"CLIP alone": [[content[query][split][R1] for content in alone]
                                        for query in evaluate.QUERIES]}
         for k in chosen:
-            rates[split][MAIN[k].name] = [
-                [100 * hits_of(run, split, query).mean() for run in runs[k]]
-                for query in evaluate.QUERIES]
+            full = [run["results"][split][R1] for run in runs[k]]
+            halves = [[run["halves"][query][split] for run in runs[k]]
+                      for query in ("static", "dynamic")]
+            rates[split][MAIN[k].name] = [full] + halves
     if given.figures:
         figures.fig3(figure_path("fig3", given), rates)
     heads = [""]

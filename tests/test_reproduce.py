@@ -43,12 +43,11 @@ def test_a_row_is_run_once_and_only_for_the_same_choices(options, tmp_path, caps
     written = json.loads(reproduce.file_of(config).read_text(encoding="utf-8"))
     assert content == reproduce.stored(config) == written
     assert set(content["results"]) == {"val", "test", "novel-word", "novel-composition"}
-    assert set(content["hits"]["full"]) == set(content["results"]) - {"val"}
-    for split in content["hits"]["full"]:
-        digits = content["hits"]["full"][split]
-        for mu, least in ((0.5, "12"), (0.7, "2")):
-            share = 100 * np.mean([digit in least for digit in digits])
-            assert share == pytest.approx(content["results"][split][f"R@1,IoU={mu}"])
+    checkpoint = evaluate.load(config.folder / "ckpt.pt")
+    for query, halves in content["halves"].items():
+        assert set(halves) == set(content["results"]) - {"val"}
+        expected = evaluate.evaluate(checkpoint, ["test"], query)["test"]["R@1,IoU=0.5"]
+        assert halves["test"] == expected
     capsys.readouterr()
     assert reproduce.run(config) == content and "epoch" not in capsys.readouterr().out
     for change in (dict(seed=1), dict(epochs=2), dict(mask="something")):
@@ -137,7 +136,6 @@ def test_the_papers_figures_stand_beside_the_same_dataset(what, dataset, figures
     metrics |= {"random moment": lowest, "best prior": lowest}
     run = {"results": dict.fromkeys(splits, metrics), "minutes": 1.0,
            "config": {"dataset": dataset},
-           "hits": {"full": dict.fromkeys(splits, "1000")},
            "coverage": dict.fromkeys(splits, [3, 4, 1, 2])}
     monkeypatch.setattr(reproduce, "collect", lambda what, given: [
         [run] if config else [] for config in reproduce.configs_of(what, 0, given)])
@@ -288,23 +286,22 @@ def test_the_overall_column_weighs_kinds_by_their_triplets(options, monkeypatch)
 
 # -------------------------------------------------------------------------------------- differences
 
-def runs_of(*digits: str) -> list[dict]:
-    return [{"hits": {"full": {"test": of_a_seed}}} for of_a_seed in digits]
+def runs_of(*rates: float) -> list[dict]:
+    return [{"results": {"test": {"R@1,IoU=0.5": rate}}} for rate in rates]
 
 
 def test_a_difference_by_hand():
-    """Two worlds of 4 sentences: +2 and -1 hits, so +50 and -25 points, +12.5 in the mean,
-    standard deviation 75 / sqrt(2), and 12.71 * 75 / sqrt(2) / sqrt(2) = 476.6."""
-    mean, half, worlds = reproduce.paired(runs_of("2101", "0001"), runs_of("0002", "0101"), "test")
+    """Two worlds: +50 and -25 points, +12.5 in the mean, standard deviation 75 / sqrt(2), and
+    12.71 * 75 / sqrt(2) / sqrt(2) = 476.6."""
+    mean, half, worlds = reproduce.paired(runs_of(75, 25), runs_of(25, 50), "test")
     assert (mean, worlds) == (12.5, [50.0, -25.0]) and half == pytest.approx(12.71 * 37.5)
-    assert reproduce.paired(runs_of("12"), runs_of("00"), "test")[0] == 100.0
-    assert math.isnan(reproduce.paired(runs_of("12"), runs_of("00"), "test")[1])
+    assert math.isnan(reproduce.paired(runs_of(100), runs_of(0), "test")[1])
 
 
 def test_the_seeds_of_a_world_are_averaged():
     """Ten seeds on five worlds: seeds 0 and 5 share a world."""
-    ours = runs_of("11", "00", "00", "00", "00", "00", "00", "00", "00", "10")
-    mean, half, worlds = reproduce.paired(ours, runs_of(*["00"] * 10), "test")
+    ours = runs_of(100, 0, 0, 0, 0, 0, 0, 0, 0, 50)
+    mean, half, worlds = reproduce.paired(ours, runs_of(*[0] * 10), "test")
     assert worlds == [50.0, 0.0, 0.0, 0.0, 25.0] and mean == 15.0
     assert half == pytest.approx(2.78 * np.std(worlds, ddof=1) / math.sqrt(5))
     assert reproduce.world_of("shapes", 7) == "shapes-2"
