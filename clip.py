@@ -579,27 +579,20 @@ def count(state: dict[str, Tensor], prefix: str) -> int:
     return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
 
 
-def check(model: nn.Module, state: dict[str, Tensor], what: str = "a CLIP") -> None:
-    """Mistake for a missing, unknown or misshapen key. The model may be on the device "meta"."""
-    expected = model.state_dict()
-    for key, value in expected.items():
-        if key not in state:
-            if key.endswith("num_batches_tracked"):     # some files lack it, and nothing reads it
-                continue
-            raise Mistake(f"these are not the weights of {what}: the key {key!r} is missing")
-        if state[key].shape != value.shape:
-            raise Mistake(f"these are not the weights of {what}: {key!r} has shape "
-                          f"{list(state[key].shape)}, expected {list(value.shape)}")
-    for key in state:
-        if key not in expected:
-            raise Mistake(f"these are not the weights of {what}: the key {key!r} is unknown")
-
-
 def fill(make, state: dict[str, Tensor], what: str = "a CLIP") -> nn.Module:
-    """The model that `make()` gives with these weights, as float32 and in evaluation mode. Mistake
-    if they do not fit."""
-    with torch.device("meta"):      # allocate nothing before all shapes are known to agree
-        check(make(), state, what)
+    """The model that `make()` gives with these weights, as float32 and in evaluation mode. Mistake,
+    naming the keys, if they do not fit."""
+    try:
+        # allocates nothing before all shapes are known to agree
+        with torch.device("meta"):
+            model = make()
+        for key in model.state_dict():
+            if key.endswith("num_batches_tracked"):     # some files lack it, and nothing reads it
+                state.setdefault(key, torch.tensor(0))
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:       # it lists the keys, one per line, perhaps a hundred of them
+        listed = " ".join(str(error).split("\n", 1)[-1].split())[:300]
+        raise Mistake(f"these are not the weights of {what}: {listed}") from error
     model = make()
     model.load_state_dict(state)                        # a copy: half precision becomes float32
     return model.eval()

@@ -226,20 +226,11 @@ def pretrain(seed: int, steps: int = 3000, count: int = 24_000, batch: int = 128
     images = np.stack([image for image, _, _ in stills])                # [count, 32, 32, 3]
     images = torch.from_numpy(images).permute(0, 3, 1, 2)               # [count, 3, 32, 32]
     tokens = clip.tokenize([caption for _, caption, _ in stills])       # [count, 77]
-    # Only some 60 of the 49,408 tokens occur. They are trained as a table of their own, so that
-    # AdamW need not step through the rest. subtle: the table is in the same order, because CLIP
-    # finds the end of a sentence by its id, which is the largest.
-    used, tokens = tokens.unique(return_inverse=True)
     model = small_clip(seed, resnet)
-    whole = model.token_embedding.weight.data                           # [49408, D]
     generator = torch.Generator().manual_seed(seed)     # of the batches
     for _ in range(rounds):
-        model.train()
-        model.token_embedding = torch.nn.Embedding.from_pretrained(whole[used], freeze=False)
-        train_round(model, images, tokens, steps, batch, generator)
-        whole[used] = model.token_embedding.weight.data     # back into the whole table
+        train_round(model.train(), images, tokens, steps, batch, generator)
         model.eval()
-        model.token_embedding = torch.nn.Embedding.from_pretrained(whole, freeze=False)
         missed = missed_gates(zero_shot(model, seed))
         if not missed:
             break

@@ -53,30 +53,25 @@ def stems(sentence: str) -> set[str]:
     return found
 
 
-class Ridge:
-    """The linear map from the stems of a sentence to its CLIP vector, fitted in closed form."""
+def predicted(sentences: list[str], vectors: Tensor, others: list[str]) -> Tensor:
+    """Vectors [S', D] of other sentences: a linear map from the stems of a sentence to its vector,
+    fitted to `sentences` and `vectors` [S, D] in closed form, as a ridge regression."""
+    counts = collections.Counter(word for s in sentences for word in stems(s))
+    words = sorted(word for word, count in counts.items() if count >= 2)
+    number = {word: i for i, word in enumerate(words)}
 
-    def __init__(self, sentences: list[str], vectors: Tensor):
-        counts = collections.Counter(word for s in sentences for word in stems(s))
-        words = sorted(word for word, count in counts.items() if count >= 2)
-        self.number = {word: i for i, word in enumerate(words)}
-        x = self.bags(sentences)                                        # [S, W]
-        x_mean, y_mean = x.mean(0), vectors.mean(0)
-        square = (x - x_mean).T @ (x - x_mean) + PENALTY * torch.eye(len(words))
-        self.weights = torch.linalg.solve(square, (x - x_mean).T @ (vectors - y_mean))  # [W, D]
-        self.intercept = y_mean - x_mean @ self.weights                 # [D]
-
-    def bags(self, sentences: list[str]) -> Tensor:
+    def bags(sentences: list[str]) -> Tensor:
         """[S, W]: which words a sentence has, divided by the root of their number."""
-        x = torch.zeros(len(sentences), len(self.number))
+        x = torch.zeros(len(sentences), len(words))
         for s, sentence in enumerate(sentences):
-            known = [self.number[word] for word in stems(sentence) if word in self.number]
-            x[s, known] = 1
+            x[s, [number[word] for word in stems(sentence) if word in number]] = 1
         return x / x.sum(1, keepdim=True).clamp(min=1).sqrt()
 
-    def predict(self, sentences: list[str]) -> Tensor:
-        """[S, D]."""
-        return self.bags(sentences) @ self.weights + self.intercept
+    x = bags(sentences)
+    x_mean, y_mean = x.mean(0), vectors.mean(0)
+    square = (x - x_mean).T @ (x - x_mean) + PENALTY * torch.eye(len(words))
+    weights = torch.linalg.solve(square, (x - x_mean).T @ (vectors - y_mean))   # [W, D]
+    return bags(others) @ weights + (y_mean - x_mean @ weights)
 
 
 def distil(sentences: list[str], targets: Tensor) -> clip.TextTower:
@@ -152,9 +147,9 @@ def build(features: pathlib.Path, annotations: pathlib.Path, text: pathlib.Path,
     # Charades-STA's own training sentences, of other videos and without their moments
     rows = data.read_annotations("charades", "train", annotations)
     charades = sorted({row.sentence for row in rows})
-    predicted = Ridge(sentences, vectors).predict(charades)
+    mapped = predicted(sentences, vectors, charades)
     # what all sentences of the dataset share ("a person is") says nothing about one of them
-    targets = torch.cat([vectors, predicted]) - predicted.mean(0)
+    targets = torch.cat([vectors, mapped]) - mapped.mean(0)
     files.save_tensors(path, distil(sentences + charades, targets).state_dict())
     made = {"clip": "real-0", "sha256": clip.sha256(path), "resolution": 224,
             "frames": frames.shape[1], "patch_frames": 0, "width": frames.shape[2],

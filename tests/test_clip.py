@@ -171,11 +171,11 @@ def test_preprocess_rejects_what_is_not_a_frame():
 def test_build_names_the_missing_key(state):
     for key in ("token_embedding.weight", "visual.proj",
                 "visual.transformer.resblocks.1.mlp.c_fc.bias"):
-        with pytest.raises(Mistake, match=f"the key '{key}' is missing"):
+        with pytest.raises(Mistake, match=f"(?i)missing.*{key}|{key}.*missing"):
             clip.build({k: v for k, v in state.items() if k != key})
-    with pytest.raises(Mistake, match="'extra' is unknown"):
+    with pytest.raises(Mistake, match="Unexpected.*extra"):
         clip.build({**state, "extra": torch.zeros(1)})
-    with pytest.raises(Mistake, match="has shape"):
+    with pytest.raises(Mistake, match="size mismatch for ln_final.weight"):
         clip.build({**state, "ln_final.weight": torch.zeros(3)})
 
 
@@ -207,8 +207,8 @@ def test_a_file_that_does_not_fit_is_named(tmp_path, state):
     torch.save({key: value for key, value in state.items() if key != "ln_final.bias"},
                tmp_path / "x.pt")
     for load in (clip.load, lambda path: clip.load_text(str(path))):
-        with pytest.raises(Mistake, match="x.pt: these are not the weights of a CLIP: the key "
-                                          "'ln_final.bias' is missing"):
+        with pytest.raises(Mistake, match="x.pt: these are not the weights of a CLIP: Missing "
+                                          "key.*ln_final.bias"):
             load(tmp_path / "x.pt")
 
 
