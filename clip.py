@@ -582,14 +582,12 @@ def count(state: dict[str, Tensor], prefix: str) -> int:
 def fill(make, state: dict[str, Tensor], what: str = "a CLIP") -> nn.Module:
     """The model that `make()` gives with these weights, as float32 and in evaluation mode. Mistake,
     naming the keys, if they do not fit."""
+    # subtle: without torch's metadata, which would make it assign below, too; and torch itself adds
+    # num_batches_tracked, which some files lack
+    state = dict(state)
     try:
-        # allocates nothing before all shapes are known to agree
-        with torch.device("meta"):
-            model = make()
-        for key in model.state_dict():
-            if key.endswith("num_batches_tracked"):     # some files lack it, and nothing reads it
-                state.setdefault(key, torch.tensor(0))
-        model.load_state_dict(state, assign=True)
+        with torch.device("meta"):      # allocates nothing before all shapes are known to agree
+            make().load_state_dict(state, assign=True)
     except RuntimeError as error:       # it lists the keys, one per line, perhaps a hundred of them
         listed = " ".join(str(error).split("\n", 1)[-1].split())[:300]
         raise Mistake(f"these are not the weights of {what}: {listed}") from error

@@ -7,7 +7,7 @@
 Rerun the same command to update the index after a change. Neither of MMN's two embeddings of a
 moment depends on the sentence (Eq. 6, 9), so its index stores those of all moments of all videos,
 and a search is a product with two vectors. Without a checkpoint, the score of a moment is linear in
-its frames (retrieve.contrast), so the index stores the frames.
+its frames (untrained.contrast), so the index stores the frames.
 """
 import functools
 import hashlib

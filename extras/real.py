@@ -38,8 +38,12 @@ WIDTH = 256                         # of the small tower
 
 def read_vectors(folder: pathlib.Path, name: str) -> Tensor:
     """<name>.int8.npy * scale.npy + offset.npy, float32 [..., D], unit vectors."""
-    quantised, scale, offset = (np.load(folder / f"{part}.npy", allow_pickle=False)
-                                for part in (f"{name}.int8", "scale", "offset"))
+    try:
+        quantised, scale, offset = (np.load(folder / f"{part}.npy", allow_pickle=False)
+                                    for part in (f"{name}.int8", "scale", "offset"))
+    except (OSError, ValueError) as error:
+        raise Mistake(f"{folder} does not hold {name}.int8.npy, scale.npy and offset.npy: "
+                      f"{error}") from error
     return F.normalize(torch.from_numpy(quantised.astype(np.float32) * scale + offset), dim=-1)
 
 
@@ -47,7 +51,7 @@ def stems(sentence: str) -> set[str]:
     """Its words without their endings: "opening", "opens" and "opened" are one."""
     found = set()
     for word in re.findall("[a-z]+", sentence.lower()):
-        word = re.sub("(?<=...)(ing|ed|es|s)$", "", word)       # what is left has three letters
+        word = re.sub("(?<=...)(ing|ed|es|s)$", "", word)       # three letters remain
         word = re.sub(r"(?<=..)([^ls])\1$", r"\1", word)        # "putt" of "putting"
         found.add(re.sub("(?<=...)e$", "", word))               # "clos" of "closing", "close"
     return found
@@ -75,7 +79,8 @@ def predicted(sentences: list[str], vectors: Tensor, others: list[str]) -> Tenso
 
 
 def distil(sentences: list[str], targets: Tensor) -> clip.TextTower:
-    """A text tower of two layers whose vectors point where the targets [S, D] do."""
+    """A text tower of two layers whose vectors point where the targets [S, D] do. Words that are in
+    none of the sentences keep their random embeddings."""
     torch.manual_seed(0)
     tokens = clip.tokenize(sentences, truncate=True)                    # [S, 77]
     targets = F.normalize(targets, dim=1)
@@ -88,6 +93,7 @@ def distil(sentences: list[str], targets: Tensor) -> clip.TextTower:
     # the sentences of a batch are about equally long, which saves time
     batches = tokens.argmax(1).argsort().split(128)
     optimiser = torch.optim.AdamW(text.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
+    # a warm-up and a cosine; it also cycles the first beta of AdamW
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, STEPS, pct_start=0.04)
     for _ in trange(STEPS, desc="text tower", disable=None):
         chosen = batches[torch.randint(len(batches), ())]

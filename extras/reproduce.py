@@ -11,7 +11,8 @@ metrics, log, and R@1 by Q^s and Q^d. A stored row is not run again, except with
 are made on validation splits; tables show test splits.
 
 The unit of a comparison is the world: its seeds are averaged, and intervals are Student's over
-worlds. On a real dataset, where all seeds train on the same videos, it is the seed.
+worlds. Of real videos it is the fold; on a real dataset, where all seeds train on the same videos,
+the seed.
 """
 import argparse
 import ast
@@ -64,8 +65,8 @@ BERT = "distilbert-base-uncased"                                # and its text t
 class Row(NamedTuple):
     """A line of a table: its name, the fields of Config that make it (None: it is only reported),
     and the paper's figures by dataset. Without figures of its own, the shapes world shows those of
-    Charades-STA, for orientation. fused: evaluated together with CLIP alone; seeds: the most, where
-    that is fewer than its table has."""
+    Charades-STA, for orientation. fused: evaluated together with CLIP alone; seeds: at most so
+    many."""
     name: str
     fields: dict | None = None
     charades: list[float] = []
@@ -160,8 +161,8 @@ TABLES["coupled"] = Table(SPLITS + ["coupled-novel-word R@1,IoU=0.5"], STUDY, AS
 
 # real videos with real CLIP text (extras/real.py). The learning rates are those that an archived
 # study chose for both methods on the validation videos of fold 0 (docs/archive.md). Written down
-# before the runs: two seeds on each of five folds (one for what is only a control, so that all runs
-# take two hours), averaged within the fold, and these differences
+# before the runs: two seeds on each of five folds, averaged within the fold (one where seeds=WORLDS
+# stands, so that all runs take two hours), and these differences
 SHORT = dict(lr=3e-4, text_lr=1.0, hidden=96, epochs=10)
 REAL_MMN = dict(method="mmn", **SHORT)
 REAL_STAGED = dict(method="vdi-staged", **SHORT)
@@ -484,8 +485,7 @@ def run(config: train.Config, fresh: bool = False, fused: bool = False) -> dict:
         for query in ("static", "dynamic"):
             if not fused:
                 splits = [split for split in FINAL if split in metrics]
-                found = evaluate.evaluate(checkpoint, splits, query, device=device,
-                                          allow_missing=True)
+                found = evaluate.evaluate(checkpoint, splits, query, config.root, device, True)
                 halves[query] = {split: found[split][R1] for split in splits}
         return {"results": metrics, "coverage": coverage(config), "halves": halves, "log": log,
                 "clip_sha256": checkpoint.checkpoint["clip_sha256"],
@@ -610,11 +610,15 @@ def per_world(values: list[float]) -> list[float]:
 
 def paired(ours: list[dict], theirs: list[dict], split: str) -> tuple[float, float, list[float]]:
     """R@1, IoU=0.5 of one row minus that of another, in points: mean over worlds, half the width of
-    its 95% interval (Student's; NaN for a single world), and the difference in each world."""
+    its 95% interval (Student's; NaN for a single world), and the difference in each world; over the
+    seeds that both rows have."""
     differences = []
-    for a, b in zip(ours, theirs):
+    for one, other in zip(ours, theirs):
+        a, b = one["results"][split], other["results"][split]
+        if a["queries"] != b["queries"]:
+            raise Mistake(f"two rows have other sentences of {split}; make the missing features")
         # rounded: 6.05 is 6.0 or 6.1 by the last bits of a difference of two floats
-        differences.append(round(a["results"][split][R1] - b["results"][split][R1], 6))
+        differences.append(round(a[R1] - b[R1], 6))
     worlds = per_world(differences)
     half = math.nan
     if len(worlds) > 1:
@@ -623,7 +627,8 @@ def paired(ours: list[dict], theirs: list[dict], split: str) -> tuple[float, flo
 
 
 def clip_name(dataset: str, given: argparse.Namespace) -> str:
-    """A shapes world's own small CLIP; that of all folds of real videos; else the published one."""
+    """A shapes world's own small CLIP, which is built if need be; that of all folds of real videos;
+    else the published one."""
     if dataset.startswith("shapes"):
         shapes.build(dataset, given.root)
         return dataset
@@ -695,7 +700,9 @@ def table_text(what: str, given: argparse.Namespace) -> str:
     else:
         lines = [line[:-1] for line in lines]
     minutes = sum(sum(run["minutes"] for run in seeds) for seeds in runs)
-    text = [markdown(heads, lines), "", f"{len(first)} seeds; {sizes(first, columns)}; "
+    counts = sorted({len(seeds) for seeds in runs if seeds})
+    text = [markdown(heads, lines), "", f"{' or '.join(map(str, counts))} seeds; "
+            f"{sizes(first, columns)}; "
             f"{minutes:.0f} minutes of runs.{protocol(what, given)}"]
     for a, b in table.differences:
         if runs[a] and runs[b]:

@@ -93,16 +93,16 @@ def search_moments(index: Index, iou_text: Tensor, contrastive_text: Tensor, top
     for rows in stretches:
         overlap = torch.sigmoid(mmn.SCORE_SCALE * cosines(iou[rows], iou_text))
         scores[rows] = mmn.fuse(overlap, cosines(contrastive[rows], contrastive_text))
-    count = 128                                         # so many of the best compete in NMS
+    count = 128                         # moments that NMS considers, more if too few remain
     while True:
         count = min(count, len(scores))
         rows = scores.topk(count).indices.sort().values                 # in the order of the index
         rows = rows[scores[rows] > -math.inf]
         owners = [names[bisect.bisect_right(firsts, row) - 1] for row in rows.tolist()]
         best = greedy_nms(spans[rows], scores[rows], top, owners, per_video)
-        if len(best) == top or count == len(scores):
+        if len(best) == top or len(rows) < count or count == len(scores):
             break
-        count *= 2                                      # NMS has left too few
+        count *= 2
     hits = []
     for k in best:
         score = scores[rows[k]].item()

@@ -3,8 +3,8 @@
     python -m extras.serve index/                       # http://127.0.0.1:8000
 
 Starlette and uvicorn serve the page, the indexed videos (with range requests, so that a player can
-seek) and parts of them as clips, and nothing else. Only this machine can connect unless --host says
-otherwise.
+seek), thumbnails and clips of them, and nothing else. Only this machine can connect unless --host
+says otherwise.
 """
 import contextlib
 import functools
@@ -12,14 +12,18 @@ import pathlib
 import socket
 import sys
 import tempfile
+import threading
 
+import video
 from extras import show
 from extras.index import Entry, Index, state_of, summary
 from extras.search import is_found, retriever_of, search
 from support import files, options
 from support.errors import Mistake, reported
+from support.text import printable
 
 LONGEST = 300                   # characters of a query, as in assets/page.html
+LONGEST_CLIP_SEC = 600
 LOCAL = ["127.0.0.1", "localhost", "[::1]"]             # what a Host header calls this machine
 
 
@@ -32,6 +36,8 @@ def application(index: Index, retriever, hosts: list[str]):
     tasks = files.need("starlette.background", "serving")
     routing = files.need("starlette.routing", "serving")
     trusted = files.need("starlette.middleware.trustedhost", "serving")
+
+    cutting = threading.Lock()
 
     def latest() -> Index:
         """The index as it is on disk now: an update may have replaced its table."""
@@ -87,18 +93,22 @@ def application(index: Index, retriever, hosts: list[str]):
         path, entry = video_of(request)
         start_sec = request.path_params["start"]
         end_sec = min(request.path_params["end"], entry.duration_sec)
-        if start_sec >= end_sec:
-            raise exceptions.HTTPException(400, "a clip must end after its start")
+        if not 0 < end_sec - start_sec <= LONGEST_CLIP_SEC:
+            raise exceptions.HTTPException(400, f"a clip must end after its start, and at most "
+                                                f"{LONGEST_CLIP_SEC} seconds after it")
         folder = tempfile.TemporaryDirectory()                  # until the clip has been sent
-        out = pathlib.Path(folder.name, show.clip_name(path, start_sec, end_sec))
-        show.cut(path, start_sec, end_sec, out)
-        return responses.FileResponse(out, filename=out.name,
+        out = pathlib.Path(folder.name, "clip.mp4")
+        with cutting:                                           # which takes all cores
+            show.cut(path, start_sec, end_sec, out)
+        name = printable(show.clip_name(path, start_sec, end_sec))
+        return responses.FileResponse(out, filename=name,
                                       background=tasks.BackgroundTask(folder.cleanup))
 
-    def unreadable(request, error: Mistake):                    # damaged since it was indexed
-        return responses.PlainTextResponse(str(error), 404)
+    def unreadable(request, error: video.VideoError):           # damaged since it was indexed
+        print(printable(str(error)), file=sys.stderr)           # its path is not for the browser
+        return responses.PlainTextResponse("this video cannot be read", 404)
 
-    app = applications.Starlette(exception_handlers={Mistake: unreadable}, routes=[
+    app = applications.Starlette(exception_handlers={video.VideoError: unreadable}, routes=[
         routing.Route("/", page),
         routing.Route("/video/{key}", whole),
         routing.Route("/clip/{key}/{start:float}/{end:float}", clip),

@@ -254,7 +254,8 @@ def clip_name(path: str | os.PathLike, start_sec: float, end_sec: float) -> str:
     """kitchen-0m08.6s-0m15.1s.mp4."""
     name = pathlib.Path(path).stem
     for sec in (start_sec, end_sec):
-        name += f"-{int(sec // 60)}m{sec % 60:04.1f}s"
+        minutes, tenths = divmod(round(10 * sec), 600)      # rounded first: 59.96 s is 1m00.0s
+        name += f"-{minutes}m{tenths / 10:04.1f}s"
     return f"{name}.mp4"
 
 

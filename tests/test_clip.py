@@ -175,6 +175,9 @@ def test_build_names_the_missing_key(state):
             clip.build({k: v for k, v in state.items() if k != key})
     with pytest.raises(Mistake, match="Unexpected.*extra"):
         clip.build({**state, "extra": torch.zeros(1)})
+    half = torch.nn.Linear(2, 2).half().state_dict()    # with torch's metadata
+    filled = clip.fill(lambda: torch.nn.Linear(2, 2), half)
+    assert filled.weight.dtype == torch.float32 and torch.equal(filled.bias, half["bias"].float())
     with pytest.raises(Mistake, match="size mismatch for ln_final.weight"):
         clip.build({**state, "ln_final.weight": torch.zeros(3)})
 

@@ -131,6 +131,11 @@ def test_search_is_exact_when_many_scores_are_nearly_equal(large, monkeypatch, t
         assert scored[:2] == [128, 256]
 
 
+def test_cosines_of_several_blocks():
+    x = F.normalize(torch.randn(9000, 16, generator=torch.Generator().manual_seed(0)), dim=1).half()
+    assert torch.allclose(extras.search.cosines(x, QUERY), x.float() @ QUERY, atol=1e-6)
+
+
 def test_a_search_among_few_videos_reads_only_their_rows(large, monkeypatch):
     """Which is what `extras.search --videos` is for: less to read."""
     read, cosines = [], extras.search.cosines

@@ -44,6 +44,7 @@ def test_a_row_is_run_once_and_only_for_the_same_choices(options, tmp_path, caps
     assert content == reproduce.stored(config) == written
     assert set(content["results"]) == {"val", "test", "novel-word", "novel-composition"}
     checkpoint = evaluate.load(config.folder / "ckpt.pt")
+    assert set(content["halves"]) == {"static", "dynamic"}
     for query, halves in content["halves"].items():
         assert set(halves) == set(content["results"]) - {"val"}
         expected = evaluate.evaluate(checkpoint, ["test"], query)["test"]["R@1,IoU=0.5"]
@@ -287,7 +288,7 @@ def test_the_overall_column_weighs_kinds_by_their_triplets(options, monkeypatch)
 # -------------------------------------------------------------------------------------- differences
 
 def runs_of(*rates: float) -> list[dict]:
-    return [{"results": {"test": {"R@1,IoU=0.5": rate}}} for rate in rates]
+    return [{"results": {"test": {"R@1,IoU=0.5": rate, "queries": 4}}} for rate in rates]
 
 
 def test_a_difference_by_hand():
@@ -296,6 +297,9 @@ def test_a_difference_by_hand():
     mean, half, worlds = reproduce.paired(runs_of(75, 25), runs_of(25, 50), "test")
     assert (mean, worlds) == (12.5, [50.0, -25.0]) and half == pytest.approx(12.71 * 37.5)
     assert math.isnan(reproduce.paired(runs_of(100), runs_of(0), "test")[1])
+    fewer = [{"results": {"test": {"R@1,IoU=0.5": 0.0, "queries": 3}}}]
+    with pytest.raises(Mistake, match="other sentences of test"):
+        reproduce.paired(runs_of(100), fewer, "test")
 
 
 def test_the_seeds_of_a_world_are_averaged():
@@ -318,6 +322,10 @@ def test_an_incomplete_table_is_refused(options, monkeypatch):
     monkeypatch.setattr(reproduce, "stored", lambda config, _: config if config in ran else None)
     assert reproduce.collect("main", options) == [[(rows[0].name, 0)], [(rows[1].name, 0)]]
     options.seeds = 2
+    with monkeypatch.context() as patch:                # a row of which one seed is enough
+        less = [rows[0], rows[1]._replace(seeds=1)]
+        patch.setitem(reproduce.TABLES, "main", reproduce.TABLES["main"]._replace(rows=less))
+        assert [len(seeds) for seeds in reproduce.collect("main", options)] == [2, 1]
     with pytest.raises(Mistake, match="main is incomplete; run: python -m extras.reproduce main"):
         reproduce.collect("main", options)
 

@@ -454,6 +454,17 @@ def test_the_server_cuts_a_clip(client, index, tmp_path):
     assert client.get("/clip/4/0/1").status_code == 404
 
 
+def test_a_video_that_cannot_be_cut_is_not_named(client, index, monkeypatch, capsys):
+    def broken(path, *_):
+        raise video.VideoError(f"{path} is damaged")
+
+    monkeypatch.setattr(show, "cut", broken)
+    name, entry = next(iter(index.entries.items()))
+    reply = client.get(f"/clip/{entry.file}/0/1")
+    assert (reply.status_code, reply.text) == (404, "this video cannot be read")
+    assert f"{index.path_of(name)} is damaged" in capsys.readouterr().err
+
+
 def test_the_server_notices_an_update(index, retriever, tmp_path):
     """A video more, one replaced, and an index that was made with other settings: it goes on with
     what it has read."""
