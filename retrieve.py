@@ -380,20 +380,17 @@ class Retriever:
         self.T, self.N = self.run.config["frames"], self.run.config["num_clips"]
         self.window_sec = self.run.checkpoint["window_sec"]
         self.clip_file = clip_file
-        self.image_tower = None                             # see load_image_tower
         self.generic = generic_sentences(self.run.config["dataset"])
         if fuse_clip and not (evaluate.can_add_clip(self.run)
                               and "clip_weight" in self.run.checkpoint):
             raise Mistake(f"{checkpoint} has no weight for CLIP alone; omit --fuse-clip")
 
-    def load_image_tower(self) -> clip.CLIP:
+    @functools.cached_property
+    def image_tower(self) -> clip.CLIP:
         """The checkpoint's CLIP, loaded when first needed. Mistake for missing or other weights."""
-        if self.image_tower is not None:
-            return self.image_tower
         path = self.clip_file or data.clip_file(self.made["clip"], self.run.config["root"])
         path = evaluate.own_clip(self.run, path, "pass its file with --clip")
-        self.image_tower = clip.load(path, self.device, clip.activation_of(self.made))
-        return self.image_tower
+        return clip.load(path, self.device, clip.activation_of(self.made))
 
     def encode(self, path: str | os.PathLike) -> Encoded:
         """The features of a video file, cached or extracted. VideoError if it is unreadable."""
@@ -413,12 +410,11 @@ class Retriever:
     def extract(self, path: pathlib.Path) -> tuple[Tensor, float]:
         """A video file -> F features [F, D], float16, and its duration. F is T; for a long video it
         is larger, so that the features are as dense as in training."""
-        model = self.load_image_tower()
         found = video.inspect(path)
         count = self.T
         if found.duration_sec > LONGER * self.window_sec:
             count = round(self.T * found.duration_sec / self.window_sec)
-        return encode_file(model, found, count)
+        return encode_file(self.image_tower, found, count)
 
     @torch.no_grad()
     def text(self, sentences: list[str]) -> Tensor:
@@ -465,9 +461,8 @@ class Retriever:
     def fused(self, encoded: Encoded, sentences: list[str], scores: Tensor) -> Tensor:
         """`scores` together with those of CLIP alone, [S, W * P]. For ranking the moments of one
         sentence only: a sum of z does not tell whether anything matches."""
-        original = self.load_image_tower()
-        tokens = checked_tokens(sentences, original.tokenize).to(self.device)
-        text = F.normalize(original.encode_text(tokens), dim=1)         # [S, D]
+        tokens = checked_tokens(sentences, self.image_tower.tokenize).to(self.device)
+        text = F.normalize(self.image_tower.encode_text(tokens), dim=1)         # [S, D]
         smooth_sec = untrained.smooth_sec_of(self.run.config["dataset"])
         all_alone = []
         for frames, _ in self.windows(encoded):                         # [w, T, D]

@@ -313,7 +313,7 @@ def update_index(retriever: Retriever | ZeroShot, checkpoint: str | None, folder
                  out: str) -> tuple[Index, dict[str, str]]:
     """Updates the index in `out`, see `Index.update`."""
     if checkpoint:
-        retriever.load_image_tower()            # missing weights are no fault of the first video
+        retriever.image_tower                   # missing weights are no fault of the first video
     index = Index(out, made_with(retriever, checkpoint))
     return index, index.update(folder, functools.partial(encode_video, retriever))
 

@@ -563,26 +563,16 @@ def run_all(configs: list[tuple[train.Config, bool]], given: argparse.Namespace)
     for config, _ in missing.values():                  # before two processes build the same world
         shapes.build_for(config)
     threads = max(1, torch.get_num_threads() // given.jobs)     # of each run
-    # those that only evaluate come last, when what they evaluate has been trained
-    for wanted in (False, True):
-        now = [config for config, fused in missing.values() if fused == wanted]
-        run_together(now, wanted, given, threads)
-
-
-def run_together(configs: list[train.Config], fused: bool, given: argparse.Namespace,
-                 threads: int) -> None:
-    if given.jobs == 1 or not configs:
-        for config in tqdm(configs, desc="runs", disable=None):
-            run_quietly(config, fused, given.fresh, threads)
-        return
     # spawned, because a forked process cannot use torch's threads safely
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(given.jobs, spawn) as pool:
-        runs = [pool.submit(run_quietly, config, fused, given.fresh, threads)
-                for config in configs]
-        finished = concurrent.futures.as_completed(runs)
-        for future in tqdm(finished, total=len(runs), desc="runs", disable=None):
-            future.result()                             # raises what the run raised
+        run_each = map if given.jobs == 1 else pool.map
+        # those that only evaluate come last, when what they evaluate has been trained
+        for wanted in (False, True):
+            now = [config for config, fused in missing.values() if fused == wanted]
+            work = functools.partial(run_quietly, fused=wanted, fresh=given.fresh, threads=threads)
+            for _ in tqdm(run_each(work, now), total=len(now), desc="runs", disable=None):
+                pass                                    # raises what a run raised
 
 
 # ---------------------------------------------------------------------------------- tables of runs

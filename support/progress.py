@@ -83,9 +83,6 @@ class Run:
         self.is_new = True
         if resume:
             self.is_new = not self._restore()
-            if self.is_first:
-                # drop what a killed run logged after it was last saved: it will be logged again
-                self._write_log()
         minutes = self.history[-1]["minutes"] if self.history else 0
         self.started = time.time() - 60 * minutes
 
@@ -105,8 +102,6 @@ class Run:
             same_configuration(saved["config"], self.config, self.folder)
             if not exists[0]:
                 return False
-            if saved.get("done"):       # an earlier version also saved in the middle of an epoch
-                raise ValueError("it was saved in the middle of an epoch")
             self._set_state(saved)
         except Mistake:
             raise
@@ -205,9 +200,8 @@ class Run:
         self.history.append(row)
         if not self.is_first:
             return False
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        # all of it: a killed run may have logged an epoch that it had not saved
+        self._write_log()
         tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
         return self.best_epoch() == len(self.history)
 

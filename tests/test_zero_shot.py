@@ -217,7 +217,7 @@ def test_a_checkpoint_fused_with_its_clip(world, checkpoint, videos, tmp_path): 
     encoded = one.encode(videos / "test-0000.mp4")
     sentences = ["the green circle blinks", "the maroon heart rises"]
     spans, scores = one.scores(encoded, sentences)
-    x = F.normalize(both.load_image_tower().encode_text(clip.tokenize(sentences)), dim=1)
+    x = F.normalize(both.image_tower.encode_text(clip.tokenize(sentences)), dim=1)
     alone = untrained.contrast_map(x @ encoded.frames.T, 16)
     alone = one.run.retriever.at_candidates(alone)
     both.run.checkpoint["clip_weight"] = 0.5
