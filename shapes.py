@@ -494,8 +494,10 @@ def build(dataset: str = "shapes", root: str | os.PathLike = "data") -> None:
     folder gets its name when it is complete, so an interrupted build is simply repeated."""
     seed, coupling = world_of(dataset)
     target = pathlib.Path(root) / dataset
-    if target.exists():
+    if (target / "chunks.json").exists():
         return
+    if target.exists():                                 # not by this function
+        raise Mistake(f"{target} is not a complete shapes world; remove it to build it again")
     print(f"building {target}: drawing and encoding videos")
     counts = COUPLED_SPLITS if coupling else SPLITS
     write(target, pretrained(seed), seed, counts, coupling)

@@ -51,7 +51,7 @@ def stems(sentence: str) -> set[str]:
     """Its words without their endings: "opening", "opens" and "opened" are one."""
     found = set()
     for word in re.findall("[a-z]+", sentence.lower()):
-        word = re.sub("(?<=...)(ing|ed|es|s)$", "", word)       # three letters remain
+        word = re.sub("(?<=...)(ing|ed|es|s)$", "", word)       # at least three letters remain
         word = re.sub(r"(?<=..)([^ls])\1$", r"\1", word)        # "putt" of "putting"
         found.add(re.sub("(?<=...)e$", "", word))               # "clos" of "closing", "close"
     return found

@@ -481,11 +481,12 @@ def run(config: train.Config, fresh: bool = False, fused: bool = False) -> dict:
             metrics = evaluate.evaluate(checkpoint, device=device, allow_missing=True)
         if "val" not in metrics and config.select_on == "val":  # a real dataset's is held out
             metrics |= evaluate.evaluate(checkpoint, ["val"], device=device, allow_missing=True)
-        halves = {}                                     # for Fig. 3
-        for query in ("static", "dynamic"):
-            if not fused:
-                splits = [split for split in FINAL if split in metrics]
-                found = evaluate.evaluate(checkpoint, splits, query, config.root, device, True)
+        halves = {}
+        if not fused:                                   # for Fig. 3
+            splits = [split for split in FINAL if split in metrics]
+            for query in ("static", "dynamic"):
+                found = evaluate.evaluate(checkpoint, splits, query, config.root, device,
+                                          allow_missing=True)
                 halves[query] = {split: found[split][R1] for split in splits}
         return {"results": metrics, "coverage": coverage(config), "halves": halves, "log": log,
                 "clip_sha256": checkpoint.checkpoint["clip_sha256"],

@@ -22,9 +22,9 @@ from support.errors import Mistake, reported
 
 
 class Contrast(mmn.MomentMap):
-    """`untrained.contrast_map` behind the interface of a retriever. The candidates are all
-    moments of up to half the video, as in retrieve.py. Cosines of frames `each_sec` apart are
-    averaged over `smooth_sec`."""
+    """`untrained.contrast_map` behind the interface of a retriever. The candidates are all moments
+    of up to half the video, as in retrieve.py. Cosines of frames `each_sec` apart are averaged over
+    `smooth_sec`."""
 
     def __init__(self, num_clips: int, each_sec: float = 1.0, smooth_sec: float = 0.0):
         # the diagonals above the main one, which are the moments of 2 to N/2 clips
@@ -38,7 +38,7 @@ class Contrast(mmn.MomentMap):
         candidates."""
         similarity = torch.einsum("sd,std->st", text, frames[video_of])         # [S, T]
         similarity = untrained.smoothed(similarity, self.each_sec, self.smooth_sec)
-        scores = untrained.contrast_map(similarity, self.num_clips)           # [S, N, N]
+        scores = untrained.contrast_map(similarity, self.num_clips)     # [S, N, N]
         # -inf marks moments without a score; 0, as in MMN, keeps the whole map finite
         return self.to_map(self.at_candidates(scores))
 

@@ -175,11 +175,19 @@ def test_build_names_the_missing_key(state):
             clip.build({k: v for k, v in state.items() if k != key})
     with pytest.raises(Mistake, match="Unexpected.*extra"):
         clip.build({**state, "extra": torch.zeros(1)})
-    half = torch.nn.Linear(2, 2).half().state_dict()    # with torch's metadata
-    filled = clip.fill(lambda: torch.nn.Linear(2, 2), half)
-    assert filled.weight.dtype == torch.float32 and torch.equal(filled.bias, half["bias"].float())
     with pytest.raises(Mistake, match="size mismatch for ln_final.weight"):
         clip.build({**state, "ln_final.weight": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_filled_weights_are_a_copy_in_float32(dtype):
+    """Also of a state dict with torch's metadata, as `torch.load` gives it."""
+    state = torch.nn.Linear(2, 2).to(dtype).state_dict()
+    before = state["bias"].clone()
+    filled = clip.fill(lambda: torch.nn.Linear(2, 2), state)
+    assert filled.weight.dtype == torch.float32 and torch.equal(filled.bias, before.float())
+    torch.nn.init.zeros_(filled.bias)
+    assert torch.equal(state["bias"], before)
 
 
 def test_sizes_of_the_published_models_are_read_off():

@@ -75,8 +75,8 @@ def test_inject_and_mmn_need_torch_alone():
 
 # lines of each part of the product; a part may not grow beyond its budget. Plain lines with
 # comments that give reasons are about a tenth more than compressed ones: the price of what follows
-LINES = {"the seven": 2783, "the eleven": 4519, "support": 1521, "extras": 3916, "clip2video": 1125,
-         "product": 11081}
+LINES = {"the seven": 2783, "the eleven": 4521, "support": 1521, "extras": 3917, "clip2video": 1125,
+         "product": 11084}
 OPTIONS = 142                   # of all commands and configurations
 DENSE_PER_1000 = 25             # dense constructs per 1,000 lines of code, see `dense_constructs`
 CODE_LINES_PER_COMMENT = 8

@@ -125,7 +125,7 @@ def test_cosines_are_averaged_over_seconds(frames, half):
         near = x[:, max(0, i - half):i + half + 1]
         assert torch.allclose(smooth[:, i], near.mean(1), atol=1e-6)
     assert torch.equal(untrained.smoothed(x, 0.5, 0.0), x)
-    both = untrained.smoothed(x, torch.tensor([0.5, 1e9]), half + 0.2)        # a rate for each row
+    both = untrained.smoothed(x, torch.tensor([0.5, 1e9]), half + 0.2)     # a rate for each row
     assert torch.equal(both[0], smooth[0]) and torch.allclose(both[1], x[1], atol=1e-6)
 
 
