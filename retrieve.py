@@ -80,39 +80,29 @@ class Encoded(NamedTuple):
 
 # --------------------------------------------------------------------------------- without training
 
-def zero_shot_scores(frames: Tensor, text: Tensor, num_clips: int,
-                     power: float = untrained.POWER) -> Tensor:
+def zero_shot_scores(frames: Tensor, text: Tensor, num_clips: int) -> Tensor:
     """`untrained.contrast_map` of a video with frozen CLIP features.
 
     frames   [T, D] unit vectors at the centres of T equal parts of the video, T >= N
     text     [S, D] unit vectors
     returns  [S, N, N]; -inf below the diagonal and for the whole video, which has no outside
     """
-    return untrained.contrast_map(text @ frames.T, num_clips, power)
+    return untrained.contrast_map(text @ frames.T, num_clips)
 
 
-def search_intervals(similarity: Tensor, shortest: int, longest: Tensor | int, top_k: int = 1,
-                     counts: Tensor | None = None, power: float = untrained.POWER,
+def search_intervals(similarity: Tensor, shortest: int, longest: int, top_k: int = 1,
                      block: int = 1 << 22) -> Tensor:
     """The best moments among all intervals of `shortest` to `longest` frames, by greedy NMS: exact,
     and in bounded memory for videos of any length.
 
-    similarity   [S, F] cosines; a row for each sentence in a video, or for each video
-    longest      of all rows, or [S]
-    counts       [S] frames of each row that exist (default: all)
+    similarity   [S, F] cosines of each sentence with the frames of a video
     block        number of intervals scored at a time
     returns      [S, top_k, 3]: first frame, frame after the last, score; -inf if there are no more
     """
     S, n = similarity.shape
-    if counts is None:
-        counts = torch.full((S,), n)
-    longest = torch.as_tensor(longest).expand(S)
-    real = torch.arange(n) < counts[:, None]                            # [S, F], False = padding
-    sums = F.pad((similarity.double() * real).cumsum(1), (1, 0))        # [S, F + 1]
-    length = torch.arange(shortest, max(shortest, int(longest.max())) + 1)      # [L]
+    sums = F.pad(similarity.double().cumsum(1), (1, 0))                 # [S, F + 1]
+    length = torch.arange(shortest, longest + 1)                        # [L]
     total = sums[:, -1, None, None]                                     # [S, 1, 1]
-    counts = counts[:, None, None]
-    longest = longest[:, None, None]
     step = max(1, block // (S * len(length)))                           # B, start frames per block
     result = torch.zeros(S, top_k, 3, dtype=torch.double)
     result[..., 2] = float("-inf")
@@ -121,9 +111,9 @@ def search_intervals(similarity: Tensor, shortest: int, longest: Tensor | int, t
             start = torch.arange(first, min(first + step, n))[:, None]          # [B, 1]
             end = start + length                                                # [B, L]
             inside = sums[:, end.clamp(max=n)] - sums[:, start]                 # [S, B, L]
-            score = untrained.contrast(total, inside, length, counts, power)
+            score = untrained.contrast(total, inside, length, n)
             # subtle: intervals that run past the end have clamped, meaningless sums; drop them
-            score = score.masked_fill((end > counts) | (length > longest), float("-inf"))
+            score = score.masked_fill(end > n, float("-inf"))
             spans = torch.stack([start.expand_as(end), end], -1).double()       # [B, L, 2]
             # greedy NMS: moments already chosen suppress the intervals that overlap them
             for chosen in range(k):
@@ -136,8 +126,7 @@ def search_intervals(similarity: Tensor, shortest: int, longest: Tensor | int, t
     return result
 
 
-def best_at(similarity: Tensor, shortest: int, longest: int,
-            power: float = untrained.POWER) -> Tensor:
+def best_at(similarity: Tensor, shortest: int, longest: int) -> Tensor:
     """The best score of an interval of `shortest` to `longest` frames that contains each frame.
     similarity [S, F]; returns [S, F]."""
     S, n = similarity.shape
@@ -150,7 +139,7 @@ def best_at(similarity: Tensor, shortest: int, longest: int,
         best = torch.maximum(best[:, 1:], best[:, :-1])                 # [S, F - length + 1]
         if length >= shortest:
             inside = sums[:, length:] - sums[:, :-length]               # [S, F - length + 1]
-            score = untrained.contrast(sums[:, -1:], inside, torch.tensor(length), n, power)
+            score = untrained.contrast(sums[:, -1:], inside, torch.tensor(length), n)
             best = torch.maximum(best, score)
     return best
 
@@ -185,9 +174,6 @@ class ZeroShot:
         if smooth_sec is None:
             smooth_sec = untrained.smooth_sec_of(dataset)
         self.smooth_sec = smooth_sec
-        weights = pathlib.Path("~/.cache/clip").expanduser()
-        if path in clip.PUBLISHED and not (weights / clip.PUBLISHED[path][1]).exists():
-            note(f"downloading CLIP {path} to {weights}, once (ViT-B/32: 338 MB)")
         self.device = parallel.pick_device(device)
         self.model = clip.load(path, self.device, torch.nn.GELU if gelu else None)
         # the activation changes the features, so it is part of what identifies them

@@ -12,7 +12,7 @@ Each video and each sentence becomes two unit vectors. For the global one, the t
 block (TDB) inserts the changes between frames; for the aligned one, the temporal alignment block
 (TAB) assigns frames and words to shared centres. The similarity is a weighted sum of the two
 cosines. Left out: the plain and `sigmoid_mlp` differences of the release, MSR-VTT's full split, and
-moments within a video, which mmn.py finds (`python -m extras.search --videos` combines the two).
+moments within a video, which mmn.py finds.
 
 Files, each of which imports only from those before it: model (settings, network, loss), data
 (published datasets, whole videos of a shapes world), evaluate (metrics, checkpoints), train (the

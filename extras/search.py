@@ -2,10 +2,6 @@
 
     python -m extras.search index/ "a person opens the door"
     python -m extras.search index/ "a person opens the door" --html page.html
-    python -m extras.search index/ "a person opens the door" --videos 100
-
-With --videos, only the videos that CLIP2Video ranks first are searched (`python -m clip2video
-index` adds its vectors to the same folder): less to read, but approximate.
 """
 import base64
 import bisect
@@ -17,15 +13,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 import clip
 import mmn
-from clip2video.search import Ranker
 from extras import show
 from extras.index import Entry, Index, state_of, summary
-from retrieve import FOUND, Moment, Retriever, ZeroShot, greedy_nms, search_intervals
-from support import files, options, untrained
+from retrieve import FOUND, Encoded, Moment, Retriever, ZeroShot, greedy_nms
+from support import files, options
 from support.errors import Mistake, reported
 from support.text import printable
 
@@ -38,35 +32,17 @@ class Hit(NamedTuple):
     order: float
 
 
-def search(index: Index, retriever, sentences: list[str], top: int = 10, per_video: int = 3,
-           videos: int | None = None) -> list[list[Hit]]:
-    """For each sentence the best moments, best first.
-
-    top, per_video   answers in all, and of one video at most
-    videos           search only the videos that CLIP2Video ranks first
-    """
-    among = [index.entries.keys()] * len(sentences)
-    if videos:
-        among = ranked_videos(index, sentences, videos, retriever.device)
+def search(index: Index, retriever: Retriever | ZeroShot, sentences: list[str], top: int = 10,
+           per_video: int = 3) -> list[list[Hit]]:
+    """For each sentence the best moments, best first: `top` in all, and `per_video` of one video at
+    most."""
     if retriever.kind == "clip":
-        return [search_frames(index, text, top, per_video, names)
-                for text, names in zip(retriever.text(sentences), among)]       # [D]
+        return [search_frames(index, retriever, text, top, per_video)           # [D]
+                for text in retriever.text(sentences)]
     iou_text, contrastive_text = retriever.read(sentences)              # [S, J] each
     # the index is searched on the CPU
-    return [search_moments(index, a, b, top, per_video, names)
-            for a, b, names in zip(iou_text.cpu(), contrastive_text.cpu(), among)]      # [J] each
-
-
-def ranked_videos(index: Index, sentences: list[str], count: int, device) -> list[set[str]]:
-    """For each sentence the names of the `count` videos that CLIP2Video ranks first."""
-    ranker = Ranker(index.folder, device)
-    different = index.entries.keys() ^ set(ranker.names)        # in one of the two only
-    if different:
-        print(f"note: {len(different)} videos, for instance {printable(min(different))}, are in "
-              f"only one of the two indexes and are skipped; update both with python -m "
-              f"extras.index and python -m clip2video index", file=sys.stderr)
-    return [{name for name, _ in best if name in index.entries}
-            for best in ranker.best(sentences, count)]          # pairs of name and score
+    return [search_moments(index, a, b, top, per_video)                 # [J] each
+            for a, b in zip(iou_text.cpu(), contrastive_text.cpu())]
 
 
 def z_of(entry: Entry, score: float) -> float:
@@ -77,30 +53,24 @@ def z_of(entry: Entry, score: float) -> float:
 # ------------------------------------------------------------------------------- with a checkpoint
 
 def search_moments(index: Index, iou_text: Tensor, contrastive_text: Tensor, top: int,
-                   per_video: int, among: set[str]) -> list[Hit]:
-    """The best moments of the videos `among` for one sentence, best first. Exact.
+                   per_video: int) -> list[Hit]:
+    """The best moments for one sentence, best first. Exact.
 
     iou_text, contrastive_text  [J] unit vectors (Retriever.read)
     """
     arrays, slices = index.load()
-    iou, spans, contrastive = arrays["iou"], arrays["spans"], arrays["contrastive"]     # [R, J]
+    spans = arrays["spans"]                                             # [R, 2]
     names = list(slices)
     firsts = [rows.start for rows in slices.values()]
-    stretches = [slices[name] for name in names if name in among]       # of rows to read
-    if len(stretches) == len(names):
-        stretches = [slice(0, len(iou))]
-    scores = torch.full((len(iou),), -math.inf)         # [R]; -inf: not searched
-    for rows in stretches:
-        overlap = torch.sigmoid(mmn.SCORE_SCALE * cosines(iou[rows], iou_text))
-        scores[rows] = mmn.fuse(overlap, cosines(contrastive[rows], contrastive_text))
+    overlap = torch.sigmoid(mmn.SCORE_SCALE * cosines(arrays["iou"], iou_text))
+    scores = mmn.fuse(overlap, cosines(arrays["contrastive"], contrastive_text))        # [R]
     count = 128                         # moments that NMS considers, more if too few remain
     while True:
         count = min(count, len(scores))
         rows = scores.topk(count).indices.sort().values                 # in the order of the index
-        rows = rows[scores[rows] > -math.inf]
         owners = [names[bisect.bisect_right(firsts, row) - 1] for row in rows.tolist()]
         best = greedy_nms(spans[rows], scores[rows], top, owners, per_video)
-        if len(best) == top or len(rows) < count or count == len(scores):
+        if len(best) == top or count == len(scores):
             break
         count *= 2
     hits = []
@@ -119,57 +89,26 @@ def cosines(x: Tensor, text: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------- CLIP alone
 
-def search_frames(index: Index, text: Tensor, top: int, per_video: int,
-                  among: set[str]) -> list[Hit]:
-    """The best moments of the videos `among` for one sentence by CLIP alone, best z first:
-    contrasts of different videos cannot be compared, z can. Exact.
-
-    text    [D] unit vector
-    """
+def search_frames(index: Index, retriever: ZeroShot, text: Tensor, top: int,
+                  per_video: int) -> list[Hit]:
+    """The best moments for one sentence, a unit vector [D], by CLIP alone, best z first: contrasts
+    of different videos cannot be compared, z can. Exact."""
     arrays, slices = index.load()
-    similarity = cosines(arrays["frames"], text)                        # [R]
-    names = [name for name in slices if name in among]
-    entries = [index.entries[name] for name in names]
-    rows = []                                                   # [F] each
-    for name, entry in zip(names, entries):
-        each_sec = entry.duration_sec / entry.rows
-        rows.append(untrained.smoothed(similarity[slices[name]], each_sec,
-                                       index.made["smooth_sec"]))
-    limits_sec = index.made["limits_sec"]
-    # subtle: a video whose best moment is not among the top cannot contribute an answer
-    first = best_of(rows, entries, limits_sec, 1)[:, 0, 2]      # [V] scores
-    z = torch.tensor([z_of(entry, score) for entry, score in zip(entries, first.tolist())])
-    chosen = z.topk(min(top, len(z))).indices.tolist()
-    moments = best_of([rows[v] for v in chosen], [entries[v] for v in chosen], limits_sec,
-                      per_video)                                # [<= top, per_video, 3]
+    videos = {}                                         # name -> as retrieve.py sees it
+    first = {}                                          # name -> z of its best moment
+    for name, entry in index.entries.items():
+        frames = arrays["frames"][slices[name]].float()                 # [F, D]
+        videos[name] = Encoded(name, entry.duration_sec, entry.duration_sec / entry.rows, frames,
+                               starts=[0])
+        first[name] = z_of(entry, retriever.search(videos[name], text[None], 1)[0, 0, 2].item())
     hits = []
-    for v, found in zip(chosen, moments.tolist()):
-        for moment in found:
+    # a video whose best moment is not among the top contributes none
+    for name in sorted(first, key=first.get, reverse=True)[:top]:
+        for moment in retriever.search(videos[name], text[None], per_video)[0].tolist():
             if moment[2] > -math.inf:           # a short video may have fewer than per_video
-                z = z_of(entries[v], moment[2])
-                hits.append(Hit(names[v], Moment(*moment), z, order=z))
+                z = z_of(index.entries[name], moment[2])
+                hits.append(Hit(name, Moment(*moment), z, order=z))
     return sorted(hits, key=lambda hit: -hit.z)[:top]
-
-
-def best_of(similarity: list[Tensor], entries: list[Entry], limits_sec: list[float],
-            top_k: int) -> Tensor:
-    """The best moments of each of V videos, [V, top_k, 3]: start and end in seconds, score. Videos
-    of similar length are searched together."""
-    result = torch.zeros(len(entries), top_k, 3, dtype=torch.double)
-    # sorted by length to keep the padding small
-    order = sorted(range(len(entries)), key=lambda v: entries[v].rows)
-    for i in range(0, len(order), 256):
-        part = order[i:i + 256]
-        padded = pad_sequence([similarity[v] for v in part], batch_first=True)  # [256, F]
-        counts = torch.tensor([entries[v].rows for v in part])                  # [256]
-        each_sec = torch.tensor([entries[v].duration_sec for v in part]) / counts
-        shortest = max(1, round(limits_sec[0] / float(each_sec.median())))
-        longest = torch.minimum((limits_sec[1] / each_sec).long(), counts // 2).clamp(min=1)
-        shortest = min(shortest, int(longest.min()))            # one for all
-        best = search_intervals(padded, shortest, longest, top_k, counts)
-        best[..., :2] *= each_sec[:, None, None]                # frames -> seconds
-        result[part] = best
-    return result
 
 
 # ----------------------------------------------------------------------------------- the command
@@ -229,21 +168,20 @@ def main() -> None:
     add("sentences", nargs="+", help="what to look for")
     add("--top", type=int, default=10, help="moments per sentence")
     add("--per-video", type=int, default=3, help="moments per video at most")
-    add("--videos", type=int, help="search the N videos that CLIP2Video ranks first (default: all)")
     add("--device", **options.DEVICE)
     add("--json", action="store_true", help="print JSON")
     add("--html", metavar="FILE", help="write a page that plays the moments")
     given = arguments.parse_args()
     with reported():
-        if min(given.top, given.per_video, 1 if given.videos is None else given.videos) < 1:
-            raise Mistake("--top, --per-video and --videos must be at least 1")
+        if min(given.top, given.per_video) < 1:
+            raise Mistake("--top and --per-video must be at least 1")
         run(given)
 
 
 def run(given) -> None:
     index = Index(given.index)
     results = search(index, retriever_of(index, given.device), given.sentences, given.top,
-                     given.per_video, given.videos)
+                     given.per_video)
     changed = set()
     for name in sorted({hit.video for hits in results for hit in hits}):
         path = index.path_of(name)

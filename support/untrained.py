@@ -34,12 +34,11 @@ def smoothed(similarity: Tensor, each_sec: float | Tensor, smooth_sec: float) ->
     return mean.to(similarity.dtype).to(similarity.device)
 
 
-def contrast(total: Tensor, inside: Tensor, length: Tensor, count: Tensor | int,
-             power: float = POWER) -> Tensor:
+def contrast(total: Tensor, inside: Tensor, length: Tensor, count: int) -> Tensor:
     """How much better the frames of a moment fit than all others of the video.
 
         phi   = mean of s_t inside - mean of s_t outside,     s_t = cos(x_t, x^q)
-        score = phi * (n_in n_out / n) ^ power
+        score = phi * (n_in n_out / n) ^ POWER
 
     phi (power 0) is what published methods without training score a moment by (TFVTG, ECCV 2024;
     TAG, 2025). With power 1/2 it is the scan statistic for a change of mean: phi in units of its
@@ -51,11 +50,11 @@ def contrast(total: Tensor, inside: Tensor, length: Tensor, count: Tensor | int,
     # subtle: clamped, so that moments without an inside or outside do not divide by 0
     mean_inside = inside / length.clamp(min=1)                          # [S, ...]
     mean_outside = (total - inside) / outside.clamp(min=1)              # [S, ...]
-    score = (mean_inside - mean_outside) * (length * outside / count).clamp(min=0) ** power
+    score = (mean_inside - mean_outside) * (length * outside / count).clamp(min=0) ** POWER
     return score.masked_fill((length < 1) | (outside < 1), float("-inf"))
 
 
-def contrast_map(similarity: Tensor, num_clips: int, power: float = POWER) -> Tensor:
+def contrast_map(similarity: Tensor, num_clips: int) -> Tensor:
     """`contrast` of every cell of the 2D map, by cumulative sums.
 
     similarity  [S, T] cosines s_t of each sentence with the frames of its video, T >= N
@@ -69,7 +68,7 @@ def contrast_map(similarity: Tensor, num_clips: int, power: float = POWER) -> Te
     edges = (torch.arange(num_clips + 1) * T / num_clips).round().long()        # [N + 1]
     length = edges[None, 1:] - edges[:-1, None]                                 # [N, N]
     inside = sums[:, None, edges[1:]] - sums[:, edges[:-1], None]               # [S, N, N]
-    scores = contrast(sums[:, -1, None, None], inside, length, T, power)        # [S, N, N]
+    scores = contrast(sums[:, -1, None, None], inside, length, T)               # [S, N, N]
     return scores.to(similarity.dtype).to(similarity.device)
 
 

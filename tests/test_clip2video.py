@@ -20,8 +20,6 @@ import shapes
 import video
 from conftest import command
 from clip2video import data, evaluate, model as network, search, train
-from extras.index import Index
-from extras.search import search_moments
 from support.errors import Mistake
 
 HERE = pathlib.Path(__file__).parent.parent
@@ -549,27 +547,6 @@ def test_prepare(tmp_path, world, published):
 def test_a_checkpoint_of_another_kind(trained, world):
     assert "is not a" in run("evaluate", world / "shapes" / "clip.pt", status=2)
     assert "there is no checkpoint" in run("evaluate", "nothing.pt", status=2)
-
-
-def test_moments_in_chosen_videos_only(tmp_path):
-    """With all videos among the chosen the answers are those of the exact search; with some, those
-    of these."""
-    index = Index(tmp_path, {"kind": "candidate moments", "checkpoint": "", "sha256": ""})
-    generator, J = torch.Generator().manual_seed(0), 8
-    for k in range(6):
-        iou, contrastive = F.normalize(torch.randn(2, 20, J, generator=generator), dim=2).half()
-        spans = (30 * torch.rand(20, 2, generator=generator)).sort(1).values
-        index.add(f"{k}.mp4", pathlib.Path(f"{k}.mp4"), [0, 0],
-                  {"iou": iou, "spans": spans, "contrastive": contrastive}, {})
-    q = F.normalize(torch.randn(2, J, generator=generator), dim=1)
-    exact = search_moments(index, *q, 8, 3, index.entries)
-    assert search_moments(index, *q, 8, 3, {f"{k}.mp4" for k in range(6)}) == exact
-    some = search_moments(index, *q, 8, 3, {"2.mp4", "5.mp4"})
-    assert {hit.video for hit in some} <= {"2.mp4", "5.mp4"} and some
-    mine = [answer for answer in search_moments(index, *q, 100, 3, index.entries)
-            if answer[0] in ("2.mp4", "5.mp4")]
-    assert some == mine[:len(some)]
-    assert search_moments(index, *q, 8, 3, set()) == []
 
 
 def test_short_videos_and_stored_zeros(tmp_path, published):

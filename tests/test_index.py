@@ -57,7 +57,7 @@ def test_search_is_exact(retriever, checkpoint, folder, tmp_path, per_video):
     iou, contrastive = retriever.read(SENTENCES)
     for s, sentence in enumerate(SENTENCES):
         expected = brute_force(retriever, folder, sentence, 5, per_video)
-        found = search_moments(index, iou[s], contrastive[s], 5, per_video, index.entries)
+        found = search_moments(index, iou[s], contrastive[s], 5, per_video)
         assert [hit.video for hit in found] == [name for name, _ in expected]
         assert torch.allclose(torch.tensor([hit.moment for hit in found]),
                               torch.tensor([m for _, m in expected]), atol=1e-4)
@@ -88,7 +88,7 @@ def large(tmp_path):
     return index
 
 
-def all_answers(index, among, per_video):
+def all_answers(index, per_video):
     """(score, video, span) by plain loops in float64: the moments of a video, best first, without
     those that overlap a better one by IoU > 0.5, `per_video` at most; then sorted by score."""
     arrays, slices = index.load()
@@ -96,7 +96,7 @@ def all_answers(index, among, per_video):
                                for name in ("iou", "contrastive", "spans"))
     query, answers = QUERY.double().numpy(), []
     scores = (0.5 * contrastive @ query + 0.5) ** 0.5 / (1 + np.exp(-10 * iou @ query))
-    for name in among:
+    for name in index.entries:
         first, kept = slices[name].start, []
         for k in first + np.argsort(-scores[first:first + 100]):
             overlaps = [(min(spans[k][1], end) - max(spans[k][0], start))
@@ -108,21 +108,17 @@ def all_answers(index, among, per_video):
     return sorted(answers, reverse=True)
 
 
-@pytest.mark.parametrize("top_k, per_video, among", [
-    (1, 1, None), (10, 3, None), (30, 1, None), (40, 5, None), (10, 10, {"3.mp4", "12.mp4"}),
-    (5, 1, {"0.mp4"}), (5, 3, set())])
-def test_search_is_exact_when_many_scores_are_nearly_equal(large, monkeypatch, top_k, per_video,
-                                                           among):
+@pytest.mark.parametrize("top_k, per_video", [(1, 1), (10, 3), (30, 1), (40, 5)])
+def test_search_is_exact_when_many_scores_are_nearly_equal(large, monkeypatch, top_k, per_video):
     """1,900 scores within 0.005, which float16 could not order; the 128 best of them are of so few
     videos that search has to look at more."""
     scored, nms = [], retrieve.greedy_nms
     monkeypatch.setattr(extras.search, "greedy_nms",
                         lambda spans, *rest: scored.append(len(spans)) or nms(spans, *rest))
-    names = large.entries if among is None else among
-    expected = all_answers(large, names, per_video)
+    expected = all_answers(large, per_video)
     gaps = -np.diff([score for score, *_ in expected[:top_k + 1]])
     assert (gaps > 2e-7).all()                          # float32 cannot confuse their order
-    actual = search_moments(large, QUERY, QUERY, top_k, per_video, names)
+    actual = search_moments(large, QUERY, QUERY, top_k, per_video)
     assert [(hit.video, tuple(hit.moment[:2])) for hit in actual] == [
         answer[1:] for answer in expected[:top_k]]
     assert [hit.moment.score for hit in actual] == pytest.approx(
@@ -134,14 +130,6 @@ def test_search_is_exact_when_many_scores_are_nearly_equal(large, monkeypatch, t
 def test_cosines_of_several_blocks():
     x = F.normalize(torch.randn(9000, 16, generator=torch.Generator().manual_seed(0)), dim=1).half()
     assert torch.allclose(extras.search.cosines(x, QUERY), x.float() @ QUERY, atol=1e-6)
-
-
-def test_a_search_among_few_videos_reads_only_their_rows(large, monkeypatch):
-    """Which is what `extras.search --videos` is for: less to read."""
-    read, cosines = [], extras.search.cosines
-    monkeypatch.setattr(extras.search, "cosines", lambda x, y: read.append(len(x)) or cosines(x, y))
-    search_moments(large, QUERY, QUERY, 10, 3, {"3.mp4", "4.mp4", "12.mp4"})
-    assert sum(read) == 2 * 300
 
 
 def test_an_update_of_real_videos(retriever, checkpoint, folder, videos, tmp_path, capsys):
