@@ -21,6 +21,7 @@ import gzip
 import html
 import os
 import pathlib
+import sys
 import zipfile
 
 import ftfy
@@ -393,26 +394,18 @@ class CLIP(TextTower):
 
 # ------------------------------------------------------------------------------------------ weights
 
-# name -> SHA-256 of the file (which is also in its address), file, width D, resolution R
+# name -> SHA-256 of the file (which is also in its address), width D, resolution R
 PUBLISHED = {
-    "RN50": ("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
-             "RN50.pt", 1024, 224),
-    "RN101": ("8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
-              "RN101.pt", 512, 224),
-    "RN50x4": ("7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
-               "RN50x4.pt", 640, 288),
-    "RN50x16": ("52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa",
-                "RN50x16.pt", 768, 384),
-    "RN50x64": ("be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c",
-                "RN50x64.pt", 1024, 448),
-    "ViT-B/32": ("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
-                 "ViT-B-32.pt", 512, 224),
-    "ViT-B/16": ("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
-                 "ViT-B-16.pt", 512, 224),
-    "ViT-L/14": ("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
-                 "ViT-L-14.pt", 768, 224),
-    "ViT-L/14@336px": ("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
-                       "ViT-L-14-336px.pt", 768, 336),
+    "RN50": ("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762", 1024, 224),
+    "RN101": ("8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599", 512, 224),
+    "RN50x4": ("7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd", 640, 288),
+    "RN50x16": ("52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa", 768, 384),
+    "RN50x64": ("be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c", 1024, 448),
+    "ViT-B/32": ("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", 512, 224),
+    "ViT-B/16": ("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", 512, 224),
+    "ViT-L/14": ("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", 768, 224),
+    "ViT-L/14@336px":
+        ("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02", 768, 336),
 }
 ADDRESS = "https://openaipublic.azureedge.net/clip/models"
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # in some files
@@ -425,8 +418,11 @@ def sha256(path: str | os.PathLike) -> str:
 
 def download(name: str, folder: str | os.PathLike = "~/.cache/clip") -> pathlib.Path:
     """The verified file of a published model; downloaded to `folder` unless it is there."""
-    digest, file = PUBLISHED[name][:2]
+    digest = PUBLISHED[name][0]
+    file = name.replace("/", "-").replace("@", "-") + ".pt"
     path = pathlib.Path(folder).expanduser() / file
+    if not path.exists():
+        print(f"note: downloading CLIP {name} to {path}, once (ViT-B/32: 338 MB)", file=sys.stderr)
     return files.fetch(f"{ADDRESS}/{digest}/{file}", digest, path)
 
 

@@ -84,8 +84,13 @@ class Parser:
             if sentence.strip() and not doc.has_annotation("DEP"):
                 raise Mistake(f"the spaCy pipeline {self.name!r} has no dependency parser, which "
                               f"noun chunks need; use {PIPELINES[0]}")
-            self.known[sentence] = [_stripped(sentence, chunk.start_char, chunk.end_char)
-                                    for chunk in doc.noun_chunks if chunk.text.strip()]
+            spans = []
+            for chunk in doc.noun_chunks:
+                # without white space at its ends, which a chunk of spaCy's may have
+                words = re.search(r"\S(.*\S)?", sentence[chunk.start_char:chunk.end_char], re.S)
+                if words:
+                    spans.append((chunk.start_char + words.start(), chunk.start_char + words.end()))
+            self.known[sentence] = spans
         if unknown and self.cache and self.cache.parent.exists():
             with contextlib.suppress(OSError):          # a read-only folder: parsed again next time
                 files.save(self.cache, json.dumps(self.known))
@@ -170,12 +175,6 @@ def lowered(sentence: str) -> str:
 def has_word(words: str) -> bool:
     """False for punctuation alone."""
     return any(c.isalnum() for c in words)
-
-
-def _stripped(sentence: str, start: int, end: int) -> tuple[int, int]:
-    """The span without white space at its ends."""
-    chunk = sentence[start:end]
-    return start + len(chunk) - len(chunk.lstrip()), end - len(chunk) + len(chunk.rstrip())
 
 
 def main() -> None:

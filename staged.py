@@ -157,9 +157,6 @@ def adapt_text_tower(text: clip.TextTower, videos: data.Videos, config,
     """Algorithm 1, line "Adapts the textual encoder f^q", as a stage of its own. Returns its log.
 
     Eq. (2) with another target: || f^q(Q^d) - target ||^2, see `stage_targets`."""
-    if BATCH < parallel.size():
-        raise Mistake(f"a batch of {BATCH} sentences leaves some of {parallel.size()} processes "
-                      f"without one; use fewer processes")
     made = videos.store.manifest
     one_space = isinstance(text, clip.TextTower) and made["width"] == text.output
     if not (made["resolution"] and one_space):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm, trange
+from tqdm import trange
 
 import clip
 import data
@@ -282,23 +282,15 @@ def prepare(config: Config, annotations: str, videos: str, gelu: bool = False) -
         else:
             failed[name] = f"no video file is named {name}"
     read = functools.partial(read_file, config=config, resolution=model.visual.resolution)
-    decoding = features.read_all(paths, read)
-    try:
-        for name, decoded in tqdm(decoding, total=len(paths), desc="features", disable=None):
-            try:
-                if decoded.value is None:
-                    raise data.VideoError(decoded.reason)
-                pixels, duration_sec = decoded.value                    # [n, 3, R, R]
-                if config.train_images:
-                    save_pixels(config, name, pixels.numpy())
-                    pixels = pixels[choose(len(pixels), config.frames, config.stride)]
-                store.write(name, encode(model, pixels, config), None, duration_sec)
-            except data.VideoError as error:
-                failed[name] = str(error)
-    finally:
-        decoding.close()                                                # cancels what has not begun
-        store.save_manifest()
-    store.save_failed(failed)
+
+    def write(name: str, decoded: tuple[Tensor, float]) -> None:
+        pixels, duration_sec = decoded                                  # [n, 3, R, R]
+        if config.train_images:
+            save_pixels(config, name, pixels.numpy())
+            pixels = pixels[choose(len(pixels), config.frames, config.stride)]
+        store.write(name, encode(model, pixels, config), None, duration_sec)
+
+    features.store_all(store, paths, read, write, failed)
     if not store.manifest["videos"]:
         raise Mistake(f"no video of {config.dataset} could be read: {next(iter(failed.values()))}")
     for split, captions in splits.items():

@@ -166,7 +166,7 @@ def bench_video(device: torch.device, folder: str) -> None:
     with tempfile.TemporaryDirectory() as target:
         store = data.FeatureStore(target, video.made_by(model, "random", "", T))
         started = time.perf_counter()
-        features.extract(store, model, paths, list(paths), set(), T, precision)
+        features.extract(store, model, paths, list(paths), set(), precision)
         extraction = time.perf_counter() - started
     report("video: decoding", len(decoded) / decoding, "videos/s")
     report("video: encoding", len(decoded) / encoding, "videos/s")

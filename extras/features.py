@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import pathlib
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -100,55 +99,46 @@ def missing(store: FeatureStore, videos: dict[str, pathlib.Path], names: list[st
     return paths, sizes
 
 
+def store_all(store: FeatureStore, paths: dict[str, pathlib.Path], read: Callable,
+              write: Callable, failed: dict[str, str]) -> None:
+    """Reads all files, and calls write(name, what was read), which encodes and stores it. Adds the
+    videos that cannot be read to `failed` (name -> reason), and writes it to failed.txt."""
+    results = read_all(paths, read)
+    try:
+        for name, result in tqdm(results, desc="features", unit="video", total=len(paths),
+                                 disable=None):
+            try:
+                if result.reason:
+                    raise VideoError(result.reason)
+                write(name, result.value)
+            except VideoError as error:                 # or its features are not finite
+                failed[name] = str(error)
+    finally:
+        results.close()                                 # cancels what has not begun
+        store.save_manifest()                           # of what is finished, after Ctrl-C too
+    store.save_failed(failed)
+
+
 def extract(store: FeatureStore, model: clip.CLIP, videos: dict[str, pathlib.Path],
-            names: list[str], training: set[str], batch: int = 32,
+            names: list[str], training: set[str],
             precision: torch.dtype = torch.float32) -> dict[str, str]:
     """Extracts the missing features of the videos `names`, with patches for those in `training`.
-    Encodes batches of `batch` frames across videos. Returns video -> reason for those that failed,
-    and writes it to failed.txt. Can be interrupted at any point: the next call continues."""
+    Returns video -> reason for those that failed. Can be interrupted at any point: the next call
+    continues."""
     files.need("imageio_ffmpeg", "reading videos")      # fail now rather than once per video
     T = store.manifest["frames"]
     kept = patch_frames(T, store.manifest["patch_frames"])              # [T']
     failed = {}
     paths, sizes = missing(store, videos, names, training, failed)
-    group = []                                  # (name, frames, duration) that await encoding
-    waited_sec = 0.0
-    started = time.monotonic()
+
+    def write(name: str, decoded: tuple[Tensor, float]) -> None:
+        pixels, duration_sec = decoded                                  # [T, 3, R, R]
+        frames, patches = video.encode_frames(model, pixels, precision=precision)
+        patches = patches[kept] if name in training else None           # [T', D', H, W]
+        store.write(name, frames, patches, duration_sec, sizes[name])
+
     read = functools.partial(video.sample_frames, count=T, resolution=model.visual.resolution)
-    decoding = read_all(paths, read)
-    bar = tqdm(total=len(paths), desc="features", unit="video", disable=None)
-    try:
-        while True:
-            since = time.monotonic()
-            name, decoded = next(decoding, (None, None))                # None: that was the last
-            waited_sec += time.monotonic() - since
-            if decoded and decoded.value:
-                pixels, duration_sec = decoded.value    # [T, 3, R, R]
-                group.append((name, pixels, duration_sec))
-            elif decoded:
-                failed[name] = decoded.reason
-            if group and (decoded is None or len(group) * T >= batch):
-                together = torch.cat([pixels for _, pixels, _ in group])
-                x, patches = video.encode_frames(model, together, batch, precision)
-                for (name, _, duration_sec), a, b in zip(group, x.split(T), patches.split(T)):
-                    b = b[kept] if name in training else None           # [T', D', H, W]
-                    try:
-                        store.write(name, a, b, duration_sec, sizes[name])
-                    except VideoError as error:         # its features are not finite
-                        failed[name] = str(error)
-                group.clear()
-            if decoded is None:
-                break
-            bar.update()
-    finally:
-        decoding.close()                                # cancels what has not begun
-        bar.close()
-        store.save_manifest()                           # of what is finished, after Ctrl-C too
-    store.save_failed(failed)
-    if paths:
-        seconds = time.monotonic() - started
-        print(f"{len(paths)} videos in {seconds:.1f} s: {len(paths) / seconds:.2f} videos/s, "
-              f"{waited_sec / seconds:.0%} of the time waiting for the decoder")
+    store_all(store, paths, read, write, failed)
     return failed
 
 
@@ -259,7 +249,7 @@ def made_elsewhere(name: str, path: str | os.PathLike, features: dict[str, pathl
     resolution = 0
     # the digest only has to tell one set of features from another
     if name in clip.PUBLISHED:
-        digest, _, expected, resolution = clip.PUBLISHED[name]
+        digest, expected, resolution = clip.PUBLISHED[name]
         if width != expected:
             raise Mistake(f"{path} has features of width {width}, but those of {name} have "
                           f"{expected}; name the CLIP that made them with --clip")

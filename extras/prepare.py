@@ -255,8 +255,7 @@ def make_features(dataset: str, samples: dict[str, list[Sample]], given: argpars
         for split, part in samples.items():
             if split.endswith("train"):
                 training.update(row.video for row in part)
-        batch = 256 if device.type == "cuda" else 32    # frames, of one video or several
-        failed = features_of.extract(store, model, videos, names, training, batch,
+        failed = features_of.extract(store, model, videos, names, training,
                                      video.PRECISIONS[precision])
     for name, reason in sorted(failed.items()):
         print(printable(f"failed: {name}: {reason}"))   # names may hold control characters

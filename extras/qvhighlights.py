@@ -40,13 +40,10 @@ def average_precision(predicted: Tensor, truth: Tensor, iou: float) -> float:
     matched = set()
     hits = []                                   # has prediction k found a true moment?
     for row in overlaps.tolist():
-        best = None
-        for g, overlap in enumerate(row):
-            if overlap >= iou and g not in matched and (best is None or overlap > row[best]):
-                best = g
-        if best is not None:
-            matched.add(best)
-        hits.append(best is not None)
+        free = [g for g in range(len(row)) if row[g] >= iou and g not in matched]
+        if free:
+            matched.add(max(free, key=row.__getitem__))
+        hits.append(bool(free))
     hits = torch.tensor(hits).double()                                  # [K]
     precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
     # the best precision at this recall or a higher one, as the benchmark interpolates

@@ -83,8 +83,7 @@ def processes(device: torch.device, deterministic: bool = False):
         if rank() == 0:
             yield
         else:
-            with open(os.devnull, "w", encoding="utf-8") as silence, \
-                    contextlib.redirect_stdout(silence):
+            with contextlib.redirect_stdout(None):
                 yield
     finally:
         dist.destroy_process_group()

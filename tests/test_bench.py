@@ -56,7 +56,7 @@ def test_seconds_are_of_the_fastest_run(monkeypatch):
 def test_extraction_is_compared_with_its_slower_half(tmp_path):
     shapes.export(tmp_path, 2)
     printed = command("-m", "extras.bench", "video", "--device", "cpu", "--videos", tmp_path)
-    assert "2 videos in" in printed and re.search(r"extraction.*x the slower half", printed)
+    assert re.search(r"extraction.*x the slower half", printed)
 
 
 def test_mistakes_are_one_sentence(tmp_path):

@@ -208,7 +208,7 @@ def test_sizes_of_the_published_models_are_read_off():
 
 def test_what_is_known_of_the_published_models_without_their_weights():
     """Width of the joint space and resolution: clip/model.py's build_model on OpenAI's archives."""
-    assert {name: tuple(sizes) for name, (_, _, *sizes) in clip.PUBLISHED.items()} == {
+    assert {name: tuple(sizes) for name, (_, *sizes) in clip.PUBLISHED.items()} == {
         "RN50": (1024, 224), "RN101": (512, 224), "RN50x4": (640, 288), "RN50x16": (768, 384),
         "RN50x64": (1024, 448), "ViT-B/32": (512, 224), "ViT-B/16": (512, 224),
         "ViT-L/14": (768, 224), "ViT-L/14@336px": (768, 336)}
@@ -239,8 +239,8 @@ def test_archive_entries_that_are_not_weights_are_ignored(state):
 def test_a_published_name_is_downloaded(tmp_path, state, monkeypatch):
     """By every command: `read_state` takes names as `load` does."""
     torch.save(state, tmp_path / "tiny.pt")
-    monkeypatch.setitem(clip.PUBLISHED, "tiny", (clip.sha256(tmp_path / "tiny.pt"), "tiny.pt"))
-    monkeypatch.setattr(clip, "download", lambda name: tmp_path / clip.PUBLISHED[name][1])
+    monkeypatch.setitem(clip.PUBLISHED, "tiny", (clip.sha256(tmp_path / "tiny.pt"),))
+    monkeypatch.setattr(clip, "download", lambda name: tmp_path / f"{name}.pt")
     assert clip.read_state("tiny").keys() == state.keys() == clip.load("tiny").state_dict().keys()
 
 
@@ -392,7 +392,7 @@ def test_torchscript_only_after_its_checksum_matched(tmp_path, model, monkeypatc
     torch.jit.trace(Image(), images, check_trace=False).save(str(path))
     with pytest.raises(Mistake, match="contains code"):
         clip.load(path)
-    monkeypatch.setitem(clip.PUBLISHED, "tiny", (clip.sha256(path), path.name))
+    monkeypatch.setitem(clip.PUBLISHED, "tiny", (clip.sha256(path),))
     with torch.no_grad():
         assert torch.equal(clip.load(path).encode_image(images)[0], model.encode_image(images)[0])
 
@@ -448,7 +448,7 @@ def server(tmp_path, monkeypatch):
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     monkeypatch.setattr(clip, "ADDRESS", f"http://127.0.0.1:{httpd.server_port}")
     digest = hashlib.sha256(Handler.content).hexdigest()
-    monkeypatch.setitem(clip.PUBLISHED, "tiny", (digest, "tiny.pt"))
+    monkeypatch.setitem(clip.PUBLISHED, "tiny", (digest,))
     yield Handler
     httpd.shutdown()
 
