@@ -99,11 +99,8 @@ class Transformer(nn.Module):
 
 def interleave(frames: Tensor, differences: Tensor) -> Tensor:
     """f0, d0, f1, d1, ..., f(L-1): [B, L, ...] and [B, L-1, ...] -> [B, 2L-1, ...]."""
-    B, L = frames.shape[:2]
-    result = frames.new_empty((B, 2 * L - 1) + frames.shape[2:])
-    result[:, 0::2] = frames
-    result[:, 1::2] = differences
-    return result
+    pairs = torch.stack([frames[:, :-1], differences], 2).flatten(1, 2)         # [B, 2L-2, ...]
+    return torch.cat([pairs, frames[:, -1:]], 1)
 
 
 class TemporalDifference(nn.Module):
