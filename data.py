@@ -359,10 +359,8 @@ def open_store(dataset: str, clip_name: str, root: str | os.PathLike,
         if dataset.startswith("shapes"):
             how = "shapes.py"
         elif dataset not in FILES:              # a dataset of the user's, or a misspelled one
-            how += f" --annotations FILE (published: {', '.join(FILES)})"
-        meant = files.did_you_mean(dataset, root, list(FILES) + ["shapes"])
-        raise Mistake(f"there are no features in {folder}{others}; {meant}make them with: python "
-                      f"{how}")
+            how += f" --annotations FILE (known by name: {', '.join(FILES)}, shapes)"
+        raise Mistake(f"there are no features in {folder}{others}; make them with: python {how}")
     store = FeatureStore(folder)
     if frames and store.manifest["frames"] != frames:
         raise Mistake(f"{folder} has {store.manifest['frames']} features per video, not {frames}; "

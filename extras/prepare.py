@@ -209,9 +209,8 @@ def prepare(dataset: str, given: argparse.Namespace, videos: dict[str, pathlib.P
                 samples[f"{name} {split}"] = data.read_annotations(name, split, given.root)
     if not samples:                                     # perhaps a misspelled name
         path = data.annotation_file(dataset, "train", given.root)
-        meant = files.did_you_mean(dataset, given.root, data.FILES)
-        raise Mistake(f"{dataset} has no annotations: there is no {path}; {meant}name your own "
-                      f"with --annotations FILE")
+        raise Mistake(f"{dataset} has no annotations: there is no {path}; name your own with "
+                      f"--annotations FILE (known by name: {', '.join(data.FILES)})")
     for name in family:
         print(describe(name, given.root))
     return samples
@@ -277,9 +276,8 @@ def check(which: str | None, root: str) -> bool:
     stores = sorted(path for path in pathlib.Path(root).glob(f"{family}/features/*")
                     if list(path.glob("manifest*.json")))
     if not stores:
-        meant = files.did_you_mean(which, root, data.FILES) if which else ""
-        raise Mistake(f"there are no features in {root}/{family}/features; {meant}make them with: "
-                      f"python data.py DATASET --videos DIR")
+        raise Mistake(f"there are no features in {root}/{family}/features; make them with: python "
+                      f"data.py DATASET --videos DIR")
     complete = True
     for folder in stores:
         store = data.FeatureStore(folder)

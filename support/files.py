@@ -1,5 +1,4 @@
 """Files: written atomically, downloaded and verified, and read without executing anything."""
-import difflib
 import hashlib
 import importlib
 import io
@@ -97,17 +96,6 @@ def numbered_lines(path: pathlib.Path) -> list[tuple[int, str]]:
     """(number from 1, line) of all lines that are not empty."""
     # subtle: not splitlines(), which also splits at characters that JSON allows within a string
     return [(i, line) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
-
-
-def did_you_mean(dataset: str, root: str | os.PathLike, published: Iterable[str]) -> str:
-    """"did you mean charades? If not, " where an unknown dataset's name resembles that of a
-    published one or of a folder below the root; else empty."""
-    names = set(published)
-    names.update(path.name for path in pathlib.Path(root).glob("*") if path.is_dir())
-    near = difflib.get_close_matches(dataset, sorted(names), 1)
-    if dataset in names or not near:            # it exists, so the name is not the mistake
-        return ""
-    return f"did you mean {near[0]}? If not, "
 
 
 def files_below(folder: str | os.PathLike) -> list[pathlib.Path]:

@@ -300,7 +300,7 @@ def test_mistakes_are_one_sentence(run, world, tmp_path):
                                                 tmp_path, "--out",
                                                 tmp_path / "r", status=2)
     assert "no checkpoint" in command("evaluate.py", tmp_path / "none.pt", status=2)
-    assert "did you mean shapes? If not, make them with" in command(
+    assert "known by name: charades, " in command(
         "train.py", "--dataset", "shape", "--root", world, "--out", tmp_path / "r", status=2)
     assert "--seed must be between" in command("train.py", "--seed", 10 ** 30, status=2)
     (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
