@@ -7,7 +7,6 @@ seek), thumbnails and clips of them, and nothing else. Only this machine can con
 says otherwise.
 """
 import contextlib
-import functools
 import pathlib
 import socket
 import sys
@@ -47,10 +46,8 @@ def application(index: Index, retriever, hosts: list[str]):
                 newer = Index(index.folder, index.made)
                 newer.load()
                 index = newer
-                answer.cache_clear()
         return index
 
-    @functools.lru_cache(maxsize=64)                    # the back button repeats a query
     def answer(index: Index, query: str) -> dict:
         hits = search(index, retriever, [query])[0]
         buttons = []
