@@ -222,8 +222,8 @@ def make_features(dataset: str, samples: dict[str, list[Sample]], given: argpars
                   videos: dict[str, pathlib.Path], features: dict) -> None:
     """Features of all videos of `samples` (split -> rows), from video files or precomputed. Under
     torchrun, process r of n takes every n-th video."""
-    rank = parallel.number_from("RANK", 0)
-    processes = parallel.number_from("WORLD_SIZE", 1)
+    rank = int(os.environ.get("RANK", 0))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     T = given.frames or (256 if dataset == "activitynet" else 32)       # as in MMN
     rows = []
     for part in samples.values():
@@ -421,7 +421,7 @@ def run(given: argparse.Namespace) -> None:
     if given.features:
         features = features_of.find_features(given.features)
     # under torchrun, one process prints the counts
-    with contextlib.redirect_stdout(None if parallel.number_from("RANK", 0) else sys.stdout):
+    with contextlib.redirect_stdout(None if int(os.environ.get("RANK", 0)) else sys.stdout):
         samples = prepare(dataset, given, videos, features)
     if videos or given.features:
         family = dataset.removesuffix("-cg") if dataset in data.FILES else dataset

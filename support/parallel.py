@@ -20,15 +20,6 @@ from torch import Tensor, nn
 from support.errors import Mistake
 
 
-def number_from(variable: str, default: int) -> int:
-    """RANK or WORLD_SIZE, as torchrun sets it. Mistake for an invalid value."""
-    text = os.environ.get(variable, str(default))
-    if not text.isdecimal() or int(text) < default:         # "-1" and "two" are not decimal
-        raise Mistake(f"the environment variable {variable} must be a number as torchrun sets it, "
-                      f"not {text!r}; unset it")
-    return int(text)
-
-
 def pick_device(name: str) -> torch.device:
     """auto, cpu, cuda, cuda:N or mps. Mistake if it is not available: there is no silent fallback.
     Under torchrun, each process gets a GPU of its own. Sets the precision of float32 on a GPU."""
@@ -71,7 +62,7 @@ def processes(device: torch.device, deterministic: bool = False):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # cuBLAS requires it
         torch.use_deterministic_algorithms(True)
-    if number_from("WORLD_SIZE", 1) == 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:           # torchrun sets it
         yield
         return
     backend = "gloo"                            # between CPUs

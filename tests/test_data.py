@@ -388,16 +388,6 @@ def test_a_dataset_with_a_typo(tmp_path, capsys):
         data.open_store("charade", "ViT-B/32", tmp_path)
 
 
-@pytest.mark.parametrize("variable, value", [("RANK", "x"), ("RANK", "-1"), ("WORLD_SIZE", "0")])
-def test_the_variables_of_torchrun(tmp_path, capsys, monkeypatch, variable, value):
-    monkeypatch.setenv(variable, value)
-    (tmp_path / "f").mkdir()
-    np.save(tmp_path / "f" / "a.npy", np.ones((4, 512)))
-    data.write_jsonl(tmp_path / "mine" / "train.jsonl", [data.Sample("a", "q", 0, 1, 8.0)])
-    assert leave("mine", "--features", tmp_path / "f", "--root", tmp_path) == 2
-    assert f"the environment variable {variable} must be a number" in capsys.readouterr().err
-
-
 def test_mistakes_on_the_command_line_leave_nothing_behind(published, world, tmp_path):
     """--frames below 1; no readable video; annotations of one dataset, in its own folder, are
     installed without those of its sibling."""
