@@ -51,6 +51,8 @@ class VideoFile(NamedTuple):
     codec: str
     filters: str                        # that make displayed frames of decoded ones
     packets_sec: np.ndarray             # [n, 3] its packets, see `ffmpeg.packet_times`
+    container: str                      # as ffmpeg calls it, for instance "matroska,webm"
+    opening: list[str]                  # options of the program that open it
 
 
 def inspect(path: str | os.PathLike) -> VideoFile:
@@ -63,25 +65,33 @@ def inspect(path: str | os.PathLike) -> VideoFile:
     report = "\n".join(run.lines)
     if run.has_hung:
         raise VideoError(f"{path} cannot be read: ffmpeg gave no answer in {ffmpeg.SILENCE_SEC} s")
-    if "Input #0" not in report:
+    container = re.search(r"(?m)^Input #0, (\S+), from ", report)
+    if container is None:
         raise VideoError(f"{path} cannot be opened as a video: {run.reason()}")
-    shown = re.search(r"  Stream #0:(\d+) -> #1:0 \((\w+)", report)
-    copied = dict(re.findall(r"  Stream #0:(\d+) -> #0:(\d+)", report))
+    # subtle: whole lines, because titles and names of files are in the report, too
+    shown = re.search(r"(?m)^  Stream #0:(\d+) -> #1:0 \((\w+)", report)
+    copied = dict(re.findall(r"(?m)^  Stream #0:(\d+) -> #0:(\d+)", report))
     if shown is None or shown[1] not in copied:         # "0:V" leaves out cover pictures
         cover = ", only a cover picture" if shown else ""
         raise VideoError(f"{path} has no video stream{cover}")
     times_sec = ffmpeg.packet_times(listing)
-    frame = re.search(r"wrapped_avframe, \w+(\(.*?\))?,? ?(\d+)x(\d+)(?: \[SAR (\d+):(\d+))?",
-                      report)
+    frame = re.search(r"(?m)^  Stream #1:0.*?: Video: wrapped_avframe, \w+(\(.*?\))?,? ?"
+                      r"(\d+)x(\d+)(?: \[SAR (\d+):(\d+))?", report)
     if frame is None or copied[shown[1]] not in times_sec:
         raise VideoError(f"{path} cannot be decoded: no frame could be read")
     pixel_aspect = 1.0
     if frame[4]:
         pixel_aspect = int(frame[4]) / int(frame[5])
     width, height, filters = displayed(int(frame[2]), int(frame[3]), pixel_aspect, frame[1] or "")
+    packets_sec = times_sec[copied[shown[1]]]
+    if packets_sec[-1, 1] == packets_sec[-1, 0]:        # WMV: as long as the one before it
+        packets_sec[-1, 1] += np.diff(packets_sec[-2:, 0]).sum() or 0.04
     end_sec = max(rows[:, 1].max() for rows in times_sec.values())
+    opening = ffmpeg.reading(path)
+    if shown[2] == "theora":            # whose decoder gives other pictures each time in threads
+        opening = ["-threads", "1"] + opening
     return VideoFile(pathlib.Path(path), float(end_sec), width, height, shown[2], filters,
-                     times_sec[copied[shown[1]]])
+                     packets_sec, container[1], opening)
 
 
 def displayed(w: int, h: int, pixel_aspect: float, colours: str) -> tuple[int, int, str]:
@@ -95,10 +105,15 @@ def displayed(w: int, h: int, pixel_aspect: float, colours: str) -> tuple[int, i
     if (cropped_w, cropped_h) != (w, h):
         filters.append(f"crop={cropped_w}:{cropped_h}")
     if "smpte2084" in colours or "arib-std-b67" in colours:     # HDR: as on an SDR screen
+        if "unknown" in colours:
+            filters.append("setparams=colorspace=bt2020nc:color_primaries=bt2020")
+        if cropped_w % 2 or cropped_h % 2:              # zscale takes no half pixels of colour
+            filters.append("format=yuv444p10le")
         filters += ["zscale=t=linear:npl=203", "format=gbrpf32le", "zscale=p=bt709",
                     "tonemap=hable:desat=0", "zscale=t=bt709:m=bt709:r=tv", "format=yuv444p"]
     matrix = "auto"
-    is_tagged = "bt" in colours or "smpte" in colours
+    tag = colours.split("/")[0]                         # matrix/primaries/transfer, or one for all
+    is_tagged = "bt" in tag or "smpte" in tag
     if not is_tagged and min(w, h) >= 720:              # players assume BT.709 for untagged HD
         matrix = "bt709"
     width = max(1, round(cropped_w * pixel_aspect))
@@ -134,55 +149,43 @@ def probe_duration(path: str | os.PathLike) -> float:
     return inspect(path).duration_sec
 
 
-def pictures(video: VideoFile, first_sec: float, step_sec: float, count: int,
-             listing: str = "") -> Iterator[Tensor]:
-    """The frames on screen at `count` instants from `first_sec` on, `step_sec` apart, as far as
-    there are pictures: uint8 [3, h, w], RGB, as displayed. VideoError if there is none.
-
-    listing    a file for the times of all decoded frames (see `ffmpeg.packet_times`)"""
+def frames_every(video: VideoFile, first_sec: float, step_sec: float,
+                 count: int) -> Iterator[Tensor]:
+    """The frames on screen at `count` instants from `first_sec` on, `step_sec` apart: uint8
+    [3, h, w], RGB, as displayed. VideoError if there is none, or if more than LOST of the video
+    cannot be decoded; less is noted."""
     # a time later than all pictures shows the last
     first_sec = float(min(first_sec, video.packets_sec[-1, 0]))
     rate = 1 / fractions.Fraction(step_sec).limit_denominator(1_000_000)
-    # frame k is the last one that begins by first_sec + k * step_sec
+    # frame k is the last one that begins by first_sec + k * step_sec; the last of all stands
     sampled = (f"setpts=PTS-{first_sec!r}/TB,fps={rate.numerator}/{rate.denominator}"
-               f":start_time=0:round=up,{video.filters}")
-    options = ["-v", "error"] + ffmpeg.reading(video.path) + [
-        "-an", "-sn", "-dn", "-vf", sampled, "-frames:v", str(count), "-f", "rawvideo",
-        "-pix_fmt", "rgb24", "-"]
-    if listing:
-        options += ["-an", "-sn", "-dn", "-fps_mode", "passthrough", "-c:v", "wrapped_avframe",
-                    "-f", "framecrc", listing]
-    run = ffmpeg.Ffmpeg(options, ffmpeg.SILENCE_SEC + 10 * step_sec)
-    done = 0
-    try:
-        while done < count:
-            raw = run.read(3 * video.width * video.height)
-            if len(raw) < 3 * video.width * video.height:
-                break
-            picture = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-            yield picture.view(video.height, video.width, 3).permute(2, 0, 1)
-            done += 1
-        if listing:
-            run.read_all()                              # the program decodes to the end
-    finally:
-        run.close()
-    if run.has_hung:
-        raise VideoError(f"{video.path} cannot be read: ffmpeg gave no frame in "
-                         f"{run.silence_sec:.0f} s")
-    if not done:
-        raise VideoError(f"{video.path} cannot be decoded: {run.reason()}")
-
-
-def frames_every(video: VideoFile, first_sec: float, step_sec: float,
-                 count: int) -> Iterator[Tensor]:
-    """`pictures`, of which the last stands until the end. VideoError if more than LOST of the video
-    cannot be decoded; less is noted."""
-    done = 0
+               f":start_time=0:round=up,tpad=stop=-1:stop_mode=clone,{video.filters}")
+    streams = ["-an", "-sn", "-dn"]                     # of sound, subtitles and data none
+    size = 3 * video.width * video.height
     with tempfile.TemporaryDirectory() as folder:
-        listing = pathlib.Path(folder, "decoded")
-        for picture in pictures(video, first_sec, step_sec, count, str(listing)):
-            done += 1
-            yield picture
+        listing = pathlib.Path(folder, "decoded")       # the times of all decoded frames
+        run = ffmpeg.Ffmpeg(
+            ["-v", "error"] + video.opening + streams + [
+                "-vf", sampled, "-frames:v", str(count), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+            + streams + ["-fps_mode", "passthrough", "-c:v", "wrapped_avframe", "-f", "framecrc",
+                         str(listing)], ffmpeg.SILENCE_SEC + 10 * step_sec)
+        done = 0
+        try:
+            while done < count:
+                raw = run.read(size)
+                if len(raw) < size:
+                    break
+                picture = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+                yield picture.view(video.height, video.width, 3).permute(2, 0, 1)
+                done += 1
+            run.read_all()                              # the program decodes to the end
+        finally:
+            run.close()
+        if run.has_hung:
+            raise VideoError(f"{video.path} cannot be read: ffmpeg gave no frame in "
+                             f"{run.silence_sec:.0f} s")
+        if done < count:
+            raise VideoError(f"{video.path} cannot be decoded: {run.reason()}")
         decoded = ffmpeg.packet_times(listing.read_text(encoding="utf-8"))
     lost = lost_sec(video.packets_sec, decoded["0"])
     if lost > LOST * video.duration_sec:
@@ -191,11 +194,6 @@ def frames_every(video: VideoFile, first_sec: float, step_sec: float,
     if lost > 0:
         print(printable(f"note: {video.path}: {lost:.1f} s of {video.duration_sec:.1f} s cannot be "
                         f"decoded; the picture before stands there"), file=sys.stderr)
-    if done < count:                                    # the pictures end before the sound
-        for picture in pictures(video, video.packets_sec[-1, 0], 0.001, 1):
-            pass
-        for _ in range(done, count):
-            yield picture
 
 
 def centre_frames(video: VideoFile, count: int) -> Iterator[Tensor]:

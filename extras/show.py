@@ -3,6 +3,7 @@
 Shapes: F frames of a video, S sentences, N clips, W windows, P moments of a window.
 """
 import base64
+import functools
 import mimetypes
 import os
 import pathlib
@@ -22,7 +23,7 @@ from support.text import printable
 PAGE = files.ASSETS / "page.html"
 EMBEDDED = 32 * 2 ** 20         # bytes; a larger video is linked from the page, not embedded in it
 PLAYABLE = {"h264", "vp8", "vp9", "av1"}                # codecs, and suffixes, that browsers play
-UNINDEXED = {".ts", ".mts", ".m2ts", ".mpg", ".mpeg"}   # may be joined: their clocks start again
+JOINED = {"mpegts", "mpeg", "ogg"}                      # may be several recordings in one file
 CONTAINERS = {".mp4", ".m4v", ".mov", ".webm"}
 PLAYING = ("A button plays its moment and stops at its end. The bar compares scores with the best "
            "and is not a probability.")
@@ -165,37 +166,47 @@ def unplayable(path: str | os.PathLike) -> str:
             f"retrieve.py --clips writes each moment as H.264")
 
 
-def reading_from(path: str | os.PathLike, start_sec: float) -> list[str]:
-    """Options that open a file at an instant."""
-    seek = ["-ss", f"{start_sec:.3f}"]
-    if pathlib.Path(path).suffix.lower() in UNINDEXED:
-        return ffmpeg.reading(path) + seek              # reads what is before it, and drops it
-    # a long film is not decoded, but sought: to the keyframe before the instant
-    return seek + ffmpeg.reading(path)
+@functools.lru_cache(maxsize=32)            # a long film takes a second
+def inspected(path: str, size: int, changed: int) -> video.VideoFile:
+    """`video.inspect` of a file that has this size and modification time."""
+    return video.inspect(path)
+
+
+def opened_at(path: str | os.PathLike, time_sec: float
+              ) -> tuple[video.VideoFile, list[str], float, float]:
+    """A video; options that open it at the picture on screen at an instant, or before; and for how
+    long picture and sound have been there then, in seconds."""
+    stat = os.stat(path)
+    found = inspected(os.fspath(path), stat.st_size, stat.st_mtime_ns)
+    begins_sec = found.packets_sec[:, 0]
+    shown = np.searchsorted(begins_sec, time_sec, side="right") - 1
+    origin_sec = time_sec
+    if shown >= 0:
+        # earlier than the picture, because some formats cannot be sought to the frame
+        origin_sec = round(float(begins_sec[shown]) - 2, 3)
+    opening = ["-ss", f"{origin_sec:.3f}"] + found.opening      # a long film is sought, not decoded
+    # joined recordings have several clocks, and an AVI may have nothing to seek in its first second
+    if found.container in JOINED or origin_sec < 1:
+        origin_sec = 0.0
+        opening = found.opening
+    # after the last picture, it stands
+    picture_sec = min(time_sec, float(begins_sec[-1])) - origin_sec
+    return found, opening, picture_sec, time_sec - origin_sec
 
 
 def jpeg(path: str | os.PathLike, time_sec: float, side: int = 160) -> bytes:
     """The frame on screen at an instant, its short side `side` pixels, as a JPEG file. VideoError
     if it cannot be read."""
+    found, opening, picture_sec, _ = opened_at(path, time_sec)
     size = f"scale='if(gt(iw,ih),-2,{side})':'if(gt(iw,ih),{side},-2)'"
-    content, reason = first_picture(reading_from(path, time_sec), size)
-    if not content:
-        # no picture begins after it, as at the end of slides: decoded from the start, and the last
-        # picture stands
-        standing = f"fps=10,tpad=stop=-1:stop_mode=clone,trim=start={time_sec:.3f}"
-        filters = f"{standing},{video.inspect(path).filters},{size}"
-        content, reason = first_picture(ffmpeg.reading(path), filters)
-    if not content:
-        raise video.VideoError(f"{path} has no picture at {time_sec:.1f} s: {reason}")
-    return content
-
-
-def first_picture(opening: list[str], filters: str) -> tuple[bytes, str]:
-    """The first frame that the filters give, as a JPEG file; if there is none, the reason."""
     run = ffmpeg.Ffmpeg(["-v", "error"] + opening + [
-        "-an", "-sn", "-dn", "-frames:v", "1", "-vf", filters, "-f", "image2pipe",
-        "-c:v", "mjpeg", "-"])
-    return run.read_all(), run.reason()
+        "-an", "-sn", "-dn", "-frames:v", "1", "-vf",
+        f"setpts=PTS-{picture_sec}/TB,fps=1:start_time=0:round=up,{found.filters},{size}",
+        "-f", "image2pipe", "-c:v", "mjpeg", "-"], ffmpeg.SILENCE_SEC + picture_sec)
+    content = run.read_all()
+    if not content:
+        raise video.VideoError(f"{path} has no picture at {time_sec:.1f} s: {run.reason()}")
+    return content
 
 
 def address_of(path: pathlib.Path, out: str | os.PathLike) -> str:
@@ -205,7 +216,8 @@ def address_of(path: pathlib.Path, out: str | os.PathLike) -> str:
         kind = mimetypes.guess_type(path.name)[0] or "video/mp4"
         return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
     # relative, so that the page and the video can be moved together
-    return urllib.parse.quote(os.path.relpath(path, pathlib.Path(out).resolve().parent))
+    relative = os.path.relpath(path, pathlib.Path(out).resolve().parent)
+    return urllib.parse.quote(os.fsencode(relative))    # a name need not be UTF-8
 
 
 def write_page(out: str, encoded, grid_sec: float, answers: list) -> None:
@@ -227,27 +239,32 @@ def write_page(out: str, encoded, grid_sec: float, answers: list) -> None:
 # -------------------------------------------------------------------------------------------- clips
 
 def cut(path: str | os.PathLike, start_sec: float, end_sec: float, out: pathlib.Path) -> None:
-    """Writes [start, end) of a video, with its sound, as H.264 in mp4."""
-    begins_sec = video.inspect(path).packets_sec[:, 0]
+    """Writes [start, end) of a video, as displayed and with its sound, as H.264 in mp4. VideoError,
+    and no file, if it has no picture there."""
+    found, opening, picture_sec, sound_sec = opened_at(path, start_sec)
     seconds = end_sec - start_sec
-    opening = reading_from(path, start_sec)
-    filters = ["scale='trunc(iw/2)*2':'trunc(ih/2)*2'"]         # H.264 needs even sides
-    sound = []
-    if ((start_sec <= begins_sec) & (begins_sec < end_sec)).sum() < seconds:
-        # slides: a seek would skip the picture that stands at the start, so all are decoded
-        opening = ffmpeg.reading(path)
-        part = f"{start_sec:.3f}:{end_sec:.3f}"
-        filters += ["fps=10", "tpad=stop=-1:stop_mode=clone", f"trim={part}",
-                    "setpts=PTS-STARTPTS"]
-        sound = ["-af", f"atrim={part},asetpts=PTS-STARTPTS"]
-    run = ffmpeg.Ffmpeg(["-v", "error"] + opening + [
-        "-t", f"{seconds:.3f}", "-vf", ",".join(filters), "-c:v", "libx264", "-pix_fmt", "yuv420p",
-        "-c:a", "aac", "-sn", "-dn"] + sound + [
-        "-y", "-f", "mp4", "file:" + os.path.abspath(out)],
-        ffmpeg.SILENCE_SEC + 10 * seconds)              # it prints nothing until the end
-    if run.finish():
+    begins_sec = found.packets_sec[:, 0]
+    count = int(((start_sec <= begins_sec) & (begins_sec < end_sec)).sum())
+    rate = min(max(10, round(count / seconds)), 60)     # about its own; 10 for slides
+    # the picture on screen at the start comes first, and the last one stands until the end
+    filters = (f"setpts=PTS-{picture_sec}/TB,fps={rate}:start_time=0:round=up,"
+               f"tpad=stop=-1:stop_mode=clone,{found.filters},"
+               f"scale='trunc(iw/2)*2':'trunc(ih/2)*2'")        # H.264 needs even sides
+    sound = ["-c:a", "aac", "-af", f"atrim=start={sound_sec},asetpts=PTS-{sound_sec}/TB"]
+    for stream in (sound, ["-an"]):             # without it, if nothing can decode its sound
+        run = ffmpeg.Ffmpeg(["-v", "error"] + opening + [
+            "-t", f"{seconds:.3f}", "-vf", filters, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-sn",
+            "-dn"] + stream + ["-y", "-f", "mp4", "file:" + os.path.abspath(out)],
+            ffmpeg.SILENCE_SEC + sound_sec + 10 * seconds)      # it prints nothing until the end
+        if run.finish() == 0:
+            break
+    try:
+        if run.process.returncode:
+            raise video.VideoError(f"{out} could not be written: {run.reason()}")
+        video.inspect(out)                      # VideoError if nothing could be decoded there
+    except video.VideoError:
         out.unlink(missing_ok=True)
-        raise video.VideoError(f"{out} could not be written: {run.reason()}")
+        raise
 
 
 def clip_name(path: str | os.PathLike, start_sec: float, end_sec: float) -> str:

@@ -21,6 +21,7 @@ FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,
            "webp_pipe,mp3,wav,aac,flac")
 
 UNKNOWN = -1 << 63              # a packet without a time
+DISCARDED = 4                   # flag of a packet that an edit list cuts off: it is never shown
 
 
 class Ffmpeg:
@@ -41,7 +42,9 @@ class Ffmpeg:
 
     def _collect(self) -> None:
         for line in self.process.stderr:
-            self.lines.append(line.decode("utf-8", "replace").rstrip())
+            text = line.decode("utf-8", "replace").rstrip()
+            if "Last message repeated" not in text:
+                self.lines.append(text)
 
     def _give_up(self) -> None:
         self.has_hung = True
@@ -107,6 +110,9 @@ def packet_times(text: str) -> dict[str, np.ndarray]:
             tick_sec[stream] = float(fractions.Fraction(fields[2]))
             times[stream] = []
         elif not line.startswith("#") and len(fields) >= 6:
+            flags = [int(field[2:], 16) for field in fields[6:] if field.startswith("F=")]
+            if flags and flags[0] & DISCARDED:
+                continue
             start = int(fields[2])
             if start == UNKNOWN:                        # AVI has decoding times only
                 start = int(fields[1])

@@ -15,6 +15,7 @@ import data
 import films
 import video
 from conftest import HERE, SHARED
+from extras import show
 from support import ffmpeg, files
 
 CASES = SHARED.parent / "cases" / "videos"
@@ -98,6 +99,101 @@ def test_clocks_and_headers_that_lie(tmp_path):
         assert video.probe_duration(tmp_path / name) == pytest.approx(seconds, abs=0.15), name
     assert seen(tmp_path / "off.mkv", [1.0, 3.0]) == pytest.approx([60, 140], abs=8)
     assert seen(tmp_path / "cat.ts", [3.0, 5.0]) == pytest.approx([140, 60], abs=8)
+
+
+def test_an_edit_list(tmp_path):
+    """Cut without decoding: the packets since the keyframe are in the file, but never shown."""
+    ramp(tmp_path / "v.mp4", "-c:v", "libx264", "-pix_fmt", "yuv420p")
+    films.ffmpeg("-ss", 2.3, "-i", tmp_path / "v.mp4", "-c", "copy", tmp_path / "cut.mp4")
+    assert video.probe_duration(tmp_path / "cut.mp4") == pytest.approx(1.7, abs=0.05)
+    assert seen(tmp_path / "cut.mp4", [0.05, 1.55]) == pytest.approx([112, 172], abs=6)
+
+
+def test_a_last_picture_without_a_duration(tmp_path):
+    """As in WMV: it stands as long as the one before it; alone, for a moment."""
+    films.film(tmp_path / "three.wmv", films.greys([40, 120, 200]), "-c:v", "wmv2", rate=1)
+    films.film(tmp_path / "one.wmv", films.greys([120]), "-c:v", "wmv2", rate=1)
+    assert video.probe_duration(tmp_path / "three.wmv") == pytest.approx(3, abs=0.01)
+    assert seen(tmp_path / "three.wmv", [2.5]) == pytest.approx([200], abs=6)
+    assert len(video.sample_frames(tmp_path / "one.wmv", 4, 32)[0]) == 4
+
+
+def test_long_sound_is_read_in_one_pass(tmp_path, monkeypatch):
+    """However long its pictures take: there is no second pass, in which nothing would be printed
+    until the last of them."""
+    films.film(tmp_path / "v.mkv", films.greys([9] * 30), "-c:v", "ffv1")
+    films.ffmpeg("-i", tmp_path / "v.mkv", "-f", "lavfi", "-i", "anullsrc=r=8000:d=9", "-c:v",
+                 "copy", tmp_path / "a.mkv")
+    started, ran = [], ffmpeg.Ffmpeg
+    monkeypatch.setattr(ffmpeg, "Ffmpeg", lambda *given, **options: started.append(0) or ran(
+        *given, **options))
+    assert len(list(video.centre_frames(video.inspect(tmp_path / "a.mkv"), 60))) == 60
+    assert len(started) == 2                            # one lists the packets, one decodes
+
+
+def test_theora_is_the_same_every_time(tmp_path):
+    """Its decoder is not, when it has several threads."""
+    levels = [20 + 4 * i for i in range(50)]
+    path = films.film(tmp_path / "a.ogv", films.greys(levels), "-c:v", "libtheora", "-q:v", 8)
+    first = video.sample_frames(path, 8, 32)[0]
+    assert all(torch.equal(first, video.sample_frames(path, 8, 32)[0]) for _ in range(5))
+
+
+@pytest.mark.parametrize("kind", ["plain", "late", "slides", "uneven", "avi", "joined", "flv",
+                                  "silent"])
+def test_thumbnails_and_clips_show_what_is_on_screen(tmp_path, kind):
+    """At instants all over the video, and in clips from its start, its middle and its end."""
+    plain = ramp(tmp_path / "v.mp4", "-c:v", "libx264", "-pix_fmt", "yuv420p")
+    sound = ("-f", "lavfi", "-i", "anullsrc=r=8000:d=9", "-map", "0:v", "-map", "1:a", "-c:v",
+             "copy", "-c:a", "aac")
+    path = tmp_path / "a.mkv"
+    if kind == "plain":
+        path = plain
+    elif kind == "late":                                # pictures from 3 s on
+        films.ffmpeg("-itsoffset", 3, "-i", plain, *sound, path)
+    elif kind == "slides":                              # at 0, 3 and 6 s
+        films.film(tmp_path / "s.mkv", films.greys([40, 120, 200]), "-c:v", "ffv1", rate="1/3")
+        films.ffmpeg("-i", tmp_path / "s.mkv", *sound, path)
+    elif kind == "uneven":                              # a slide of two seconds, then motion
+        films.ffmpeg("-i", plain, "-vf", "select='eq(n,0)+gte(n,20)'", "-fps_mode", "passthrough",
+                     path)
+    elif kind == "avi":                                 # with B-frames
+        path = ramp(tmp_path / "a.avi", "-c:v", "mpeg4", "-bf", 2)
+    elif kind == "joined":                              # two recordings, under another suffix
+        films.ffmpeg("-i", plain, "-c", "copy", tmp_path / "v.ts")
+        path = tmp_path / "joined.mp4"
+        path.write_bytes((tmp_path / "v.ts").read_bytes() * 2)
+    elif kind == "flv":                                 # without an index
+        path = tmp_path / "a.flv"
+        films.ffmpeg("-i", plain, "-c", "copy", path)
+    else:                                               # its sound has a codec that nobody knows
+        films.ffmpeg("-i", plain, *sound, path)
+        path.write_bytes(path.read_bytes().replace(b"A_AAC", b"A_XYZ"))
+    duration_sec = video.probe_duration(path)
+    instants_sec = [duration_sec * share for share in (0.01, 0.26, 0.51, 0.77, 0.985)]
+    expected = seen(path, instants_sec)
+    for time_sec, level in zip(instants_sec, expected):
+        (tmp_path / "a.jpg").write_bytes(show.jpeg(path, time_sec))
+        assert seen(tmp_path / "a.jpg", [0.0]) == pytest.approx([level], abs=8), time_sec
+    for start, end in ((0.0, 0.2), (0.45, 0.6), (0.8, 1.0)):
+        start_sec, end_sec = start * duration_sec, end * duration_sec
+        show.cut(path, start_sec, end_sec, tmp_path / "clip.mp4")
+        seconds = end_sec - start_sec
+        assert video.probe_duration(tmp_path / "clip.mp4") == pytest.approx(seconds, abs=0.2)
+        at_sec = [seconds * share for share in (0.1, 0.5, 0.9)]
+        assert seen(tmp_path / "clip.mp4", at_sec) == pytest.approx(
+            seen(path, [start_sec + t for t in at_sec]), abs=10), start
+
+
+def test_thumbnails_as_displayed(tmp_path):
+    """Pixels twice as wide as high; an instant long after the end; a clip that goes nowhere."""
+    path = films.film(tmp_path / "a.mp4", films.greys([99] * 3), "-pix_fmt", "yuv420p", "-aspect",
+                      "3:1")
+    for time_sec in (0.1, 1e12, float("inf")):
+        (tmp_path / "a.jpg").write_bytes(show.jpeg(path, time_sec))
+        assert video.inspect(tmp_path / "a.jpg")[2:4] == (480, 160)
+    with pytest.raises(data.VideoError, match="clip.mp4 could not be written: .*No such file"):
+        show.cut(path, 0.0, 0.2, tmp_path / "none" / "clip.mp4")
 
 
 def test_damage_is_counted_and_noted(tmp_path, capsys):
@@ -189,7 +285,22 @@ def test_colours():
     assert "auto" in video.displayed(1920, 1080, 1.0, "(tv, smpte170m)")[2]
     assert "tonemap" in video.displayed(1920, 1080, 1.0, "(tv, bt2020nc/bt2020/smpte2084)")[2]
     assert "tonemap" in video.displayed(1920, 1080, 1.0, "(tv, bt2020nc/bt2020/arib-std-b67)")[2]
+    assert "bt709" in video.displayed(1280, 720, 1.0, "(tv, unknown/bt709/bt709, progressive)")[2]
     assert video.displayed(48, 32, 1.0, "") == (48, 32, "scale=48:32:in_color_matrix=auto")
+
+
+@pytest.mark.parametrize("tags", ["", ":colorspace=bt2020nc", ":color_primaries=bt2020"])
+@pytest.mark.parametrize("curve", ["smpte2084", "arib-std-b67"])
+def test_hdr_with_some_of_its_tags(tmp_path, curve, tags):
+    """The same as with all of them, also with odd sides."""
+    image = np.zeros((1, 33, 47, 3), dtype=np.uint8)
+    image[...] = (140, 60, 60)
+    frames = []
+    for kind in (tags, ":colorspace=bt2020nc:color_primaries=bt2020"):
+        path = films.film(tmp_path / "a.mkv", image, "-vf", "scale=out_color_matrix=bt2020,format="
+                          f"yuv420p10le,setparams=color_trc={curve}{kind}", "-c:v", "ffv1")
+        frames.append(next(video.centre_frames(video.inspect(path), 1)))
+    assert frames[0].shape == (3, 33, 47) and torch.equal(*frames)
 
 
 def test_untagged_hd_is_bt709(tmp_path):
@@ -233,6 +344,19 @@ def test_names(tmp_path, name):
     path = films.film(tmp_path / "plain.mkv", films.greys([99] * 3), "-c:v", "ffv1")
     path = path.rename(tmp_path / name)
     assert video.probe_duration(path) == pytest.approx(0.3, abs=0.01)
+
+
+def test_what_titles_and_names_claim(tmp_path):
+    """The program's report contains them, too."""
+    path = films.film(tmp_path / "a.mkv", films.greys([99] * 3), "-c:v", "ffv1")
+    for title in ("wrapped_avframe, rgb24, 10x10", "  Stream #0:1 -> #1:0 (h264"):
+        films.ffmpeg("-i", path, "-c", "copy", "-metadata", f"title={title}", tmp_path / "b.mkv")
+        assert video.inspect(tmp_path / "b.mkv")[2:4] == (48, 32)
+    path = path.rename(tmp_path / "wrapped_avframe, x, 10x10.mkv")
+    assert video.inspect(path)[2:4] == (48, 32)
+    (tmp_path / "Input #0.mp4").write_bytes(b"broken")
+    with pytest.raises(data.VideoError, match="cannot be opened as a video"):
+        video.inspect(tmp_path / "Input #0.mp4")
 
 
 def test_hostile_files(tmp_path):
