@@ -90,7 +90,7 @@ class Index:
                 kinds = [type(value) for value in entry]
                 below = pathlib.PurePath(entry.path)            # extras/serve.py serves such files
                 if (kinds != [str, list, str, int, float, float, float] or entry.rows < 0
-                        or below.is_absolute() or ".." in below.parts):
+                        or not entry.deviation > 0 or below.is_absolute() or ".." in below.parts):
                     raise ValueError("invalid entry")
             if not all(isinstance(made[name], str) for name in ("kind", "checkpoint", "sha256")):
                 raise ValueError("it does not say what made it")
@@ -127,8 +127,8 @@ class Index:
                  Entry contains
         """
         files.need("imageio_ffmpeg", "reading videos")          # now, rather than once per video
-        videos = videos_in(folder)
         with only_update(self.folder):
+            videos = videos_in(folder)
             if self.table.exists():
                 self.read_table()                               # another update may have ended
             real = pathlib.Path(folder).resolve()
@@ -136,9 +136,14 @@ class Index:
                 raise Mistake(f"{folder} contains none of the {len(self.entries)} videos of this "
                               f"index, which is of {self.videos_folder}; choose another --out")
             self.videos_folder = real
+            # a file may be called otherwise now, beside another form of its name
+            called = {path: name for name, path in videos.items()}
+            self.entries = {called.get(real / entry.path, name): entry
+                            for name, entry in self.entries.items()}
             named = {entry.file for entry in self.entries.values()}
             for path in self.vectors.glob("*"):
-                if path.name not in named:      # since the last update; its readers have read it
+                # since the last update; its readers have read it
+                if path.name not in named and path.is_file():
                     path.unlink()
             failed = self.drop_deleted(videos)
             saved = time.monotonic()
@@ -214,9 +219,11 @@ class Index:
         first = 0
         for name, entry in self.entries.items():
             path = self.vectors / entry.file
-            for key, x in files.read_arrays(path).items():
-                if len(x) != entry.rows:
-                    raise Mistake(f"{path} is damaged; remove it and rerun {self.command}")
+            arrays = files.read_arrays(path)
+            if [x.shape[:1] for x in arrays.values()] != [(entry.rows,)] * len(arrays) or (
+                    parts and parts.keys() != arrays.keys()):
+                raise Mistake(f"{path} is damaged; remove it and rerun {self.command}")
+            for key, x in arrays.items():
                 parts.setdefault(key, []).append(torch.from_numpy(x))
             slices[name] = slice(first, first + entry.rows)
             first += entry.rows
@@ -227,6 +234,13 @@ class Index:
     def path_of(self, name: str) -> pathlib.Path:
         """The file of a video."""
         return self.videos_folder / self.entries[name].path
+
+    def is_current(self, name: str) -> bool:
+        """Whether the file of a video is there, and as it was indexed."""
+        try:
+            return state_of(self.path_of(name)) == self.entries[name].state
+        except OSError:                                         # removed, or in a closed folder
+            return False
 
 
 def only_update(folder: pathlib.Path) -> filelock.AcquireReturnProxy:
@@ -249,14 +263,13 @@ def state_of(path: pathlib.Path) -> list[int]:
 
 def is_deleted(path: pathlib.Path) -> bool:
     """Whether a file was deleted. It was not if its folder is closed, or is empty like the place of
-    a disk that is not mounted."""
-    if os.path.islink(path):                            # to a file that is not there now
-        return False
+    a disk that is not mounted, or still lists it (a link to a file that is not there now)."""
     above = next(parent for parent in path.parents if os.path.lexists(parent))
     try:
-        return any(os.scandir(above))
+        names = os.listdir(above)
     except OSError:
         return False
+    return bool(names) and path.relative_to(above).parts[0] not in names
 
 
 def videos_in(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
@@ -265,16 +278,19 @@ def videos_in(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
     if not os.path.isdir(folder):
         raise Mistake(f"there is no folder {folder}")
     folder = pathlib.Path(folder).resolve()
-    videos = {}
+    by_name = {}                                        # name in NFC -> its files
     others = set()
     for path in files.files_below(folder):
         if path.suffix.lower() in video.VIDEOS:
-            below = str(path.relative_to(folder))
-            # both forms of a name may exist side by side
-            name = unicodedata.normalize("NFC", below)
-            videos[below if name in videos else name] = path
+            name = unicodedata.normalize("NFC", str(path.relative_to(folder)))
+            by_name.setdefault(name, []).append(path)
         else:
             others.add(path.suffix.lower() or path.name)
+    videos = {}
+    for name, paths in by_name.items():
+        for path in paths:
+            # both forms of a name may exist side by side
+            videos[name if len(paths) == 1 else str(path.relative_to(folder))] = path
     # an unmounted disk looks like an empty folder, and would empty the index
     if not videos:
         raise Mistake(f"{folder} contains no video; pass a folder that does, and check that its "

@@ -17,7 +17,7 @@ from torch import Tensor
 import clip
 import mmn
 from extras import show
-from extras.index import Entry, Index, state_of, summary
+from extras.index import Entry, Index, summary
 from retrieve import FOUND, Encoded, Moment, Retriever, ZeroShot, greedy_nms
 from support import files, options
 from support.errors import Mistake, reported
@@ -180,12 +180,12 @@ def main() -> None:
 
 def run(given) -> None:
     index = Index(given.index)
+    index.load()                        # at once: two updates later its files may be gone
     results = search(index, retriever_of(index, given.device), given.sentences, given.top,
                      given.per_video)
     changed = set()
     for name in sorted({hit.video for hits in results for hit in hits}):
-        path = index.path_of(name)
-        if not path.is_file() or state_of(path) != index.entries[name].state:
+        if not index.is_current(name):
             changed.add(name)
             print(f"note: {printable(name)} was removed or changed since it was indexed; rerun "
                   f"{index.command}", file=sys.stderr)

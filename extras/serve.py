@@ -15,7 +15,7 @@ import threading
 
 import video
 from extras import show
-from extras.index import Entry, Index, state_of, summary
+from extras.index import Entry, Index, summary
 from extras.search import is_found, retriever_of, search
 from support import files, options
 from support.errors import Mistake, reported
@@ -72,18 +72,18 @@ def application(index: Index, retriever, hosts: list[str]):
     def video_of(request) -> tuple[pathlib.Path, Entry]:
         index = latest()
         for name, entry in index.entries.items():
-            path = index.path_of(name)
             # not if it was removed or replaced since it was indexed
-            if entry.file == request.path_params["key"] and path.is_file():
-                if state_of(path) == entry.state:
-                    return path, entry
+            if entry.file == request.path_params["key"] and index.is_current(name):
+                return index.path_of(name), entry
         raise exceptions.HTTPException(404)
 
     def whole(request):
         return responses.FileResponse(video_of(request)[0])     # answers range requests, too
 
     def frame(request):
-        content = show.jpeg(video_of(request)[0], request.path_params["ms"] / 1000)
+        path, entry = video_of(request)
+        time_sec = min(request.path_params["ms"] / 1000, entry.duration_sec)
+        content = show.jpeg(path, time_sec)
         return responses.Response(content, media_type="image/jpeg")
 
     def clip(request):
@@ -109,7 +109,7 @@ def application(index: Index, retriever, hosts: list[str]):
         routing.Route("/", page),
         routing.Route("/video/{key}", whole),
         routing.Route("/clip/{key}/{start:float}/{end:float}", clip),
-        routing.Route("/frame/{key}/{ms:int}", frame)])
+        routing.Route("/frame/{key}/{ms:float}", frame)])       # a float, which has no limit
     # DNS rebinding: another site's name could resolve to this machine
     app.add_middleware(trusted.TrustedHostMiddleware, allowed_hosts=hosts)
     return app
