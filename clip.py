@@ -422,7 +422,7 @@ def download(name: str, folder: str | os.PathLike = "~/.cache/clip") -> pathlib.
     file = name.replace("/", "-").replace("@", "-") + ".pt"
     path = pathlib.Path(folder).expanduser() / file
     if not path.exists():
-        print(f"note: downloading CLIP {name} to {path}, once (ViT-B/32: 338 MB)", file=sys.stderr)
+        print(f"note: downloading CLIP {name} to {path}, once", file=sys.stderr)
     return files.fetch(f"{ADDRESS}/{digest}/{file}", digest, path)
 
 
@@ -451,8 +451,9 @@ def load(name_or_path: str | os.PathLike, device: str | torch.device = "cpu",
     """A CLIP in float32 and evaluation mode, by a published name (downloaded once), or from a file
     or folder: OpenAI's archive, a plain or open_clip state dict, Hugging Face's files (see
     support/weights.py)."""
+    state = read_state(name_or_path)            # its own errors name the file
     with naming(name_or_path):
-        return build(read_state(name_or_path), activation).to(device)
+        return build(state, activation).to(device)
 
 
 def load_text(name: str, state: dict[str, Tensor] | None = None,
@@ -460,8 +461,11 @@ def load_text(name: str, state: dict[str, Tensor] | None = None,
     """f^q of a CLIP (as in `load`) or a DistilBERT, with its own weights or with `state`."""
     if distilbert.is_distilbert(name):
         return distilbert.load(name, state)
+    if state is not None:
+        return build_text(state, activation)
+    state = read_state(name)
     with naming(name):
-        return build_text(read_state(name) if state is None else state, activation)
+        return build_text(state, activation)
 
 
 def build(state: dict[str, Tensor], activation: type[nn.Module] | None = None) -> CLIP:

@@ -122,7 +122,7 @@ class Run:
     """A checkpoint, ready for inference."""
     config: dict                                                # every field of train.Config
     text: clip.TextTower                                        # f^q
-    retriever: mmn.MomentMap                    # f^g: mmn.MMN, or extras.zero_shot.Contrast
+    retriever: mmn.MomentMap                                    # f^g
     checkpoint: dict                                            # everything else that was saved
     frozen: clip.TextTower | None = None                        # to be fused with: `add_clip`
 
@@ -145,14 +145,15 @@ def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
             raise ValueError(f"its weights do not have the sizes {sizes}")
         if "window_sec" not in saved or "parser" not in saved:
             raise ValueError("it lacks window_sec or parser")
-        retriever = clip.fill(lambda: mmn.MMN(**sizes), weights, "this retriever")
+        retriever = clip.fill(lambda: mmn.MMN(**sizes, convolution=cropped.Convolution), weights,
+                              "this retriever")
         tower = clip.load_text(config.get("text_clip", ""), saved["text"])
     except Missing:             # of the text tower, a package or its configuration
         raise
     except Exception as error:  # torch raises a dozen types for what does not fit
         raise Mistake(f"{path} is not a checkpoint of train.py: {reason(error)}") from error
     rest = {key: value for key, value in saved.items() if key not in ("retriever", "text")}
-    return Run(config, tower.to(device), cropped.speed_up(retriever).to(device), rest)
+    return Run(config, tower.to(device), retriever.to(device), rest)
 
 
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0)        # of CLIP alone, from which validation chooses
@@ -279,7 +280,7 @@ def evaluate(run: Run, splits: list[str] | None = None, query: str = "full",
                               videos.samples, predicted)
         iou = candidate_iou(run.retriever, videos.windows_sec, videos.durations_sec)    # [S, P]
         metrics = {"queries": len(videos.samples)}
-        if split == "train" and run.config["method"] != "zero-shot":
+        if split == "train" and run.checkpoint["epoch"]:                # 0: CLIP alone
             metrics["trained on"] = True
         if videos.missing:
             metrics |= {"videos missing": len(videos.missing), "queries missing": videos.lost}

@@ -77,7 +77,8 @@ class Convolution(nn.Module):
     1 / (number of valid cells under the kernel), or 0 where there is none; a cell is valid for the
     next layer where that number was not 0.
 
-    train.py and evaluate.py compute the same with support/cropped.py, which is faster."""
+    train.py and evaluate.py pass MMN another class, support/cropped.py, which computes the same in
+    less time; so the weights are MMN's, and arguments of `forward`."""
 
     def __init__(self, candidates: Tensor, kernel: int, layers: int):
         super().__init__()
@@ -164,15 +165,16 @@ class MMN(MomentMap):
     width    D of the sentence features, and of CLIP's frames, which enter the map as they are
     num_clips, pool_kernel, pool_stride, pool_counts, features   as of MomentMap
     kernel, layers, hidden, joint   size, number and width C of the convolutions; J of the heads
+    convolution                     what runs them
     """
 
     def __init__(self, width: int, num_clips: int, pool_kernel: int, pool_stride: int,
                  pool_counts: tuple[int, ...], kernel: int, layers: int, hidden: int, joint: int,
-                 features: int = 0):
+                 features: int = 0, convolution: type[nn.Module] = Convolution):
         super().__init__(num_clips, pool_kernel, pool_stride, pool_counts, width, features)
         inputs = [width] + [hidden] * (layers - 1)
         self.convs = nn.ModuleList(nn.Conv2d(channels, hidden, kernel) for channels in inputs)
-        self.convolution = Convolution(self.candidates, kernel, layers)     # applies them
+        self.convolution = convolution(self.candidates, kernel, layers)     # runs convs and norms
         self.norms = nn.ModuleList(nn.BatchNorm2d(hidden) for _ in range(layers))
         self.iou_moment = nn.Conv2d(hidden, joint, 1)
         self.contrastive_moment = nn.Conv2d(hidden, joint, 1)

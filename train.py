@@ -158,7 +158,7 @@ class Model(nn.Module):
         if not made["resolution"] or made["width"] != width:    # resolution 0: another network
             self.sizes["features"] = made["width"]
         self.text = text                                                # f^q
-        self.retriever = cropped.speed_up(mmn.MMN(**self.sizes))        # f^g
+        self.retriever = mmn.MMN(**self.sizes, convolution=cropped.Convolution)         # f^g
         self.context = None                                             # Eq. 1, 2
         self.dynamic = None                                             # Eq. 3-5
         if config.method == "vdi":
@@ -383,6 +383,7 @@ def algorithm_1(config: Config, resume: bool) -> None:
             run.add(losses, loss, norm)                 # for the log; not finite: the run stops
         if run.end_epoch(validate(model, videos, config, device)):      # the best so far
             save_checkpoint(config, model, run.history, videos["train"], parser)
+        run.save()                                      # from which --resume continues
 
 
 def save_checkpoint(config: Config, model: Model, history: list[dict], train_videos: data.Videos,

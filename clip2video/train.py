@@ -123,6 +123,7 @@ def loop(config: Config, resume: bool) -> None:
                 "config": dataclasses.asdict(config), "epoch": epoch + 1, "history": run.history,
                 "model": model.state_dict(), "versions": progress.versions(),
                 "clip_sha256": training.made["sha256"]})
+        run.save()                                      # from which --resume continues
 
 
 def train(config: Config, resume: bool = False) -> dict:

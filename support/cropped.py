@@ -21,7 +21,7 @@ from support import parallel
 
 
 class Convolution(nn.Module):
-    """Arguments as of mmn.Convolution, which it replaces.
+    """Arguments as of mmn.Convolution, in whose place MMN takes it.
 
     candidates  [N, N] bool, True = a candidate moment; kernel k; layers L"""
 
@@ -75,10 +75,3 @@ def batch_norm(norm: nn.BatchNorm2d, x: Tensor, around: Tensor, side: int) -> Te
         norm.running_var.lerp_(var * count / (count - 1), norm.momentum)
     scale = norm.weight * (var + norm.eps).rsqrt()
     return x * scale[:, None, None] + norm.bias[:, None, None]
-
-
-def speed_up(retriever: nn.Module) -> nn.Module:
-    """Replaces the retriever's `convolution` by the one above; returns the retriever."""
-    convs = retriever.convs
-    retriever.convolution = Convolution(retriever.candidates, convs[0].kernel_size[0], len(convs))
-    return retriever

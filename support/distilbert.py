@@ -55,7 +55,7 @@ class DistilBert(nn.Module):
 def is_distilbert(name: str) -> bool:
     """Whether a --text-clip is a DistilBERT: by its name, or by the configuration in its folder."""
     path = pathlib.Path(name)
-    if not (path / "config.json").is_file():
+    if not name or not (path / "config.json").is_file():        # no name: the features' own CLIP
         return path.name.startswith("distilbert")
     return "vision_config" not in files.read_text(path / "config.json")     # which a CLIP's has
 

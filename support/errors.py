@@ -42,13 +42,11 @@ def reported():
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike):
-    """Around the reading of a file: a Mistake that does not name the file begins with its name."""
+    """Around what reads the content of a file: a Mistake begins with the name of the file."""
     try:
         yield
     except Mistake as error:
-        if str(path) in str(error):
-            raise
-        raise type(error)(f"{path}: {error}") from error        # a Missing stays one
+        raise Mistake(f"{path}: {error}") from error
 
 
 def reason(error: BaseException) -> str:

@@ -7,6 +7,7 @@
             run.add(losses, loss, norm)
         if run.end_epoch(metrics):                      # the best so far
             save_tensors(folder / "ckpt.pt", ...)
+        run.save()
 
 A run is saved at the end of every epoch. One that was stopped at any point continues from there
 and ends with the same bits as one that was not. The folder holds last.pt (everything needed to
@@ -63,8 +64,8 @@ class Run:
     quality     row of the log -> number, highest for the best epoch; None if it was not validated
     patience    epochs without a better one before the run stops
 
-    Attributes: `is_new` (nothing was resumed), `epoch` (finished epochs), `history` (their rows of
-    the log), `before` (rows logged before the first epoch), `is_first` (this process logs)."""
+    Attributes: `is_new` (nothing was resumed), `history` (rows of the log, one for each finished
+    epoch), `before` (rows logged before the first epoch), `is_first` (this process logs)."""
 
     def __init__(self, folder: pathlib.Path, config: dict, model: nn.Module,
                  optimiser: torch.optim.Optimizer, epochs: int, quality,
@@ -77,7 +78,6 @@ class Run:
         self.quality = quality
         self.patience = patience
         self.is_first = parallel.rank() == 0
-        self.epoch = 0
         self.history = []
         self.before = []
         self.is_new = True
@@ -85,6 +85,11 @@ class Run:
             self.is_new = not self._restore()
         minutes = self.history[-1]["minutes"] if self.history else 0
         self.started = time.time() - 60 * minutes
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are finished."""
+        return len(self.history)
 
     def _restore(self) -> bool:
         """Reads last.pt, if there is one."""
@@ -119,7 +124,6 @@ class Run:
         set_device_rng(next(self.model.parameters()).device, saved["device rng"])
         self.history = saved["history"]
         self.before = saved["before"]
-        self.epoch = saved["epoch"]
         # a damaged file fails here, not after an epoch of training
         json.dumps([float(row["minutes"]) for row in self.history] + self.before)
         self.best_epoch()
@@ -129,7 +133,8 @@ class Run:
         files.save(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def save(self) -> None:
-        """Writes last.pt: everything needed to continue with the same bits."""
+        """Writes last.pt: everything needed to continue with the same bits. At the end of an epoch
+        after a better checkpoint, so that no crash can lose it."""
         if not self.is_first:
             return
         device = next(self.model.parameters()).device
@@ -148,13 +153,8 @@ class Run:
 
     def epochs(self):
         """The numbers of the remaining epochs, from 0, for as long as patience lasts."""
-        while self.epoch < self.total:
-            if len(self.history) - self.best_epoch() >= self.patience:
-                return
+        while self.epoch < self.total and self.epoch - self.best_epoch() < self.patience:
             yield self.epoch
-            # after the loop body has saved a better checkpoint, so that no crash can lose it
-            self.epoch += 1
-            self.save()
 
     def steps(self, loader):
         """(step, batch) of this epoch."""

@@ -200,7 +200,7 @@ def test_no_hidden_imports():
             if isinstance(node, ast.Call):
                 called = getattr(node.func, "attr", getattr(node.func, "id", ""))
                 hidden = called in ("import_module", "__import__", "run_module", "run_path",
-                                    "resolve_name")
+                                    "resolve_name", "need")
                 strings = [part.value for part in ast.walk(node)
                            if isinstance(part, ast.Constant) and isinstance(part.value, str)]
                 ours = [text for text in strings if text.split(".")[0] in OURS]

@@ -14,9 +14,9 @@ import mmn
 from support import cropped
 
 
-def small(num_clips=8, pool_counts=(7,), kernel=3, layers=2, seed=0, stride=2):
+def small(num_clips=8, pool_counts=(7,), kernel=3, layers=2, seed=0, stride=2, **more):
     torch.manual_seed(seed)
-    return mmn.MMN(6, num_clips, stride, stride, pool_counts, kernel, layers, 10, 5).double()
+    return mmn.MMN(6, num_clips, stride, stride, pool_counts, kernel, layers, 10, 5, **more).double()
 
 
 def some_batch(B=3, T=16, D=6, counts=(2, 1, 3), seed=0):
@@ -119,16 +119,16 @@ def reference_scores(model, frames, text, video_of):
     return torch.where(model.candidates, torch.sigmoid(10 * maps[0]), 0.0), maps[1]
 
 
-@pytest.mark.parametrize("speed_up", [cropped.speed_up, lambda model: model])
+@pytest.mark.parametrize("convolution", [cropped.Convolution, mmn.Convolution])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("num_clips, pool_counts, kernel, layers",
                          [(8, (7,), 3, 2), (8, (3, 2), 5, 3), (8, (7,), 3, 7)])
 def test_scores_against_the_published_algorithm(num_clips, pool_counts, kernel, layers, training,
-                                                speed_up):
+                                                convolution):
     """Eq. 6 and Eq. 9, values and gradients of every parameter, BatchNorm in training and in
     evaluation, and its running statistics: by mmn.Convolution and by support/cropped.py, which
     computes only the middle of the maps."""
-    model = speed_up(small(num_clips, pool_counts, kernel, layers)).train(training)
+    model = small(num_clips, pool_counts, kernel, layers, convolution=convolution).train(training)
     frames, text, video_of, _, _ = some_batch()
     weight = torch.randn(2, len(text), num_clips, num_clips,
                          generator=torch.Generator().manual_seed(3)).double()

@@ -349,3 +349,10 @@ def test_mistakes_of_training(root, bert, tmp_path):
         with pytest.raises(Mistake, match=message):
             train.train(config(root, tmp_path / "run", **changes))
         assert not (tmp_path / "run").exists()
+
+
+def test_a_config_beside_the_work_is_nobodys(tmp_path, monkeypatch):
+    """A checkpoint without another text tower names none, whatever lies in the current folder."""
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert not distilbert.is_distilbert("")
