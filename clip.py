@@ -5,7 +5,7 @@ image towers (ViT, ModifiedResNet), the causal text tower, and the loading of we
 have OpenAI's parameter names, so that a published state dict loads without renaming.
 
 Left out: training of the large models, and half precision (everything here is float32; callers may
-use autocast). The activation is not guessed from a file's name: it is an argument of `load`.
+use autocast). The activation comes from a config.json beside the weights or an argument of `load`.
 
     import clip
     model = clip.load("ViT-B/32")                                       # downloads 338 MB once
@@ -58,7 +58,7 @@ def byte_alphabet() -> dict[int, str]:
 def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
     """token -> id, and pair of tokens -> its rank: pairs are merged in the order of the file."""
     lines = gzip.decompress(MERGES.read_bytes()).decode("utf-8").split("\n")
-    # the file goes on: CLIP uses its first 48,894 merges, as OpenAI's code counts them
+    # the file continues; CLIP uses only its first 48,894 merges, as OpenAI's code counts them
     merges = [tuple(line.split()) for line in lines[1:49152 - 256 - 2 + 1]]
     tokens = list(byte_alphabet().values())                             # 256 bytes,
     tokens += [letter + "</w>" for letter in tokens]                    # again at a word's end,
@@ -138,7 +138,7 @@ def crop(frames: Tensor, resolution: int) -> Tensor:
     h, w = frames.shape[2:]
     size = [max(resolution, int(resolution * side / min(h, w))) for side in (h, w)]
     if size != [h, w]:
-        # subtle: on uint8 this computes as Pillow does, rounding after each of the two directions
+        # subtle: on uint8 this matches Pillow, which rounds after each of the two passes
         frames = F.interpolate(frames, size, mode="bicubic", antialias=True)
     top = round((size[0] - resolution) / 2)
     left = round((size[1] - resolution) / 2)
@@ -198,8 +198,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. Two things cannot be read off the weights' shapes, so the state dict has
-    them: a number of heads that are not 64 wide, and that the activation is GELU."""
+    """A stack of blocks. Its state dict also records what shapes cannot show: the number of heads,
+    if they are not 64 wide, and GELU."""
 
     def __init__(self, width: int, layers: int, heads: int, activation: type[nn.Module]):
         super().__init__()
@@ -351,7 +351,7 @@ class TextTower(nn.Module):
         at most. Mistake for weights that were trained with another tokenizer."""
         ours = len(vocabulary()[0])
         theirs = len(self.token_embedding.weight)
-        if not ours <= theirs <= ours + 100:            # a few more are tokens that somebody added
+        if not ours <= theirs <= ours + 100:            # a few added tokens are allowed
             raise Mistake(f"this CLIP knows {theirs:,} tokens, not {ours:,}: it was trained with "
                           f"another tokenizer, which is not available here")
         return tokenize(texts, min(77, len(self.positional_embedding)), truncate)
@@ -367,8 +367,8 @@ class TextTower(nn.Module):
         """Token ids [B, L <= 77] -> [B, D], not normalised. An empty batch gives [0, D]."""
         if not len(tokens):             # argmax and max below do not accept an empty tensor
             return self.text_projection.new_zeros(0, self.output)
-        end = tokens.argmax(1)  # the end token has the largest id; the first one counts
-        L = int(end.max()) + 1  # exact: nothing after the end token can be seen by it
+        end = tokens.argmax(1)  # the end token has the largest id; argmax takes the first
+        L = int(end.max()) + 1  # exact: the mask hides what follows the end token
         rows = torch.arange(len(tokens), device=tokens.device)
         x = self.states(tokens[:, :L])[rows, end]                       # [B, C]
         return self.ln_final(x) @ self.text_projection                  # [B, D]
@@ -474,7 +474,7 @@ def build(state: dict[str, Tensor], activation: type[nn.Module] | None = None) -
     Mistake, naming the key, if the weights are not a CLIP's. The activation cannot be read off the
     weights: pass nn.GELU for models trained with it (LAION's), unless the state dict says so."""
     state, activation = prepared(state, activation)
-    return fill(lambda: untrained(state, activation), state)
+    return fill(lambda: empty_model(state, activation), state)
 
 
 def build_text(state: dict[str, Tensor],
@@ -493,7 +493,7 @@ def activation_of(made: dict) -> type[nn.Module]:
 
 def prepared(state: dict[str, Tensor], activation: type[nn.Module] | None
              ) -> tuple[dict[str, Tensor], type[nn.Module]]:
-    """The weights with what `Transformer` adds to them, and the activation."""
+    """The weights with exactly the buffers that `Transformer` will register, and the activation."""
     state = {key: value for key, value in state.items() if key not in NOT_WEIGHTS}
     if activation is None:
         activation = nn.GELU if "transformer.gelu" in state else QuickGELU
@@ -515,7 +515,7 @@ def prepared(state: dict[str, Tensor], activation: type[nn.Module] | None
     return state, activation
 
 
-def untrained(state: dict[str, Tensor], activation: type[nn.Module]) -> CLIP:
+def empty_model(state: dict[str, Tensor], activation: type[nn.Module]) -> CLIP:
     """A CLIP of the sizes of these weights, before they are loaded."""
     output = shape_of(state, "text_projection")[1]                                  # D
     if "visual.layer1.0.conv1.weight" in state:
@@ -530,7 +530,7 @@ def untrained(state: dict[str, Tensor], activation: type[nn.Module]) -> CLIP:
         stem = []
         while f"visual.stem.{len(stem)}.weight" in state:
             stem.append(len(state[f"visual.stem.{len(stem)}.weight"]))
-        pixels = patch * 2 ** len(stem)                 # a patch is so many pixels wide
+        pixels = patch * 2 ** len(stem)                 # width of a patch
         visual = VisionTransformer(
             resolution=pixels * round((positions - 1) ** 0.5), patch=patch, width=width,
             layers=count(state, "visual.transformer.resblocks."),
@@ -549,12 +549,12 @@ def text_sizes(state: dict[str, Tensor]) -> dict[str, int]:
                 output=shape_of(state, "text_projection")[1])
 
 
-# heads of the published image towers in which they are not 64 wide: ViT-H/14, g/14, bigG/14, e/14
+# width -> heads of published image towers whose heads are not 64 wide: H/14, g/14, bigG/14, e/14
 WIDE_HEADS = {1280: 16, 1408: 16, 1664: 16, 1792: 16}
 
 
 def heads_of(state: dict[str, Tensor], tower: str, width: int) -> int:
-    """The number of heads of a tower of this width. Mistake if nobody can know it."""
+    """The number of heads of a tower of this width. Mistake if it is unknown."""
     heads = width // 64
     if f"{tower}.heads" in state:
         heads = int(state[f"{tower}.heads"])
@@ -582,8 +582,8 @@ def count(state: dict[str, Tensor], prefix: str) -> int:
 def fill(make, state: dict[str, Tensor], what: str = "a CLIP") -> nn.Module:
     """The model that `make()` gives with these weights, as float32 and in evaluation mode. Mistake,
     naming the keys, if they do not fit."""
-    # subtle: without torch's metadata, which would make it assign below, too; and torch itself adds
-    # num_batches_tracked, which some files lack
+    # subtle: a plain dict drops torch's metadata, which would carry assign=True to the second load;
+    # torch itself adds num_batches_tracked, which some files lack
     state = dict(state)
     try:
         with torch.device("meta"):      # allocates nothing before all shapes are known to agree

@@ -55,7 +55,7 @@ class VideoError(Mistake):
 
 # -------------------------------------------------------------------------------------- annotations
 
-# dataset -> split -> the names its file goes by; the first that exists is read
+# dataset -> split -> possible file names; the first that exists is read
 COMPOSITIONAL = {"train": ("train.json",), "novel-word": ("novel_word.json",),
                  "novel-composition": ("novel_composition.json",),
                  "trivial": ("test_trivial.json",)}
@@ -134,7 +134,7 @@ def training_samples(dataset: str, select_on: str, limit: int,
     # or the epoch would be chosen on training videos
     free = [sample for sample in samples["train"] if sample.video not in validating]
     shared = len(samples["train"]) - len(free)
-    # where `select_on` is a part of the training split, that is its purpose
+    # no note where `val` is held out of the training split on purpose
     if shared and (dataset not in FILES or select_on in FILES[dataset]):
         print(f"{shared} of {len(samples['train'])} training sentences are left out, because their "
               f"videos are in {select_on}, too; divide your videos, not your sentences, into the "
@@ -163,8 +163,8 @@ def read_file(path: str | os.PathLike) -> list[Sample]:
     for sample in samples:
         first_sec = durations_sec.setdefault(sample.video, sample.duration_sec)
         if abs(sample.duration_sec - first_sec) > 0.01 * first_sec:     # false for nan
-            raise Mistake(f"{path} says that {sample.video} is {first_sec} s long, and that it is "
-                          f"{sample.duration_sec} s long; correct one of them")
+            raise Mistake(f"{path} gives {sample.video} two durations, {first_sec} s and "
+                          f"{sample.duration_sec} s; correct one of them")
     return samples
 
 
@@ -181,12 +181,12 @@ def read_charades(path: pathlib.Path) -> list[Sample]:
             except (KeyError, TypeError, ValueError) as error:
                 raise Mistake(f"{table} has no columns id and length: {error}") from error
 
-    def samples(line: str) -> list[Sample]:
+    def parse_line(line: str) -> list[Sample]:
         place, sentence = line.split("##", 1)
         name, start, end = place.split()
         return [to_sample(name, sentence, (start, end), durations_sec[name])]
 
-    return read_lines(path, files.numbered_lines(path), samples)
+    return read_lines(path, files.numbered_lines(path), parse_line)
 
 
 def json_lines(path: pathlib.Path) -> list[tuple[int, str]]:
@@ -199,7 +199,7 @@ def json_lines(path: pathlib.Path) -> list[tuple[int, str]]:
 
 def read_jsonl(path: pathlib.Path) -> list[Sample]:
     """QVHighlights lines; {"vid", "query", "relevant_windows"} is enough."""
-    def samples(line: str) -> list[Sample]:
+    def parse_line(line: str) -> list[Sample]:
         row = json.loads(line)
         if not row["relevant_windows"]:
             raise ValueError("it has no moment (relevant_windows)")
@@ -216,7 +216,7 @@ def read_jsonl(path: pathlib.Path) -> list[Sample]:
         return [sample._replace(start_sec=start, end_sec=end, others=tuple(others),
                                 qid=row.get("qid"))]
 
-    return read_lines(path, json_lines(path), samples)
+    return read_lines(path, json_lines(path), parse_line)
 
 
 def read_json(path: pathlib.Path) -> list[Sample]:
@@ -228,12 +228,12 @@ def read_json(path: pathlib.Path) -> list[Sample]:
         raise Mistake(f"{path} is not of the form {{video: {{duration, timestamps, sentences}}}}: "
                       f"{type(error).__name__} {error}") from error
 
-    def samples(item: tuple[str, dict]) -> list[Sample]:
+    def parse_video(item: tuple[str, dict]) -> list[Sample]:
         name, entry = item
         pairs = zip(entry["timestamps"], entry["sentences"], strict=True)
         return [to_sample(name, sentence, window, entry["duration"]) for window, sentence in pairs]
 
-    return read_lines(path, [(item[0], item) for item in videos], samples)
+    return read_lines(path, [(item[0], item) for item in videos], parse_video)
 
 
 def to_sample(name: str, sentence: str, window, duration_sec) -> Sample:
@@ -274,7 +274,7 @@ def read_lines(path: pathlib.Path, lines, read) -> list[Sample]:
 
 
 def clean(samples: list[Sample]) -> tuple[list[Sample], int, int]:
-    """Clamps moments to [0, duration] and drops those that are then empty. No other code does.
+    """Clamps moments to [0, duration] and drops those that are then empty. Only this function does.
     Returns what is left, of how many sentences moments were clamped, and how many were dropped."""
     kept = []
     clamped = 0
@@ -399,7 +399,7 @@ class FeatureStore:
         failed.txt            the videos that could not be read, with the reason
 
     Files get their names only when they are complete. `made` (video.made_by) is required to create
-    a store, and must agree with an existing one. `part` is "-r" in process r of several."""
+    a store, and must agree with an existing one. `part`: suffix of this process's files, "-r"."""
 
     def __init__(self, folder: str | os.PathLike, made: dict | None = None, part: str = ""):
         self.folder = pathlib.Path(folder)
@@ -415,7 +415,7 @@ class FeatureStore:
                 self.manifest = dict(existing, videos={})
             if not existing["videos"]:                  # every video failed: nothing was made
                 continue
-            for key in [*self.manifest, "activation"]:          # recorded for GELU only
+            for key in [*self.manifest, "activation"]:          # absent unless GELU
                 value = self.manifest.get(key)
                 if key != "videos" and existing.get(key) != value:
                     raise Mistake(f"the features in {folder} were made with {key} "
@@ -504,7 +504,7 @@ class Batch(NamedTuple):
 
 
 def windows_of(samples: list[Sample]) -> Tensor:
-    """All true moments of sentences in seconds, [S, M, 2]; with fewer than M, the first repeats."""
+    """All true moments of sentences in seconds, [S, M, 2]; padded by repeating the first."""
     most = max((len(sample.others) for sample in samples), default=0)
     rows = []
     for sample in samples:
@@ -579,7 +579,7 @@ class Videos(Dataset):
             return error
 
     def collate(self, items: list) -> Batch | VideoError:
-        some = items or [self[0]]       # a process may have no share of a small batch
+        some = items or [self[0]]       # no share of a small batch: shapes come from video 0
         for item in some:
             if isinstance(item, VideoError):
                 return item
@@ -607,7 +607,7 @@ class Videos(Dataset):
 
 
 def digest_of(videos: dict[str, Videos]) -> str:
-    """A fingerprint of the sentences and features of a run, which cannot go on with others."""
+    """A fingerprint of the sentences and features of a run, which resumes only with the same."""
     content = []
     for split, part in videos.items():
         manifest = part.store.manifest

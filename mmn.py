@@ -72,8 +72,8 @@ def sparse_cells(num_clips: int, pool_counts: tuple[int, ...]) -> list[tuple[Ten
 # ---------------------------------------------------------------------------------------- the model
 
 class Convolution(nn.Module):
-    """The proposal convolution, as published: the first layer pads for all layers, each layer then
-    shrinks the map, back to N x N in the end. After each layer the output is multiplied by
+    """The proposal convolution, as published: the first layer pads for all layers; each then
+    shrinks the map, finally to N x N. After each layer the output is multiplied by
     1 / (number of valid cells under the kernel), or 0 where there is none; a cell is valid for the
     next layer where that number was not 0.
 
@@ -232,7 +232,7 @@ def overlap_scores(moments: Tensor, text: Tensor, video_of: Tensor) -> Tensor:
     return torch.sigmoid(SCORE_SCALE * cosine_scores(moments, text, video_of))
 
 
-def iou_loss(scores: Tensor, iou: Tensor, floor: float = 0.5) -> Tensor:
+def iou_loss(scores: Tensor, iou: Tensor) -> Tensor:
     """Eq. (7), Sec. 3.1: binary cross-entropy between predicted and true overlap.
 
         L^iou = BCE(Y^iou, Y~iou),  here with max(0, (Y^iou - 0.5) / 0.5)
@@ -241,7 +241,7 @@ def iou_loss(scores: Tensor, iou: Tensor, floor: float = 0.5) -> Tensor:
     iou      [S, P] in [0, 1]
     returns  [S] nats, mean over the candidates"""
     # DEVIATION: Eq. (7) takes the overlap itself; scaled as in MMN's code, and at least 0
-    target = ((iou - floor) / (1 - floor)).clamp(min=0)
+    target = ((iou - 0.5) / 0.5).clamp(min=0)
     # subtle: BCE aborts on NaN (on a GPU for good); a NaN loss stops the run, naming the term
     bad = scores.isnan()
     loss = F.binary_cross_entropy(scores.masked_fill(bad, 0.5), target, reduction="none")
@@ -319,7 +319,7 @@ def best_cell(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=8)
 def near_cells(num_clips: int, nms: float, device: torch.device) -> Tensor:
-    """Pairs of cells with an IoU above `nms`, or equal: [N*N, N*N] bool; row i*N+j is (i, j)."""
+    """[N*N, N*N] bool, True = two cells with an IoU above `nms`, or one; row i*N+j is (i, j)."""
     clip = torch.arange(num_clips, device=device)
     cells = torch.stack([clip.repeat_interleave(num_clips), clip.repeat(num_clips) + 1], 1).float()
     near = interval_iou(cells[:, None], cells[None, :]) > nms
@@ -342,16 +342,16 @@ def decode(scores: Tensor, durations_sec: Tensor, top_k: int = 1, nms: float = 0
         candidates = torch.ones(N, N, dtype=torch.bool, device=scores.device).triu()
     # UNSPECIFIED: how the five moments of R@5 are chosen; by NMS, as in MMN's code
     # -inf, not 0: a candidate may score exactly 0 and still be the best
-    left = scores.masked_fill(~candidates, float("-inf"))               # [S, N, N]
+    remaining = scores.masked_fill(~candidates, float("-inf"))          # [S, N, N]
     result = scores.new_zeros(S, top_k, 3)
     for k in range(top_k):
-        start, end = best_cell(left)
-        best = left[torch.arange(S, device=scores.device), start, end]  # [S]
+        start, end = best_cell(remaining)
+        best = remaining[torch.arange(S, device=scores.device), start, end]     # [S]
         found = best > float("-inf")
         interval = torch.stack([start, end + 1], 1) * (durations_sec / N)[:, None]  # [S, 2]
         result[:, k, :2] = torch.where(found[:, None], interval.to(scores.dtype), 0)
         result[:, k, 2] = best
         if k + 1 < top_k:
             near = near_cells(N, nms, scores.device)[start * N + end].unflatten(1, (N, N))
-            left.masked_fill_(near, float("-inf"))
+            remaining.masked_fill_(near, float("-inf"))
     return result

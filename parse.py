@@ -66,7 +66,7 @@ class Parser:
             # one file per pipeline and version: other versions find other chunks
             version = self.name.replace(" ", "-").replace("/", "-")
             self.cache = cache / f"chunks-{version}-lower.json"
-            with contextlib.suppress(OSError, ValueError):      # missing or damaged: made again
+            with contextlib.suppress(OSError, ValueError):      # missing or damaged: parse again
                 self.known = dict(json.loads(self.cache.read_text(encoding="utf-8")))
 
     def chunks(self, sentence: str) -> list[tuple[int, int]]:
@@ -94,7 +94,7 @@ class Parser:
         if unknown and self.cache and self.cache.parent.exists():
             with contextlib.suppress(OSError):          # a read-only folder: parsed again next time
                 files.save(self.cache, json.dumps(self.known))
-        # JSON knows no tuples: what comes from a file are lists
+        # JSON has no tuples, so cached spans are lists
         return [[(start, end) for start, end in self.known[s]] for s in sentences]
 
     def split(self, sentence: str) -> Query:
@@ -165,8 +165,8 @@ def load(model):
 
 
 def lowered(sentence: str) -> str:
-    """The sentence in lower case, as CLIP reads it; spaCy divides "The Dog" in another way."""
-    # subtle: chunks are places in the original sentence, so a letter that would become two stays
+    """The sentence in lower case, as CLIP reads it; spaCy parses "The Dog" differently."""
+    # subtle: chunks index the original, so a letter whose lower case is two letters stays
     letters = [c.lower() if len(c.lower()) == 1 else c for c in sentence]
     # spaCy cannot encode lone surrogates
     return "".join(letters).encode("utf-8", "replace").decode()

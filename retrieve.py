@@ -168,7 +168,7 @@ class ZeroShot:
         self.limits_sec = (shortest_sec, longest_sec)
         path = data.clip_file(clip_name, root)
         dataset = ""                            # whose own CLIP it is
-        if os.path.exists(path):                # by which an index finds it, from any folder
+        if os.path.exists(path):                # absolute: an index works from any folder
             self.name = os.path.abspath(path)
             dataset = os.path.basename(os.path.dirname(self.name))
         if smooth_sec is None:
@@ -184,7 +184,7 @@ class ZeroShot:
     def encode(self, path: str | os.PathLike) -> Encoded:
         """The features of a video file, cached or extracted. VideoError if it is unreadable."""
         path = checked_video(path)
-        settings = [self.digest, self.rate, "ffmpeg"]        # which reads the frames
+        settings = [self.digest, self.rate, "ffmpeg"]        # what decodes the frames
         frames, duration_sec = cached_features(self.cache, path, settings, self.extract)
         return Encoded(str(path), duration_sec, duration_sec / len(frames), frames, starts=[0])
 
@@ -532,7 +532,7 @@ def retriever_of(given, checkpoint: str | None, cache: str | None,
     if checkpoint:
         return Retriever(checkpoint, given.device, given.clip, cache, fuse_clip)
     if fuse_clip:
-        raise Mistake("--fuse-clip adds CLIP to a checkpoint; without one, CLIP is alone already")
+        raise Mistake("--fuse-clip adds CLIP to a checkpoint; name one, or omit --fuse-clip")
     return ZeroShot(given.clip or "ViT-B/32", given.device, given.rate, given.shortest,
                     given.longest, cache=cache, gelu=given.gelu)
 

@@ -17,7 +17,7 @@ novel-composition split. All files have the same formats as those of a real data
 
 In real sentences nouns go with verbs: doors open, sandwiches are eaten. With --coupling p, every
 shape goes with two motions, and with probability p the actors of a video perform those of their
-shapes. novel-composition and novel-word are as without; coupled-novel-word is coupled, too.
+shapes. novel-composition and novel-word are unchanged; coupled-novel-word is coupled, too.
 
 Rounding differs between machines, and pre-training amplifies the difference. Every run on worlds 0
 to 4 therefore starts from a shipped CLIP (assets/small-clip-0.pt to -4.pt).
@@ -321,7 +321,7 @@ def plan_of(seed: int, split: str, i: int, coupling: float = 0.0) -> dict:
     """The script of video i of a split, which does not depend on any other video's."""
     rng = np.random.default_rng([seed, list(COUPLED_SPLITS).index(split) + 1, i])
     if split in ("novel-word", "val-novel-word", "novel-composition"):
-        coupling = 0.0                                  # the same videos as in the world without
+        coupling = 0.0                                  # the same videos as without coupling
     return script(split, rng, coupling)
 
 
@@ -496,7 +496,7 @@ def build(dataset: str = "shapes", root: str | os.PathLike = "data") -> None:
     target = pathlib.Path(root) / dataset
     if (target / "chunks.json").exists():
         return
-    if target.exists():                                 # not by this function
+    if target.exists():                                 # made by something else
         raise Mistake(f"{target} is not a complete shapes world; remove it to build it again")
     print(f"building {target}: drawing and encoding videos")
     counts = COUPLED_SPLITS if coupling else SPLITS

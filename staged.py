@@ -118,8 +118,8 @@ def video_targets(text: clip.TextTower, videos: data.Videos, config,
     targets = []
     for batch in videos.batches(64, device=device):
         batch = batch.to(device)
-        asking = None if static is None else static[batch.index]
-        targets.append(temporal_change(asking, batch.frames[batch.video_of], batch.moments_sec,
+        attending = None if static is None else static[batch.index]
+        targets.append(temporal_change(attending, batch.frames[batch.video_of], batch.moments_sec,
                                        batch.durations_sec, config.stage_target))
     return torch.cat(targets)
 

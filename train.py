@@ -45,12 +45,12 @@ class Config:
     method: str = option("vdi", "what to train", METHODS)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     out: str = option("", "folder of the run (empty: runs/<dataset>-<method>)")
-    seed: int = option(0, "of weights, data order and targets")
+    seed: int = option(0, "seed of weights, data order and targets")
     root: str = option("data", "folder of datasets")
     clip: str = option("ViT-B/32", "which features to use: a CLIP (name or file), a dataset's own "
                        "CLIP, or a --backbone")
     text_clip: str = option("", "another text tower: a CLIP, DistilBERT, or shuffled (permuted)")
-    mask: str = option("", "word for masked words (empty: dropped; vdi-staged: something)")
+    mask: str = option("", "replaces masked words (empty: drop them; vdi-staged: something)")
     limit_videos: int = option(0, "train on the first N videos only (0 = all)", least=0)
     select_on: str = option("val", "split that selects the epoch ('test' is common practice)")
     workers: int = option(0, "processes that read features", least=0)
@@ -154,7 +154,7 @@ class Model(nn.Module):
         self.sizes = dict(width=width, num_clips=config.num_clips, pool_kernel=pool,
                           pool_stride=pool, pool_counts=config.pool_counts, kernel=config.kernel,
                           layers=config.layers, hidden=config.hidden, joint=config.joint)
-        # UNSPECIFIED: how separated networks of different widths meet: MMN's linear layer
+        # UNSPECIFIED: how frames and text of different widths meet: MMN's linear layer
         if not made["resolution"] or made["width"] != width:    # resolution 0: another network
             self.sizes["features"] = made["width"]
         self.text = text                                                # f^q
@@ -174,7 +174,7 @@ class Model(nn.Module):
 class Queries(NamedTuple):
     """The sentences of a batch as features, in the roles that the paper's tables vary."""
     full: Tensor                # [S, D] x^q, by which MMN retrieves
-    asking: Tensor | None       # [S, D] x^qs, which attends to the frames; None: a learned probe
+    attending: Tensor | None    # [S, D] x^qs, which attends to the frames; None: a probe
     adapted: Tensor | None      # [S, D] x^qd, into which is injected; None without injection
     has_adapted: Tensor | None  # [S] bool, True = the adapted query has a word
     has_both: Tensor | None     # [S] bool, True = the static query has one, too
@@ -188,14 +188,14 @@ def encode_queries(model: Model, batch: data.Batch, config: Config) -> Queries:
     x = x.unflatten(0, (len(tokens), -1))                               # [3 or 1, S, D]
     if not injects:
         return Queries(x[0], None, None, None, None)
-    # UNSPECIFIED: whether x^qs is of the adapted tower (it is), with a gradient (it has one)
+    # UNSPECIFIED: x^qs is of the adapted tower and has a gradient
     row = staged.QUERIES[config.context_query]          # Table 3; Q^h is in the place of Q^s
-    asking = None if row is None else x[row]
+    attending = None if row is None else x[row]
     row = staged.QUERIES[config.inject_into]            # suppl. Table 4
     # UNSPECIFIED: what an empty query means; it has no term in Eq. 2 and 5, which are means over
     # the others. Q^s must have a word even where Q asks: Table 3's rows train on the same sentences
     has_adapted = batch.spoken[row]                                     # [S]
-    return Queries(x[0], asking, x[row], has_adapted, batch.spoken[1] & has_adapted)
+    return Queries(x[0], attending, x[row], has_adapted, batch.spoken[1] & has_adapted)
 
 
 def terms(model: Model, batch: data.Batch, config: Config) -> dict[str, Tensor]:
@@ -234,7 +234,7 @@ def context_term(model: Model, batch: data.Batch, queries: Queries, video_of: Te
                  config: Config) -> dict[str, Tensor]:
     """L^vc of Eq. (2): the dynamic query should carry what the static query finds in the video."""
     frames = model.retriever.project(batch.frames)                      # [B, T, D]
-    context = parallel.gather(model.context(queries.asking, frames, batch.video_of))    # x~^qs
+    context = parallel.gather(model.context(queries.attending, frames, batch.video_of))    # x~^qs
     projected = parallel.gather(model.context.project(queries.adapted))     # FC(x^qd) [S, D]
     has_both = parallel.gather(queries.has_both)                        # [S]
     form = config.forms.split("-")[0]                                   # suppl. Table 3
@@ -285,7 +285,7 @@ def total_loss(losses: dict[str, Tensor], config: Config, epoch: int) -> Tensor:
 # -------------------------------------------------------------------------------------- Algorithm 1
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, config: Config, epochs: float) -> None:
-    """After so many epochs: a cosine to 0, or a tenth at each milestone."""
+    """After `epochs`: a cosine to 0, or a tenth per milestone."""
     factor = 0.1 ** sum(epochs >= milestone for milestone in config.milestones)
     if not config.milestones:
         factor = progress.cosine(epochs / config.epochs)
@@ -320,13 +320,13 @@ def start(config: Config, made: dict, device: torch.device) -> tuple[Model, torc
     if source != config.clip and isinstance(text, clip.TextTower):      # not a DistilBERT
         name = "GELU" if hasattr(text.transformer, "gelu") else "QuickGELU"
         print(f"text tower: {source}, read with {name} (a config.json beside it decides)")
-    if config.text_clip == "shuffled":          # the same numbers without any knowledge
+    if config.text_clip == "shuffled":          # permuted: the same values, no knowledge
         for p in text.parameters():
             p.data = p.data.flatten()[torch.randperm(p.numel())].view_as(p)
     model = Model(config, text, made).to(device)
     others = [p for name, p in model.named_parameters() if not name.startswith("text.")]
     groups = [{"params": list(model.text.parameters()), "base": config.lr * config.text_lr},
-              {"params": others, "base": config.lr}]            # DEVIATION: f^g is trained, too
+              {"params": others, "base": config.lr}]            # DEVIATION: one optimiser, f^g too
     return model, torch.optim.AdamW(groups, lr=config.lr, **ADAMW)
 
 
@@ -354,7 +354,7 @@ def algorithm_1(config: Config, resume: bool) -> None:
     store = data.open_store(config.dataset, config.clip, config.root, config.frames)
     model, optimiser = start(config, store.manifest, device)
     videos, parser = data.training_videos(config, store, model.text.tokenize)
-    fixed = dataclasses.asdict(config) | {"data": data.digest_of(videos)}   # what cannot change
+    fixed = dataclasses.asdict(config) | {"data": data.digest_of(videos)}   # must match
     run = progress.Run(config.folder, fixed, model, optimiser, config.epochs, quality,
                        config.patience, resume)
     if run.is_new and config.method == "vdi-staged":

@@ -38,21 +38,21 @@ VIDEOS = {".mp4", ".mkv", ".avi", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".fl
 
 # ------------------------------------------------------------------------------- what a file holds
 
-WIDEST = 8                      # of a wider (or higher) picture only the middle is read
-LOST = 0.1                      # share of a video that may be damaged
+MAX_ASPECT = 8                      # aspect ratio beyond which only the middle is read
+MAX_LOST = 0.1                      # share of a video that may be damaged
 
 
 class VideoFile(NamedTuple):
     """What `inspect` finds out."""
     path: pathlib.Path
     duration_sec: float                 # as a player shows it
-    width: int                          # of a frame as displayed (at most WIDEST times the height)
+    width: int                          # as displayed, at most MAX_ASPECT times the height
     height: int
     codec: str
-    filters: str                        # that make displayed frames of decoded ones
+    filters: str                        # ffmpeg: decoded -> displayed frames
     packets_sec: np.ndarray             # [n, 3] its packets, see `ffmpeg.packet_times`
     container: str                      # as ffmpeg calls it, for instance "matroska,webm"
-    opening: list[str]                  # options of the program that open it
+    opening: list[str]                  # ffmpeg's options that open it
 
 
 def inspect(path: str | os.PathLike) -> VideoFile:
@@ -84,11 +84,11 @@ def inspect(path: str | os.PathLike) -> VideoFile:
         pixel_aspect = int(frame[4]) / int(frame[5])
     width, height, filters = displayed(int(frame[2]), int(frame[3]), pixel_aspect, frame[1] or "")
     packets_sec = times_sec[copied[shown[1]]]
-    if packets_sec[-1, 1] == packets_sec[-1, 0]:        # WMV: as long as the one before it
+    if packets_sec[-1, 1] == packets_sec[-1, 0]:        # WMV lacks it: as the one before
         packets_sec[-1, 1] += np.diff(packets_sec[-2:, 0]).sum() or 0.04
     end_sec = max(rows[:, 1].max() for rows in times_sec.values())
     opening = ffmpeg.reading(path)
-    if shown[2] == "theora":            # whose decoder gives other pictures each time in threads
+    if shown[2] == "theora":            # its threaded decoder is not deterministic
         opening = ["-threads", "1"] + opening
     return VideoFile(pathlib.Path(path), float(end_sec), width, height, shown[2], filters,
                      packets_sec, container[1], opening)
@@ -97,17 +97,17 @@ def inspect(path: str | os.PathLike) -> VideoFile:
 def displayed(w: int, h: int, pixel_aspect: float, colours: str) -> tuple[int, int, str]:
     """Width and height of a frame as displayed, and the filters that make it of a decoded one.
 
-    colours    what the program says of them: "(tv, bt709, progressive)" """
+    colours    ffmpeg's description: "(tv, bt709, progressive)" """
     filters = []
     # a strip of 16384 x 2 pixels would become gigabytes when its short side is enlarged to CLIP's
-    cropped_w = min(w, max(1, round(WIDEST * h / pixel_aspect)))
-    cropped_h = min(h, max(1, round(WIDEST * w * pixel_aspect)))
+    cropped_w = min(w, max(1, round(MAX_ASPECT * h / pixel_aspect)))
+    cropped_h = min(h, max(1, round(MAX_ASPECT * w * pixel_aspect)))
     if (cropped_w, cropped_h) != (w, h):
         filters.append(f"crop={cropped_w}:{cropped_h}")
-    if "smpte2084" in colours or "arib-std-b67" in colours:     # HDR: as on an SDR screen
+    if "smpte2084" in colours or "arib-std-b67" in colours:     # HDR: tone-mapped to SDR
         if "unknown" in colours:
             filters.append("setparams=colorspace=bt2020nc:color_primaries=bt2020")
-        if cropped_w % 2 or cropped_h % 2:              # zscale takes no half pixels of colour
+        if cropped_w % 2 or cropped_h % 2:              # zscale needs even sides
             filters.append("format=yuv444p10le")
         filters += ["zscale=t=linear:npl=203", "format=gbrpf32le", "zscale=p=bt709",
                     "tonemap=hable:desat=0", "zscale=t=bt709:m=bt709:r=tv", "format=yuv444p"]
@@ -127,11 +127,11 @@ def lost_sec(packets_sec: np.ndarray, decoded_sec: np.ndarray) -> float:
     starts = packets_sec[packets_sec[:, 2] > 0, 0]
     # the gaps between two frames, before the first and after the last
     edges = np.concatenate([[starts[0]], decoded_sec[:, 0], [packets_sec[-1, 1]]])
-    tolerance = 1e-3                                    # the two listings have other ticks
+    tolerance = 1e-3                                    # the two listings round differently
     first = np.searchsorted(starts, edges[:-1] + tolerance)
     after = np.searchsorted(starts, edges[1:] - tolerance)
     inside = np.maximum(after - first, 0)               # packets strictly within each gap
-    # a single one is nothing: two fields make a frame
+    # one is normal: two fields make a frame
     share = np.where(inside > 1, inside / (inside + 1), 0.0)
     return float((np.diff(edges) * share).sum())
 
@@ -152,15 +152,15 @@ def probe_duration(path: str | os.PathLike) -> float:
 def frames_every(video: VideoFile, first_sec: float, step_sec: float,
                  count: int) -> Iterator[Tensor]:
     """The frames on screen at `count` instants from `first_sec` on, `step_sec` apart: uint8
-    [3, h, w], RGB, as displayed. VideoError if there is none, or if more than LOST of the video
+    [3, h, w], RGB, as displayed. VideoError if there is none, or if more than MAX_LOST of the video
     cannot be decoded; less is noted."""
-    # a time later than all pictures shows the last
+    # after the end, the last picture
     first_sec = float(min(first_sec, video.packets_sec[-1, 0]))
     rate = 1 / fractions.Fraction(step_sec).limit_denominator(1_000_000)
-    # frame k is the last one that begins by first_sec + k * step_sec; the last of all stands
+    # frame k is the last one that begins by first_sec + k * step_sec; the last frame repeats
     sampled = (f"setpts=PTS-{first_sec!r}/TB,fps={rate.numerator}/{rate.denominator}"
                f":start_time=0:round=up,tpad=stop=-1:stop_mode=clone,{video.filters}")
-    streams = ["-an", "-sn", "-dn"]                     # of sound, subtitles and data none
+    streams = ["-an", "-sn", "-dn"]                     # no sound, subtitles or data
     size = 3 * video.width * video.height
     with tempfile.TemporaryDirectory() as folder:
         listing = pathlib.Path(folder, "decoded")       # the times of all decoded frames
@@ -188,12 +188,12 @@ def frames_every(video: VideoFile, first_sec: float, step_sec: float,
             raise VideoError(f"{video.path} cannot be decoded: {run.reason()}")
         decoded = ffmpeg.packet_times(listing.read_text(encoding="utf-8"))
     lost = lost_sec(video.packets_sec, decoded["0"])
-    if lost > LOST * video.duration_sec:
+    if lost > MAX_LOST * video.duration_sec:
         raise VideoError(f"{video.path} is damaged: {lost:.1f} s of its "
                          f"{video.duration_sec:.1f} s cannot be decoded")
     if lost > 0:
         print(printable(f"note: {video.path}: {lost:.1f} s of {video.duration_sec:.1f} s cannot be "
-                        f"decoded; the picture before stands there"), file=sys.stderr)
+                        f"decoded; the previous picture is shown"), file=sys.stderr)
 
 
 def centre_frames(video: VideoFile, count: int) -> Iterator[Tensor]:
@@ -228,7 +228,7 @@ def write_video(path: str | os.PathLike, frames: Tensor, rate: fractions.Fractio
 # ------------------------------------------------------------------------------- frames -> features
 
 PRECISIONS = {"float32": torch.float32, "fp16": torch.float16}  # by their names in a manifest
-TOWER = threading.Lock()        # videos are read in threads; a batch uses all cores by itself
+TOWER = threading.Lock()        # threads take turns: a batch uses all cores
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The ffmpeg program, as most players use it: run, watched, and listened to.
 
-PyPI's imageio-ffmpeg carries one. It reads files of anybody's: no network, no other files, a bound
+PyPI's imageio-ffmpeg carries one. It reads untrusted files: no network, no other files, a bound
 on memory and on time without output, no shell.
 """
 import fractions
@@ -13,7 +13,7 @@ import numpy as np
 from support import files
 from support.text import printable
 
-SILENCE_SEC = 60                # a program that prints nothing for so long is stopped
+SILENCE_SEC = 60                # a program that is silent for so long is stopped
 LARGEST = 1 << 26               # pixels of a frame; 8K has half as many
 # formats that hold pictures themselves; playlists, which name other files, are not among them
 FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,h264,"
@@ -92,7 +92,7 @@ class Ffmpeg:
 
 
 def reading(path: str | os.PathLike) -> list[str]:
-    """Options that open a file of anybody's: no network, no other files, a bound on memory."""
+    """Options that open an untrusted file: no network, no other files, a bound on memory."""
     # "file:", because a name may begin with a dash or contain a colon
     return ["-protocol_whitelist", "file,pipe", "-format_whitelist", FORMATS,
             "-max_pixels", str(LARGEST), "-i", "file:" + os.path.abspath(path)]

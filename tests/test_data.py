@@ -601,7 +601,7 @@ def test_annotations_that_cannot_be_right(tmp_path):
         data.read_file(many)
     assert str(caught.value).count("ends before") == 10 and "and 15 more" in str(caught.value)
     two = own(tmp_path / "two.jsonl", ("a", [[0, 1]], 9.0), ("a", [[0, 1]], 12.0))
-    with pytest.raises(Mistake, match="says that a is 9.0 s long, and that it is 12.0 s long"):
+    with pytest.raises(Mistake, match="gives a two durations, 9.0 s and 12.0 s"):
         data.read_file(two)
     (tmp_path / "array.jsonl").write_text('[{"vid": "a"}]', encoding="utf-8")
     with pytest.raises(Mistake, match="contains a json array; write one object per line"):

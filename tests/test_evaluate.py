@@ -49,8 +49,8 @@ def test_prior_and_random_moment_by_hand():
     hits 4 of 6."""
     iou = torch.tensor([[0.9, 0.6, 0.1], [0.2, 0.5, 0.8]])
     assert evaluate.best_prior(iou) == 1
-    assert evaluate.cell_recall(iou)["R@1,IoU=0.5"] == pytest.approx(400 / 6)
-    assert evaluate.cell_recall(iou[:, 1])["mIoU"] == pytest.approx(55)
+    assert evaluate.baseline_metrics(iou)["R@1,IoU=0.5"] == pytest.approx(400 / 6)
+    assert evaluate.baseline_metrics(iou[:, 1])["mIoU"] == pytest.approx(55)
 
 
 def test_a_device_that_is_not_there_is_an_error():

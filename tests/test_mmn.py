@@ -16,7 +16,8 @@ from support import cropped
 
 def small(num_clips=8, pool_counts=(7,), kernel=3, layers=2, seed=0, stride=2, **more):
     torch.manual_seed(seed)
-    return mmn.MMN(6, num_clips, stride, stride, pool_counts, kernel, layers, 10, 5, **more).double()
+    model = mmn.MMN(6, num_clips, stride, stride, pool_counts, kernel, layers, 10, 5, **more)
+    return model.double()
 
 
 def some_batch(B=3, T=16, D=6, counts=(2, 1, 3), seed=0):

@@ -16,7 +16,7 @@ import train
 import video
 from extras import features as elsewhere
 from extras import prepare
-from support.distilbert import DistilBert
+from support.distilbert import DistilBert, is_distilbert
 from support import progress
 from support.errors import Mistake
 
@@ -355,4 +355,4 @@ def test_a_config_beside_the_work_is_nobodys(tmp_path, monkeypatch):
     """A checkpoint without another text tower names none, whatever lies in the current folder."""
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    assert not distilbert.is_distilbert("")
+    assert not is_distilbert("")

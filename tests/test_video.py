@@ -272,7 +272,7 @@ def test_wide_pixels_and_strips(tmp_path):
                       "3:1")
     assert video.inspect(path)[2:4] == (96, 32)
     path = films.film(tmp_path / "strip.mkv", films.greys([99] * 3, (2, 4096)), "-c:v", "ffv1")
-    assert video.inspect(path)[2:4] == (2 * video.WIDEST, 2)
+    assert video.inspect(path)[2:4] == (2 * video.MAX_ASPECT, 2)
     frames, _ = video.sample_frames(path, 2, 224)
     assert frames.shape == (2, 3, 224, 224) and abs(frames.float().mean() - 99) < 2
 

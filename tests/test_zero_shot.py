@@ -192,7 +192,7 @@ def test_the_fusion_by_hand():
 def test_a_checkpoint_fused_with_its_clip(world, checkpoint, videos, tmp_path):     # noqa: F811
     """By evaluate.py and by retrieve.py, with the weight of the checkpoint."""
     trained = evaluate.load(checkpoint)
-    assert trained.checkpoint["clip_weight"] in evaluate.WEIGHTS
+    assert trained.checkpoint["clip_weight"] in evaluate.CLIP_WEIGHTS
     [(_, samples, before)] = evaluate.answers(trained, ["test"], root=str(world))
     evaluate.add_clip(trained, str(world), "cpu")
     cells = trained.retriever.candidates
