@@ -123,6 +123,8 @@ def search_intervals(similarity: Tensor, shortest: int, longest: int, top_k: int
             better = best > result[:, k, 2]                                     # [S]
             winner = torch.cat([spans.flatten(0, 1)[at], best[:, None]], 1)     # [S, 3]
             result[better, k] = winner[better]
+        if result[:, k, 2].isneginf().all():                            # there are no more
+            break
     return result
 
 
@@ -159,8 +161,9 @@ class ZeroShot:
                  shortest_sec: float = 1.0, longest_sec: float = 300.0, prompt: str = "{}",
                  cache: str | os.PathLike | None = CACHE, root: str = "data", gelu: bool = False,
                  smooth_sec: float | None = None):
-        if not (rate > 0 and 0 < shortest_sec <= longest_sec):
-            raise Mistake("--rate must be positive, and --shortest at most --longest")
+        if not (0 < rate < float("inf") and 0 < shortest_sec <= longest_sec < float("inf")):
+            raise Mistake("--rate, --shortest and --longest must be positive numbers, and "
+                          "--shortest at most --longest")
         if prompt.count("{}") != 1:
             raise Mistake(f"the prompt must contain {{}} once, for the sentence, not {prompt!r}")
         self.kind, self.name, self.cache = "clip", clip_name, cache

@@ -55,11 +55,13 @@ class VideoFile(NamedTuple):
     opening: list[str]                  # ffmpeg's options that open it
 
 
-def inspect(path: str | os.PathLike) -> VideoFile:
-    """Reads all packets of a file, and decodes one frame. VideoError if it is not a video."""
+def inspect(path: str | os.PathLike, whole: bool = True) -> VideoFile:
+    """Reads all packets of a file, and decodes one frame; the first packet alone, which takes no
+    time in a long film, if it is not `whole`. VideoError if it is not a video."""
+    listed = ["-map", "0:a?"] if whole else ["-frames:v", "1"]
     # the first output lists packets without decoding; the second is the stream that a player shows
-    run = ffmpeg.Ffmpeg(ffmpeg.reading(path) + [
-        "-map", "0:V?", "-map", "0:a?", "-c", "copy", "-f", "framecrc", "-",
+    run = ffmpeg.Ffmpeg(ffmpeg.reading(path) + ["-map", "0:V?"] + listed + [
+        "-c", "copy", "-f", "framecrc", "-",
         "-an", "-sn", "-dn", "-frames:v", "1", "-f", "null", "-"])
     listing = run.read_all().decode()
     report = "\n".join(run.lines)
@@ -77,16 +79,17 @@ def inspect(path: str | os.PathLike) -> VideoFile:
     times_sec = ffmpeg.packet_times(listing)
     frame = re.search(r"(?m)^  Stream #1:0.*?: Video: wrapped_avframe, \w+(\(.*?\))?,? ?"
                       r"(\d+)x(\d+)(?: \[SAR (\d+):(\d+))?", report)
-    if frame is None or copied[shown[1]] not in times_sec:
+    if frame is None or whole and copied[shown[1]] not in times_sec:
         raise VideoError(f"{path} cannot be decoded: no frame could be read")
     pixel_aspect = 1.0
     if frame[4]:
         pixel_aspect = int(frame[4]) / int(frame[5])
     width, height, filters = displayed(int(frame[2]), int(frame[3]), pixel_aspect, frame[1] or "")
-    packets_sec = times_sec[copied[shown[1]]]
-    if packets_sec[-1, 1] == packets_sec[-1, 0]:        # WMV lacks it: as the one before
+    packets_sec = times_sec.get(copied[shown[1]], np.zeros((0, 3)))
+    if len(packets_sec) and packets_sec[-1, 1] == packets_sec[-1, 0]:
+        # WMV does not say how long its last picture stands: as long as the one before
         packets_sec[-1, 1] += np.diff(packets_sec[-2:, 0]).sum() or 0.04
-    end_sec = max(rows[:, 1].max() for rows in times_sec.values())
+    end_sec = max((rows[:, 1].max() for rows in times_sec.values()), default=0.0)
     opening = ffmpeg.reading(path)
     if shown[2] == "theora":            # its threaded decoder is not deterministic
         opening = ["-threads", "1"] + opening
@@ -131,9 +134,11 @@ def lost_sec(packets_sec: np.ndarray, decoded_sec: np.ndarray) -> float:
     first = np.searchsorted(starts, edges[:-1] + tolerance)
     after = np.searchsorted(starts, edges[1:] - tolerance)
     inside = np.maximum(after - first, 0)               # packets strictly within each gap
-    # one is normal: two fields make a frame
-    share = np.where(inside > 1, inside / (inside + 1), 0.0)
-    return float((np.diff(edges) * share).sum())
+    # a packet more is normal: two fields make a frame, and times in an MPEG-PS are rough
+    steps = np.diff(edges)
+    is_lost = steps > 2.5 * np.median(np.diff(starts, append=packets_sec[-1, 1]))
+    share = np.where(is_lost & (inside > 1), inside / (inside + 1), 0.0)
+    return float((steps * share).sum())
 
 
 # ---------------------------------------------------------------------------------- video -> frames
@@ -149,6 +154,14 @@ def probe_duration(path: str | os.PathLike) -> float:
     return inspect(path).duration_sec
 
 
+def shifted(by_sec: float, more: str = "") -> str:
+    """Filters that begin a video's clock at an instant, then `more` of them, and that repeat the
+    last frame for ever."""
+    # subtle: in finer ticks, because setpts rounds towards 0, and a tick may be a whole frame
+    clock = f"settb='max(intb/1000,1e-9)',setpts=PTS-{by_sec!r}/TB"
+    return f"{clock}{more},tpad=stop=-1:stop_mode=clone"
+
+
 def frames_every(video: VideoFile, first_sec: float, step_sec: float,
                  count: int) -> Iterator[Tensor]:
     """The frames on screen at `count` instants from `first_sec` on, `step_sec` apart: uint8
@@ -157,9 +170,9 @@ def frames_every(video: VideoFile, first_sec: float, step_sec: float,
     # after the end, the last picture
     first_sec = float(min(first_sec, video.packets_sec[-1, 0]))
     rate = 1 / fractions.Fraction(step_sec).limit_denominator(1_000_000)
-    # frame k is the last one that begins by first_sec + k * step_sec; the last frame repeats
-    sampled = (f"setpts=PTS-{first_sec!r}/TB,fps={rate.numerator}/{rate.denominator}"
-               f":start_time=0:round=up,tpad=stop=-1:stop_mode=clone,{video.filters}")
+    # frame k is the last one that begins by first_sec + k * step_sec
+    sampled = (f"{shifted(first_sec)},fps={rate.numerator}/{rate.denominator}:start_time=0:round=up"
+               f",{video.filters}")
     streams = ["-an", "-sn", "-dn"]                     # no sound, subtitles or data
     size = 3 * video.width * video.height
     with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +181,7 @@ def frames_every(video: VideoFile, first_sec: float, step_sec: float,
             ["-v", "error"] + video.opening + streams + [
                 "-vf", sampled, "-frames:v", str(count), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
             + streams + ["-fps_mode", "passthrough", "-c:v", "wrapped_avframe", "-f", "framecrc",
-                         str(listing)], ffmpeg.SILENCE_SEC + 10 * step_sec)
+                         str(listing)] + ffmpeg.WITH_SOUND, ffmpeg.SILENCE_SEC + 10 * step_sec)
         done = 0
         try:
             while done < count:

@@ -3,7 +3,6 @@
 Shapes: F frames of a video, S sentences, N clips, W windows, P moments of a window.
 """
 import base64
-import functools
 import mimetypes
 import os
 import pathlib
@@ -166,47 +165,55 @@ def unplayable(path: str | os.PathLike) -> str:
             f"retrieve.py --clips writes each moment as H.264")
 
 
-@functools.lru_cache(maxsize=32)            # a long film takes a second
-def inspected(path: str, size: int, changed: int) -> video.VideoFile:
-    """`video.inspect` of a file that has this size and modification time."""
-    return video.inspect(path)
+def opened(found: video.VideoFile, origin_sec: float) -> tuple[list[str], float]:
+    """Options that open a video at `origin_sec`, and where they do. A long film is sought, not
+    decoded; but joined recordings have several clocks, and an AVI may have nothing to seek in its
+    first second."""
+    if found.container in JOINED or origin_sec < 1:
+        return found.opening, 0.0
+    origin_sec = round(origin_sec, 3)
+    return ["-ss", f"{origin_sec:.3f}"] + found.opening, origin_sec
 
 
-def opened_at(path: str | os.PathLike, time_sec: float
-              ) -> tuple[video.VideoFile, list[str], float, float]:
-    """A video; options that open it at the picture on screen at an instant, or before; and for how
-    long picture and sound have been there then, in seconds."""
-    stat = os.stat(path)
-    found = inspected(os.fspath(path), stat.st_size, stat.st_mtime_ns)
+def origin_of(found: video.VideoFile, time_sec: float) -> float:
+    """When the picture began that is on screen at an instant, or two seconds earlier, because some
+    formats cannot be sought to the frame."""
     begins_sec = found.packets_sec[:, 0]
     shown = np.searchsorted(begins_sec, time_sec, side="right") - 1
-    origin_sec = time_sec
-    if shown >= 0:
-        # earlier than the picture, because some formats cannot be sought to the frame
-        origin_sec = round(float(begins_sec[shown]) - 2, 3)
-    opening = ["-ss", f"{origin_sec:.3f}"] + found.opening      # a long film is sought, not decoded
-    # joined recordings have several clocks, and an AVI may have nothing to seek in its first second
-    if found.container in JOINED or origin_sec < 1:
-        origin_sec = 0.0
-        opening = found.opening
-    # after the last picture, it stands
-    picture_sec = min(time_sec, float(begins_sec[-1])) - origin_sec
-    return found, opening, picture_sec, time_sec - origin_sec
+    return time_sec if shown < 0 else float(begins_sec[shown]) - 2
 
 
 def jpeg(path: str | os.PathLike, time_sec: float, side: int = 160) -> bytes:
     """The frame on screen at an instant, its short side `side` pixels, as a JPEG file. VideoError
     if it cannot be read."""
-    found, opening, picture_sec, _ = opened_at(path, time_sec)
-    size = f"scale='if(gt(iw,ih),-2,{side})':'if(gt(iw,ih),{side},-2)'"
-    run = ffmpeg.Ffmpeg(["-v", "error"] + opening + [
-        "-an", "-sn", "-dn", "-frames:v", "1", "-vf",
-        f"setpts=PTS-{picture_sec}/TB,fps=1:start_time=0:round=up,{found.filters},{size}",
-        "-f", "image2pipe", "-c:v", "mjpeg", "-"], ffmpeg.SILENCE_SEC + picture_sec)
-    content = run.read_all()
+    found = video.inspect(path, whole=False)            # how it is displayed
+    # the last picture that began in the ten seconds before
+    content, reason = picture(found, time_sec, time_sec - 10, side, ",trim=end=0.0001")
     if not content:
-        raise video.VideoError(f"{path} has no picture at {time_sec:.1f} s: {run.reason()}")
+        # it began earlier, or is the first of all, which began later
+        found = video.inspect(path)
+        time_sec = min(time_sec, float(found.packets_sec[-1, 0]))       # or the last
+        content, reason = picture(found, time_sec, origin_of(found, time_sec), side)
+    if not content:
+        raise video.VideoError(f"{path} has no picture at {time_sec:.1f} s: {reason}")
     return content
+
+
+def picture(found: video.VideoFile, time_sec: float, origin_sec: float, side: int,
+            more: str = "") -> tuple[bytes, str]:
+    """A JPEG file of what is on screen at an instant, decoded from another on, with more filters;
+    if there is nothing, the reason."""
+    opening, origin_sec = opened(found, origin_sec)
+    size = f"scale='if(gt(iw,ih),-2,{side})':'if(gt(iw,ih),{side},-2)'"
+    filters = f"{video.shifted(time_sec - origin_sec, more)},fps=1:start_time=0:round=up"
+    beside = []
+    if found.container in JOINED:
+        beside = ["-t", f"{time_sec + 1:.3f}"] + ffmpeg.WITH_SOUND
+    run = ffmpeg.Ffmpeg(["-v", "error"] + opening + [
+        "-an", "-sn", "-dn", "-frames:v", "1", "-vf", f"{filters},{found.filters},{size}",
+        "-f", "image2pipe", "-c:v", "mjpeg", "-"] + beside,
+        ffmpeg.SILENCE_SEC + time_sec - origin_sec)
+    return run.read_all(), run.reason()
 
 
 def address_of(path: pathlib.Path, out: str | os.PathLike) -> str:
@@ -241,21 +248,26 @@ def write_page(out: str, encoded, grid_sec: float, answers: list) -> None:
 def cut(path: str | os.PathLike, start_sec: float, end_sec: float, out: pathlib.Path) -> None:
     """Writes [start, end) of a video, as displayed and with its sound, as H.264 in mp4. VideoError,
     and no file, if it has no picture there."""
-    found, opening, picture_sec, sound_sec = opened_at(path, start_sec)
+    found = video.inspect(path)
     seconds = end_sec - start_sec
     begins_sec = found.packets_sec[:, 0]
-    count = int(((start_sec <= begins_sec) & (begins_sec < end_sec)).sum())
-    rate = min(max(10, round(count / seconds)), 60)     # about its own; 10 for slides
-    # the picture on screen at the start comes first, and the last one stands until the end
-    filters = (f"setpts=PTS-{picture_sec}/TB,fps={rate}:start_time=0:round=up,"
-               f"tpad=stop=-1:stop_mode=clone,{found.filters},"
-               f"scale='trunc(iw/2)*2':'trunc(ih/2)*2'")        # H.264 needs even sides
+    opening, origin_sec = opened(found, origin_of(found, start_sec))
+    # the picture on screen at the start comes first: the last of all, if that is earlier
+    picture_sec = min(start_sec, float(begins_sec[-1])) - origin_sec
+    sound_sec = start_sec - origin_sec
+    steps_sec = np.diff(begins_sec[(start_sec <= begins_sec) & (begins_sec < end_sec)])
+    rate = 10                                           # of slides; else about its own
+    if len(steps_sec):
+        rate = max(rate, round(1 / max(1 / 60, np.median(steps_sec))))
+    # H.264 needs even sides
+    filters = (f"{video.shifted(picture_sec)},fps={rate}:start_time=0:round=up,{found.filters},"
+               f"scale='max(2,trunc(iw/2)*2)':'max(2,trunc(ih/2)*2)'")
     sound = ["-c:a", "aac", "-af", f"atrim=start={sound_sec},asetpts=PTS-{sound_sec}/TB"]
     for stream in (sound, ["-an"]):             # without it, if nothing can decode its sound
         run = ffmpeg.Ffmpeg(["-v", "error"] + opening + [
             "-t", f"{seconds:.3f}", "-vf", filters, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-sn",
             "-dn"] + stream + ["-y", "-f", "mp4", "file:" + os.path.abspath(out)],
-            ffmpeg.SILENCE_SEC + sound_sec + 10 * seconds)      # it prints nothing until the end
+            ffmpeg.SILENCE_SEC + sound_sec + 30 * seconds)      # it prints nothing until the end
         if run.finish() == 0:
             break
     try:

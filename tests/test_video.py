@@ -131,6 +131,53 @@ def test_long_sound_is_read_in_one_pass(tmp_path, monkeypatch):
     assert len(started) == 2                            # one lists the packets, one decodes
 
 
+def test_the_last_picture_stands(tmp_path):
+    """Not one before it, however far apart the instants are: 12 s of sound, 4 s of pictures."""
+    plain = ramp(tmp_path / "v.mp4", "-c:v", "libx264", "-pix_fmt", "yuv420p")
+    path = tmp_path / "a.mkv"
+    films.ffmpeg("-i", plain, "-f", "lavfi", "-i", "anullsrc=r=8000:d=12", "-c:v", "copy", path)
+    frames = video.frames_every(video.inspect(path), 12 / 14, 12 / 7, 7)
+    levels = [frame.float().mean().item() for frame in frames]
+    assert levels == pytest.approx([52, 120, 176, 176, 176, 176, 176], abs=3)
+
+
+@pytest.mark.parametrize("ending, codec", [("avi", "mpeg4"), ("ogv", "libtheora"),
+                                           ("mkv", "mpeg4")])
+def test_ticks_as_long_as_a_frame(tmp_path, ending, codec):
+    """Half a second before a frame begins, the one before it is on screen."""
+    path = films.film(tmp_path / f"a.{ending}", films.greys(range(20, 220, 20)), "-c:v", codec,
+                      "-q:v", 2, rate=1)
+    frames = video.frames_every(video.inspect(path), 2.5, 1.0, 5)
+    assert [frame.float().mean().item() for frame in frames] == pytest.approx(
+        [60, 80, 100, 120, 140], abs=5)
+    (tmp_path / "a.jpg").write_bytes(show.jpeg(path, 0.5))
+    assert seen(tmp_path / "a.jpg", [0.0]) == pytest.approx([20], abs=5)
+
+
+def first_beep_sec(path) -> float:
+    """When a file begins to be loud, on the clock of its pictures."""
+    raw = subprocess.run([films.FFMPEG, "-v", "error", "-i", path, "-vn", "-af",
+                          "aresample=async=1:first_pts=0", "-f", "s16le", "-ac", "1", "-ar", "8000",
+                          "-"], capture_output=True, check=True).stdout
+    return float(np.argmax(abs(np.frombuffer(raw, dtype=np.int16).astype(int)) > 2000) / 8000)
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "ts"])
+def test_clips_keep_the_sound_in_step(tmp_path, ending):
+    """A beep from 2 to 2.2 s; also where the sound begins a second late."""
+    plain = ramp(tmp_path / "v.mp4", "-c:v", "libx264", "-pix_fmt", "yuv420p")
+    beep = "aevalsrc='if(between(t,2,2.2),sin(2764*t),0)':s=44100:d=4"
+    for late_sec in (0, 1):
+        path = tmp_path / f"{late_sec}.{ending}"
+        films.ffmpeg("-i", plain, "-itsoffset", late_sec, "-f", "lavfi", "-i", beep, "-c:v", "copy",
+                     "-c:a", "aac", path)
+        for start_sec in (0.0, 1.5):
+            clip = tmp_path / "clip.mp4"
+            show.cut(path, start_sec, 3.9, clip)
+            expected_sec = 2 + late_sec - start_sec
+            assert first_beep_sec(clip) == pytest.approx(expected_sec, abs=0.1), late_sec
+
+
 def test_theora_is_the_same_every_time(tmp_path):
     """Its decoder is not, when it has several threads."""
     levels = [20 + 4 * i for i in range(50)]
@@ -139,8 +186,8 @@ def test_theora_is_the_same_every_time(tmp_path):
     assert all(torch.equal(first, video.sample_frames(path, 8, 32)[0]) for _ in range(5))
 
 
-@pytest.mark.parametrize("kind", ["plain", "late", "slides", "uneven", "avi", "joined", "flv",
-                                  "silent"])
+@pytest.mark.parametrize("kind", ["plain", "late", "late.ts", "slides", "uneven", "avi", "joined",
+                                  "flv", "silent"])
 def test_thumbnails_and_clips_show_what_is_on_screen(tmp_path, kind):
     """At instants all over the video, and in clips from its start, its middle and its end."""
     plain = ramp(tmp_path / "v.mp4", "-c:v", "libx264", "-pix_fmt", "yuv420p")
@@ -149,8 +196,10 @@ def test_thumbnails_and_clips_show_what_is_on_screen(tmp_path, kind):
     path = tmp_path / "a.mkv"
     if kind == "plain":
         path = plain
-    elif kind == "late":                                # pictures from 3 s on
-        films.ffmpeg("-itsoffset", 3, "-i", plain, *sound, path)
+    elif kind.startswith("late"):                       # pictures from 3 s on
+        path = tmp_path / f"a.{kind}"
+        films.ffmpeg("-itsoffset", 3, "-i", plain, *sound, *(
+            () if kind == "late.ts" else ("-f", "matroska")), path)
     elif kind == "slides":                              # at 0, 3 and 6 s
         films.film(tmp_path / "s.mkv", films.greys([40, 120, 200]), "-c:v", "ffv1", rate="1/3")
         films.ffmpeg("-i", tmp_path / "s.mkv", *sound, path)
@@ -192,6 +241,9 @@ def test_thumbnails_as_displayed(tmp_path):
     for time_sec in (0.1, 1e12, float("inf")):
         (tmp_path / "a.jpg").write_bytes(show.jpeg(path, time_sec))
         assert video.inspect(tmp_path / "a.jpg")[2:4] == (480, 160)
+    dot = films.film(tmp_path / "dot.mkv", films.greys([99] * 3, (1, 1)), "-c:v", "ffv1")
+    show.cut(dot, 0.0, 0.2, tmp_path / "dot.mp4")       # H.264 needs even sides
+    assert video.inspect(tmp_path / "dot.mp4")[2:4] == (2, 2)
     with pytest.raises(data.VideoError, match="clip.mp4 could not be written: .*No such file"):
         show.cut(path, 0.0, 0.2, tmp_path / "none" / "clip.mp4")
 
@@ -327,6 +379,14 @@ def test_the_stream_that_a_player_picks(tmp_path):
                  "copy", "-disposition:v:0", "attached_pic", tmp_path / "song.mp4")
     with pytest.raises(data.VideoError, match="no video stream, only a cover picture"):
         video.probe_duration(tmp_path / "song.mp4")
+
+
+def test_a_program_stream_is_not_damaged(tmp_path, capsys):
+    """Not all of its packets have a time of their own."""
+    films.ffmpeg("-f", "lavfi", "-i", "testsrc=s=96x64:r=25:d=5", "-f", "lavfi", "-i",
+                 "sine=r=44100:d=5", "-c:v", "mpeg2video", "-c:a", "mp2", tmp_path / "a.mpg")
+    assert len(video.sample_frames(tmp_path / "a.mpg", 8, 32)[0]) == 8
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("ending", [".ts", ".mts", ".m2ts"])

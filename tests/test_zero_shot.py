@@ -139,6 +139,11 @@ def test_an_event_in_the_middle_is_found_after_smoothing(seconds):
     assert mmn.interval_iou(torch.tensor([start, end]), torch.tensor([first, last])) >= 0.5
 
 
+def test_more_moments_are_wanted_than_there_are():
+    found = retrieve.search_intervals(torch.rand(1, 20), 1, 10, 100_000)
+    assert found.shape == (1, 100_000, 3) and found[0, -1, 2] == -math.inf
+
+
 def test_a_planted_moment_is_found():
     """Frames 30 to 44 of 200 point to the sentence; the others are noise."""
     text = unit(1, 32)
@@ -315,7 +320,9 @@ def test_command_line_without_a_checkpoint(world, videos, tmp_path):    # noqa: 
     assert (tmp_path / "out.png").stat().st_size > 10_000
     answer = json.loads(run(film, "the red circle rises", *options, "--json"))
     assert answer["scorer"] == "clip" and len(answer["results"][0]["moments"]) == 5
-    for more, sentence in ((("--rate", 0), "--rate must be positive"),
+    for more, sentence in ((("--rate", 0), "must be positive numbers"),
+                           (("--rate", "inf"), "must be positive numbers"),
+                           (("--longest", "inf"), "must be positive numbers"),
                            (("--shortest", 9, "--longest", 3), "--shortest at most")):
         assert sentence in run(film, "a", *options, *more, status=2)
     assert "pass a video and a sentence" in run(film, *options, status=2)
