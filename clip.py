@@ -588,9 +588,9 @@ def fill(make, state: dict[str, Tensor], what: str = "a CLIP") -> nn.Module:
     try:
         with torch.device("meta"):      # allocates nothing before all shapes are known to agree
             make().load_state_dict(state, assign=True)
+        model = make()
+        model.load_state_dict(state)                    # a copy: half precision becomes float32
     except RuntimeError as error:       # it lists the keys, one per line, perhaps a hundred of them
         listed = " ".join(str(error).split("\n", 1)[-1].split())[:300]
         raise Mistake(f"these are not the weights of {what}: {listed}") from error
-    model = make()
-    model.load_state_dict(state)                        # a copy: half precision becomes float32
     return model.eval()

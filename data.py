@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 import clip
 import mmn
 import parse
-from support import files, loading
+from support import files, loading, weights
 from support.errors import Mistake, reason
 
 
@@ -130,6 +130,9 @@ def training_samples(dataset: str, select_on: str, limit: int,
                       f"are {', '.join(available)}")
     samples = {split: read_annotations(dataset, split, root)
                for split in ("train", select_on) if split in available}
+    if "train" not in samples:
+        raise Mistake(f"{dataset} has no training sentences; add them with: python data.py "
+                      f"{dataset} --annotations FILE")
     validating = {sample.video for sample in samples.get(select_on, [])}
     # or the epoch would be chosen on training videos
     free = [sample for sample in samples["train"] if sample.video not in validating]
@@ -324,15 +327,27 @@ def clip_file(name: str, root: str | os.PathLike) -> str:
     return str(own) if own.exists() else name
 
 
+def is_weights(clip_name: str) -> bool:
+    """Whether a --clip is a file or folder of weights, perhaps of another machine, or a name."""
+    if os.sep in clip_name or clip_name.endswith((".pt", ".pth", ".bin", ".safetensors", ".ckpt")):
+        return True
+    try:
+        return weights.file_in(clip_name).is_file()
+    except Mistake:                                     # a folder that only shares the name
+        return False
+
+
 def store_folder(dataset: str, clip_name: str, root: str | os.PathLike,
                  digest: str = "") -> pathlib.Path:
     """Features of a dataset by one CLIP. The compositional splits use the original's videos.
 
     digest    SHA-256 of the CLIP (default: that of its file, if it is there)"""
-    folder = pathlib.Path(root) / dataset.removesuffix("-cg") / "features"
-    is_file = clip_name.endswith((".pt", ".pth", ".bin", ".safetensors"))
-    if not is_file and not os.path.isdir(clip_name):    # the name of a CLIP
-        return folder / clip_name.replace("/", "-").replace("@", "-")
+    family = dataset.removesuffix("-cg") if dataset in FILES else dataset
+    folder = pathlib.Path(root) / family / "features"
+    named = folder / clip_name.replace("/", "-").replace("@", "-")
+    is_named = clip_name in clip.PUBLISHED or not is_weights(clip_name)
+    if is_named or (named / "manifest.json").exists():  # which an earlier version may have made
+        return named
     name = pathlib.Path(clip_name).stem
     if not digest and os.path.exists(clip_name):
         digest = clip.sha256(clip_name)

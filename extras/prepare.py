@@ -154,13 +154,15 @@ def adopt(dataset: str, split: str, path: str, videos: dict[str, pathlib.Path], 
     cannot be read is assumed to end with its last moment."""
     rows = data.read_file(path)
     rows = [row._replace(video=plain_name(row.video, videos or features or {})) for row in rows]
-    unknown = {row.video for row in rows if math.isnan(row.duration_sec)}   # not in the file
+    # one line of a video may give its duration for all
+    durations_sec = {row.video: row.duration_sec for row in rows
+                     if not math.isnan(row.duration_sec)}
+    unknown = {row.video for row in rows} - durations_sec.keys()
     if unknown and not videos:
         # with --features, --videos cannot be given
         videos_help = "" if features else ", or name their folder with --videos"
         raise Mistake(f"{path} does not give the durations of {len(unknown)} videos; add "
                       f"\"duration\" to its lines{videos_help}")
-    durations_sec = {}
     for name in unknown:
         try:
             durations_sec[name] = video.probe_duration(videos[name])

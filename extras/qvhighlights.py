@@ -63,6 +63,9 @@ def score_predictions(predictions: list[dict], truth: list[dict]) -> dict[str, f
         predicted = torch.tensor([window[:2] for window in windows], dtype=torch.double)
         true = torch.tensor(row["relevant_windows"], dtype=torch.double)
         score = evaluate.recall(predicted[None], true[None])
+        # hits in float32, as evaluate.py counts them: an IoU may be mu in one precision only
+        hits = evaluate.recall(predicted[None].float(), true[None].float())
+        score |= {name: value for name, value in hits.items() if name != "mIoU"}
         values = [window[2] for window in windows[:10] if len(window) > 2]
         if len(values) == len(windows[:10]):    # the benchmark sorts by score, where there is one
             order = torch.tensor(values).argsort(descending=True, stable=True)
@@ -131,6 +134,12 @@ def read_rows(path: str | pathlib.Path, key: str) -> list[dict]:
                 raise ValueError(f"{window[:2]} ends before it begins")
         if key == "relevant_windows" and not windows:
             raise ValueError("the sentence has no true moment")
+        if key == "relevant_windows" and content.get("duration"):       # as data.clean does
+            limit = float(content["duration"])
+            windows = [[max(0.0, start), min(end, limit)] for start, end, *_ in windows]
+            windows = [window for window in windows if window[1] > window[0]]
+            if not windows:
+                return []
         kept = {name: content[name] for name in ("qid", "vid", "query") if name in content}
         kept[key] = windows
         return [kept]

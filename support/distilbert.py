@@ -57,7 +57,10 @@ def is_distilbert(name: str) -> bool:
     path = pathlib.Path(name)
     if not name or not (path / "config.json").is_file():        # no name: the features' own CLIP
         return path.name.startswith("distilbert")
-    return "vision_config" not in files.read_text(path / "config.json")     # which a CLIP's has
+    text = files.read_text(path / "config.json")
+    # those of a CLIP, of its text tower alone, and timm's, beside open_clip's own
+    return not ("vision_config" in text or "clip_text_model" in text
+                or (path / "open_clip_config.json").is_file())
 
 
 def load(name: str, state: dict[str, Tensor] | None = None) -> DistilBert:

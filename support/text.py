@@ -53,7 +53,10 @@ def over_runs(runs: list[dict[str, dict]]) -> str:
     # runs on different datasets may share some splits only
     splits = [split for split in first if all(split in run for run in runs)]
     # the metrics are the floats; the other values are counts, marks and details
-    names = [name for name, value in first[splits[0]].items() if isinstance(value, float)]
+    if not splits:
+        return "no split was evaluated in all of these runs"
+    names = [name for name, value in first[splits[0]].items() if isinstance(value, float)
+             and all(name in run[splits[0]] for run in runs)]
     rows = []
     for split in splits:
         row = [split_name(split, first[split])]

@@ -52,7 +52,8 @@ def read(path: pathlib.Path) -> dict[str, Tensor]:
     for wrapper in ("state_dict", "model"):             # open_clip's checkpoints, and others'
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+            isinstance(key, str) and isinstance(x, Tensor) for key, x in state.items()):
         raise Mistake(f"{path} does not contain a state dict (a dictionary of tensors)")
     state = without_prefixes(state)
     if any(key.startswith("text_model.") for key in state):
@@ -88,11 +89,15 @@ def configured(folder: pathlib.Path) -> dict[str, Tensor]:
                 # its defaults, which a configuration need not repeat, are those of ViT-B/32
                 heads = image.get("num_attention_heads", 12), text.get("num_attention_heads", 8)
                 is_gelu = text.get("hidden_act", "quick_gelu") != "quick_gelu"
+            elif content.get("model_type") == "clip_text_model":        # its text tower alone
+                heads = 1, content.get("num_attention_heads", 8)
+                is_gelu = content.get("hidden_act", "quick_gelu") != "quick_gelu"
             else:                                       # of something else
                 continue
             result = {IMAGE_HEADS: torch.tensor(int(heads[0])),
                       TEXT_HEADS: torch.tensor(int(heads[1]))}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError,
+                RecursionError) as error:
             raise Mistake(f"{folder / name} is not the configuration of a CLIP: "
                           f"{reason(error)}") from error
         if is_gelu:

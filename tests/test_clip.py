@@ -498,3 +498,18 @@ def test_offline_the_manual_download_is_explained(tmp_path, monkeypatch):
     monkeypatch.setattr(clip, "ADDRESS", "http://127.0.0.1:9")
     with pytest.raises(Mistake, match="download it by hand to .*ViT-B-32.pt"):
         clip.download("ViT-B/32", tmp_path)
+
+
+def test_weights_that_only_look_like_some(tmp_path, state):
+    """Keys that are not names, sparse tensors, and a configuration with absurd numbers."""
+    torch.save({0: torch.ones(2)}, tmp_path / "a.pt")
+    with pytest.raises(Mistake, match="does not contain a state dict"):
+        clip.load(tmp_path / "a.pt")
+    sparse = {key: x.to_sparse() if key == "text_projection" else x for key, x in state.items()}
+    with pytest.raises(Mistake, match="these are not the weights of a CLIP"):
+        clip.build(sparse)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text('{"vision_config": {"num_attention_heads": 1e400}, '
+                                          '"text_config": {}}', encoding="utf-8")
+    with pytest.raises(Mistake, match="is not the configuration of a CLIP"):
+        clip.load(tmp_path / "pytorch_model.bin")

@@ -892,3 +892,29 @@ def test_real_videos_by_the_command(published, world, tmp_path):
     assert len(arrays) == 8
     for path in arrays:
         assert np.load(path).shape == ((32, 64) if "frames" in path.name else (32, 64, 4, 4))
+
+
+# --------------------------------------------------------------------- names of datasets and of CLIPs
+
+def test_stores_of_other_names(tmp_path, monkeypatch):
+    """A dataset that only ends like a published one has its own store; a folder that only shares a
+    name is no CLIP; weights may be on another machine."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "i3d").mkdir()
+    root = tmp_path / "data"
+    assert data.store_folder("kitchen-cg", "i3d", root) == root / "kitchen-cg/features/i3d"
+    assert data.store_folder("charades-cg", "RN50", root) == root / "charades/features/RN50"
+    for name in ("/elsewhere/hub-folder", "w/x.ckpt"):
+        assert data.store_folder("kitchen", name, root, "0123456789").name == (
+            f"{pathlib.Path(name).stem}-01234567")
+
+
+def test_a_duration_on_one_line_of_a_video(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        '{"vid": "v", "query": "a", "relevant_windows": [[1, 2]], "duration": 10}\n'
+        '{"vid": "v", "query": "b", "relevant_windows": [[3, 4]]}\n', encoding="utf-8")
+    prepare.adopt("mine", "test", str(tmp_path / "a.jsonl"), {}, str(tmp_path))
+    rows = data.read_annotations("mine", "test", tmp_path)
+    assert [row.duration_sec for row in rows] == [10.0, 10.0]
+    with pytest.raises(Mistake, match="mine has no training sentences"):
+        data.training_samples("mine", "val", 0, tmp_path)

@@ -64,3 +64,12 @@ def test_over_runs_by_hand():
     """60 and 70: mean 65, standard deviation sqrt(50) = 7.1."""
     runs = [{"test": {"queries": 5, "mIoU": value, "best prior": {}}} for value in (60.0, 70.0)]
     assert "65.0 +- 7.1" in text.over_runs(runs)
+
+
+def test_means_over_runs_of_different_splits():
+    one = {"test": {"mIoU": 40.0, "noun accuracy": 90.0}}
+    two = {"test": {"mIoU": 42.0}, "val": {"mIoU": 1.0}}
+    for runs in ([one, two], [two, one]):
+        printed = text.over_runs(runs)
+        assert "41.0 +- 1.4" in printed and "noun" not in printed
+    assert "no split" in text.over_runs([one, {"val": {"mIoU": 1.0}}])
