@@ -18,6 +18,7 @@ import pathlib
 import random
 import time
 import unicodedata
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -457,7 +458,9 @@ class FeatureStore:
         files.save(self.path(video, "frames"), lambda file: np.save(file, frames.numpy()))
         if patches is not None:
             files.save(self.path(video, "patches"), lambda file: np.save(file, patches.numpy()))
-        about = {"duration_sec": duration_sec, "seconds_per_feature": duration_sec / len(frames)}
+        # the checksum tells a resumed run whether these are still the features it began with
+        about = {"duration_sec": duration_sec, "seconds_per_feature": duration_sec / len(frames),
+                 "crc32": zlib.crc32(frames.numpy().tobytes())}
         if size is not None:
             about["bytes"] = size
         self.manifest["videos"][video] = about

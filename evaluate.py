@@ -156,7 +156,7 @@ def load(path: str | pathlib.Path, device: torch.device | str = "cpu") -> Run:
     return Run(config, tower.to(device), retriever.to(device), rest)
 
 
-CLIP_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0)        # of CLIP alone, from which validation chooses
+CLIP_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0)   # of CLIP alone, from which validation chooses
 
 
 def can_add_clip(run: Run) -> bool:
@@ -235,6 +235,9 @@ def answers(run: Run, splits: list[str] | None = None, query: str = "full",
         print(f"note: this checkpoint was trained with the parser {run.checkpoint['parser']} and "
               f"is evaluated with {parser.name}", file=sys.stderr)
     for split in splits:
+        if dataset not in data.FILES and split not in data.splits(dataset, root):
+            raise Mistake(f"{dataset} has no split {split!r}; it has "
+                          f"{', '.join(data.splits(dataset, root))}")
         if split in data.LEAKING.get(dataset, ()):
             raise Mistake(f"{split} shares sentences with the training split of {dataset}, so the "
                           f"result would mean nothing; train with --dataset {dataset}-cg")

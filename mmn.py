@@ -78,7 +78,7 @@ class Convolution(nn.Module):
     next layer where that number was not 0.
 
     train.py and evaluate.py pass MMN another class, support/cropped.py, which computes the same in
-    less time; so the weights are MMN's, and arguments of `forward`."""
+    less time. The weights belong to MMN, so that both can use them."""
 
     def __init__(self, candidates: Tensor, kernel: int, layers: int):
         super().__init__()
@@ -319,7 +319,8 @@ def best_cell(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=8)
 def near_cells(num_clips: int, nms: float, device: torch.device) -> Tensor:
-    """[N*N, N*N] bool, True = two cells with an IoU above `nms`, or one; row i*N+j is (i, j)."""
+    """[N*N, N*N] bool, True = the IoU of two cells is above `nms`, or they are the same cell. Row
+    i*N+j is cell (i, j)."""
     clip = torch.arange(num_clips, device=device)
     cells = torch.stack([clip.repeat_interleave(num_clips), clip.repeat(num_clips) + 1], 1).float()
     near = interval_iou(cells[:, None], cells[None, :]) > nms

@@ -326,7 +326,7 @@ def start(config: Config, made: dict, device: torch.device) -> tuple[Model, torc
     model = Model(config, text, made).to(device)
     others = [p for name, p in model.named_parameters() if not name.startswith("text.")]
     groups = [{"params": list(model.text.parameters()), "base": config.lr * config.text_lr},
-              {"params": others, "base": config.lr}]            # DEVIATION: one optimiser, f^g too
+              {"params": others, "base": config.lr}]            # DEVIATION: f^g is trained, too
     return model, torch.optim.AdamW(groups, lr=config.lr, **ADAMW)
 
 

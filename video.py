@@ -38,8 +38,8 @@ VIDEOS = {".mp4", ".mkv", ".avi", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".fl
 
 # ------------------------------------------------------------------------------- what a file holds
 
-MAX_ASPECT = 8                      # aspect ratio beyond which only the middle is read
-MAX_LOST = 0.1                      # share of a video that may be damaged
+MAX_ASPECT = 8                  # aspect ratio beyond which only the middle is read
+MAX_LOST = 0.1                  # share of a video that may be damaged
 
 
 class VideoFile(NamedTuple):
@@ -154,12 +154,14 @@ def probe_duration(path: str | os.PathLike) -> float:
     return inspect(path).duration_sec
 
 
-def shifted(by_sec: float, more: str = "") -> str:
-    """Filters that begin a video's clock at an instant, then `more` of them, and that repeat the
-    last frame for ever."""
+def shifted(by_sec: float, is_last: bool = False) -> str:
+    """Filters that begin a video's clock at an instant and repeat its last frame for ever; with
+    `is_last`, the last one that begins by that instant."""
     # subtle: in finer ticks, because setpts rounds towards 0, and a tick may be a whole frame
-    clock = f"settb='max(intb/1000,1e-9)',setpts=PTS-{by_sec!r}/TB"
-    return f"{clock}{more},tpad=stop=-1:stop_mode=clone"
+    filters = f"settb='max(intb/1000,1e-9)',setpts=PTS-{by_sec!r}/TB"
+    if is_last:
+        filters += ",trim=end=0.0001"
+    return f"{filters},tpad=stop=-1:stop_mode=clone"
 
 
 def frames_every(video: VideoFile, first_sec: float, step_sec: float,
@@ -174,14 +176,14 @@ def frames_every(video: VideoFile, first_sec: float, step_sec: float,
     sampled = (f"{shifted(first_sec)},fps={rate.numerator}/{rate.denominator}:start_time=0:round=up"
                f",{video.filters}")
     streams = ["-an", "-sn", "-dn"]                     # no sound, subtitles or data
+    options = ["-v", "error"] + video.opening + streams + [
+        "-vf", sampled, "-frames:v", str(count), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    options += streams + ["-fps_mode", "passthrough", "-c:v", "wrapped_avframe", "-f", "framecrc"]
     size = 3 * video.width * video.height
     with tempfile.TemporaryDirectory() as folder:
         listing = pathlib.Path(folder, "decoded")       # the times of all decoded frames
-        run = ffmpeg.Ffmpeg(
-            ["-v", "error"] + video.opening + streams + [
-                "-vf", sampled, "-frames:v", str(count), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
-            + streams + ["-fps_mode", "passthrough", "-c:v", "wrapped_avframe", "-f", "framecrc",
-                         str(listing)] + ffmpeg.WITH_SOUND, ffmpeg.SILENCE_SEC + 10 * step_sec)
+        run = ffmpeg.Ffmpeg(options + [str(listing)] + ffmpeg.WITH_SOUND,
+                            ffmpeg.SILENCE_SEC + 10 * step_sec)
         done = 0
         try:
             while done < count:

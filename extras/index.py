@@ -136,7 +136,7 @@ class Index:
                 raise Mistake(f"{folder} contains none of the {len(self.entries)} videos of this "
                               f"index, which is of {self.videos_folder}; choose another --out")
             self.videos_folder = real
-            # a file may be called otherwise now, beside another form of its name
+            # another form of the same name, beside a file, changes what the file is called
             called = {path: name for name, path in videos.items()}
             self.entries = {called.get(real / entry.path, name): entry
                             for name, entry in self.entries.items()}
@@ -220,8 +220,8 @@ class Index:
         for name, entry in self.entries.items():
             path = self.vectors / entry.file
             arrays = files.read_arrays(path)
-            if [x.shape[:1] for x in arrays.values()] != [(entry.rows,)] * len(arrays) or (
-                    parts and parts.keys() != arrays.keys()):
+            sizes = {x.shape[:1] for x in arrays.values()}
+            if sizes != {(entry.rows,)} or parts and parts.keys() != arrays.keys():
                 raise Mistake(f"{path} is damaged; remove it and rerun {self.command}")
             for key, x in arrays.items():
                 parts.setdefault(key, []).append(torch.from_numpy(x))
@@ -288,9 +288,9 @@ def videos_in(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
             others.add(path.suffix.lower() or path.name)
     videos = {}
     for name, paths in by_name.items():
-        for path in paths:
-            # both forms of a name may exist side by side
-            videos[name if len(paths) == 1 else str(path.relative_to(folder))] = path
+        videos[name] = paths[0]
+        if len(paths) > 1:                      # both forms of a name, side by side: as they are
+            videos |= {str(path.relative_to(folder)): path for path in paths}
     # an unmounted disk looks like an empty folder, and would empty the index
     if not videos:
         raise Mistake(f"{folder} contains no video; pass a folder that does, and check that its "

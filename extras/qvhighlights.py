@@ -42,7 +42,7 @@ def average_precision(predicted: Tensor, truth: Tensor, iou: float) -> float:
     for row in overlaps.tolist():
         free = [g for g in range(len(row)) if row[g] >= iou and g not in matched]
         if free:
-            matched.add(max(free, key=row.__getitem__))
+            matched.add(max(free, key=lambda g: row[g]))
         hits.append(bool(free))
     hits = torch.tensor(hits).double()                                  # [K]
     precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
@@ -134,12 +134,14 @@ def read_rows(path: str | pathlib.Path, key: str) -> list[dict]:
                 raise ValueError(f"{window[:2]} ends before it begins")
         if key == "relevant_windows" and not windows:
             raise ValueError("the sentence has no true moment")
-        if key == "relevant_windows" and content.get("duration"):       # as data.clean does
-            limit = float(content["duration"])
-            windows = [[max(0.0, start), min(end, limit)] for start, end, *_ in windows]
-            windows = [window for window in windows if window[1] > window[0]]
-            if not windows:
+        if key == "relevant_windows":           # cleaned like any annotation
+            (start, end), *others = [window[:2] for window in windows]
+            duration_sec = float(content.get("duration") or math.nan)
+            sample = data.Sample("", "", start, end, duration_sec, tuple(map(tuple, others)))
+            cleaned, _, _ = data.clean([sample])
+            if not cleaned:
                 return []
+            windows = [list(moment) for moment in cleaned[0].moments_sec]
         kept = {name: content[name] for name in ("qid", "vid", "query") if name in content}
         kept[key] = windows
         return [kept]

@@ -94,17 +94,22 @@ def search_frames(index: Index, retriever: ZeroShot, text: Tensor, top: int,
     """The best moments for one sentence, a unit vector [D], by CLIP alone, best z first: contrasts
     of different videos cannot be compared, z can. Exact."""
     arrays, slices = index.load()
-    videos = {}                                         # name -> as retrieve.py sees it
+
+    def best_of(name: str, count: int) -> list[list[float]]:
+        """The best moments of a video, found as retrieve.py finds them."""
+        duration_sec = index.entries[name].duration_sec
+        frames = arrays["frames"][slices[name]].float()                 # [F, D]
+        encoded = Encoded(name, duration_sec, duration_sec / len(frames), frames, starts=[0])
+        return retriever.search(encoded, text[None], count)[0].tolist()
+
     first = {}                                          # name -> z of its best moment
     for name, entry in index.entries.items():
-        frames = arrays["frames"][slices[name]].float()                 # [F, D]
-        videos[name] = Encoded(name, entry.duration_sec, entry.duration_sec / entry.rows, frames,
-                               starts=[0])
-        first[name] = z_of(entry, retriever.search(videos[name], text[None], 1)[0, 0, 2].item())
+        [(_, _, score)] = best_of(name, 1)
+        first[name] = z_of(entry, score)
     hits = []
     # a video whose best moment is not among the top contributes none
     for name in sorted(first, key=first.get, reverse=True)[:top]:
-        for moment in retriever.search(videos[name], text[None], per_video)[0].tolist():
+        for moment in best_of(name, per_video):
             if moment[2] > -math.inf:           # a short video may have fewer than per_video
                 z = z_of(index.entries[name], moment[2])
                 hits.append(Hit(name, Moment(*moment), z, order=z))

@@ -176,8 +176,8 @@ def opened(found: video.VideoFile, origin_sec: float) -> tuple[list[str], float]
 
 
 def origin_of(found: video.VideoFile, time_sec: float) -> float:
-    """When the picture began that is on screen at an instant, or two seconds earlier, because some
-    formats cannot be sought to the frame."""
+    """Two seconds before the picture on screen at an instant began, because some formats cannot be
+    sought to the frame."""
     begins_sec = found.packets_sec[:, 0]
     shown = np.searchsorted(begins_sec, time_sec, side="right") - 1
     return time_sec if shown < 0 else float(begins_sec[shown]) - 2
@@ -188,7 +188,7 @@ def jpeg(path: str | os.PathLike, time_sec: float, side: int = 160) -> bytes:
     if it cannot be read."""
     found = video.inspect(path, whole=False)            # how it is displayed
     # the last picture that began in the ten seconds before
-    content, reason = picture(found, time_sec, time_sec - 10, side, ",trim=end=0.0001")
+    content, reason = picture(found, time_sec, time_sec - 10, side, is_last=True)
     if not content:
         # it began earlier, or is the first of all, which began later
         found = video.inspect(path)
@@ -200,12 +200,12 @@ def jpeg(path: str | os.PathLike, time_sec: float, side: int = 160) -> bytes:
 
 
 def picture(found: video.VideoFile, time_sec: float, origin_sec: float, side: int,
-            more: str = "") -> tuple[bytes, str]:
-    """A JPEG file of what is on screen at an instant, decoded from another on, with more filters;
-    if there is nothing, the reason."""
+            is_last: bool = False) -> tuple[bytes, str]:
+    """A JPEG file of what is on screen at `time_sec`, decoded from `origin_sec` on (is_last: see
+    video.shifted); if there is nothing, the reason."""
     opening, origin_sec = opened(found, origin_sec)
     size = f"scale='if(gt(iw,ih),-2,{side})':'if(gt(iw,ih),{side},-2)'"
-    filters = f"{video.shifted(time_sec - origin_sec, more)},fps=1:start_time=0:round=up"
+    filters = f"{video.shifted(time_sec - origin_sec, is_last)},fps=1:start_time=0:round=up"
     beside = []
     if found.container in JOINED:
         beside = ["-t", f"{time_sec + 1:.3f}"] + ffmpeg.WITH_SOUND

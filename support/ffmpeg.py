@@ -20,7 +20,8 @@ FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,
            "hevc,m4v,ivf,mjpeg,mxf,nut,dv,yuv4mpegpipe,image2,png_pipe,jpeg_pipe,bmp_pipe,"
            "webp_pipe,mp3,wav,aac,flac")
 
-# an output of nothing, for which a transport stream's clock begins with its sound, if that is first
+# an output that is thrown away. A transport stream's clock begins with the first stream in use, so
+# without it the pictures would begin at 0 where the sound comes first.
 WITH_SOUND = ["-map", "0:V", "-map", "0:a?", "-c", "copy", "-f", "null", "-"]
 UNKNOWN = -1 << 63              # a packet without a time
 DISCARDED = 4                   # flag of a packet that an edit list cuts off: it is never shown

@@ -52,9 +52,9 @@ def over_runs(runs: list[dict[str, dict]]) -> str:
     first = runs[0]
     # runs on different datasets may share some splits only
     splits = [split for split in first if all(split in run for run in runs)]
-    # the metrics are the floats; the other values are counts, marks and details
     if not splits:
         return "no split was evaluated in all of these runs"
+    # the metrics are the floats; the other values are counts, marks and details
     names = [name for name, value in first[splits[0]].items() if isinstance(value, float)
              and all(name in run[splits[0]] for run in runs)]
     rows = []

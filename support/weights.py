@@ -90,7 +90,7 @@ def configured(folder: pathlib.Path) -> dict[str, Tensor]:
                 heads = image.get("num_attention_heads", 12), text.get("num_attention_heads", 8)
                 is_gelu = text.get("hidden_act", "quick_gelu") != "quick_gelu"
             elif content.get("model_type") == "clip_text_model":        # its text tower alone
-                heads = 1, content.get("num_attention_heads", 8)
+                heads = 1, content.get("num_attention_heads", 8)        # 1: it has no image tower
                 is_gelu = content.get("hidden_act", "quick_gelu") != "quick_gelu"
             else:                                       # of something else
                 continue

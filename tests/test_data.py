@@ -230,7 +230,11 @@ def test_store_round_trip_and_mismatch(tmp_path):
     again = data.FeatureStore(tmp_path / "f")
     assert "v" in again and torch.equal(torch.from_numpy(np.array(again.read("v", "frames"))),
                                         frames)
-    assert again.manifest["videos"]["v"] == {"duration_sec": 8.0, "seconds_per_feature": 2.0}
+    about = again.manifest["videos"]["v"]
+    checksum = about.pop("crc32")
+    assert about == {"duration_sec": 8.0, "seconds_per_feature": 2.0}
+    again.write("v", 2 * frames, None, 8.0)             # a run that began with the others notices
+    assert again.manifest["videos"]["v"]["crc32"] != checksum
     with pytest.raises(Mistake, match="made with clip 'x', not 'y'"):
         data.FeatureStore(tmp_path / "f", {**made, "clip": "y"})
     with pytest.raises(Mistake, match="plain file name"):
@@ -894,7 +898,7 @@ def test_real_videos_by_the_command(published, world, tmp_path):
         assert np.load(path).shape == ((32, 64) if "frames" in path.name else (32, 64, 4, 4))
 
 
-# --------------------------------------------------------------------- names of datasets and of CLIPs
+# ------------------------------------------------------------------- names of datasets and of CLIPs
 
 def test_stores_of_other_names(tmp_path, monkeypatch):
     """A dataset that only ends like a published one has its own store; a folder that only shares a

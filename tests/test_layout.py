@@ -75,8 +75,8 @@ def test_inject_and_mmn_need_torch_alone():
 
 # lines of each part of the product; a part may not grow beyond its budget. Plain lines with
 # comments that give reasons are about a tenth more than compressed ones: the price of what follows
-LINES = {"the seven": 2796, "the eleven": 4531, "support": 1508, "extras": 3892, "clip2video": 1115,
-         "product": 11046}
+LINES = {"the seven": 2803, "the eleven": 4540, "support": 1509, "extras": 3899, "clip2video": 1115,
+         "product": 11063}
 OPTIONS = 141                   # of all commands and configurations
 DENSE_PER_1000 = 25             # dense constructs per 1,000 lines of code, see `dense_constructs`
 CODE_LINES_PER_COMMENT = 8

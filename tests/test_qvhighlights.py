@@ -149,7 +149,8 @@ def test_numbering_is_checked(tmp_path):
 
 def test_a_hit_is_one_in_both_ways_of_scoring():
     """An IoU of exactly 0.5 in float32, as evaluate.py computes it; 0.4999999947 in float64."""
-    predicted, true = [3.6025002002716064, 7.205000400543213], [0.9010000228881836, 8.10599994659424]
+    predicted = [3.6025002002716064, 7.205000400543213]
+    true = [0.9010000228881836, 8.10599994659424]
     direct = evaluate.recall(torch.tensor([[predicted]]), torch.tensor([true]))
     scores = qvhighlights.score_predictions(
         [{"qid": 0, "pred_relevant_windows": [predicted + [0.9]]}],
@@ -161,7 +162,8 @@ def test_a_hit_is_one_in_both_ways_of_scoring():
 def test_a_truth_is_cleaned_as_annotations_are(tmp_path):
     """Moments end with their video; a sentence whose moment lies behind it is left out."""
     path = tmp_path / "truth.jsonl"
-    path.write_text('{"qid": 1, "duration": 10, "relevant_windows": [[5, 20], [11, 12]]}\n'
-                    '{"qid": 2, "duration": 10, "relevant_windows": [[11, 12]]}\n', encoding="utf-8")
+    lines = ('{"qid": 1, "duration": 10, "relevant_windows": [[5, 20], [11, 12]]}\n'
+             '{"qid": 2, "duration": 10, "relevant_windows": [[11, 12]]}\n')
+    path.write_text(lines, encoding="utf-8")
     assert qvhighlights.read_rows(path, "relevant_windows") == [
         {"qid": 1, "relevant_windows": [[5.0, 10.0]]}]
